@@ -1,0 +1,200 @@
+"""What every script here shares at its edges: one way to parse flags, to report an error and to write a file.
+
+No heavy import at the top, so that `--help` and a bad flag answer at once.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user can mend. Shown as one line on stderr, exit code 2, no traceback."""
+
+
+def run(main, args):
+    """Run a script's `main(args)` and turn what the user can mend into one line on stderr and exit code 2."""
+    try:
+        main(args)
+    except UserError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing half-written is left behind", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left: point stdout elsewhere so that the exit stays silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError as error:
+        fail(f"out of memory ({one_line(error) or 'allocation failed'}); use smaller sizes")
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        fail("out of memory on the device; use a smaller --batch-size or --seq-len")
+
+
+def fail(message, code=EXIT_BAD_INPUT):
+    """Print `error: message` as one line on stderr and exit."""
+    sys.stdout.flush()
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(message):
+    return " ".join(str(message).split())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message}; see {self.prog} --help")
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parser(doc):
+    """An argument parser whose help is the script's docstring, its `Examples:` moved to the end.
+
+    A wrong flag ends with one line on stderr and exit code 2; flags can't be abbreviated, so that a script in
+    a paper's appendix means the same next year.
+    """
+    description, _, examples = doc.partition("Examples:")
+    return _Parser(
+        description=description.strip(),
+        epilog=f"examples:{examples}".rstrip(),
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+
+
+def _number(kind, accepts, wanted):
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return convert
+
+
+INFINITY = float("inf")
+positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
+non_negative_int = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
+positive_float = _number(float, lambda v: 0 < v < INFINITY, "a number above 0")
+non_negative_float = _number(float, lambda v: 0 <= v < INFINITY, "a number, 0 or more")
+fraction = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1 (both excluded)")
+probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+
+
+def add_data_dir(group):
+    group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR",
+                       help="folder with data.npz and config.json")
+
+
+def add_save_dir(group, default="plots"):
+    group.add_argument("--save-dir", type=Path, default=Path(default), metavar="DIR",
+                       help="folder for figures and tables, made if needed")
+
+
+def add_seed(group):
+    group.add_argument("--seed", type=non_negative_int, default=42, metavar="N", help="random seed")
+
+
+def add_device(group):
+    group.add_argument("--device", default="auto", metavar="NAME",
+                       help="auto (CUDA when there is a GPU), cpu, cuda or cuda:N")
+
+
+def add_scan(group):
+    group.add_argument("--scan", default="auto", choices=["auto", "triton", "mamba-ssm", "cpu", "reference"],
+                       help="back end of the selective scan")
+
+
+def pick_device(name):
+    """`--device` as a torch.device. Raises UserError when it isn't there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: no CUDA GPU is usable here; use --device cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from 0")
+    return device
+
+
+def output_folder(path):
+    """Make the folder `path` and check that files can be made in it, before any work is spent."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = _beside(path / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"can't write to folder {path}: {error.strerror}; choose another folder") from None
+    return path
+
+
+def _beside(path):
+    # Hidden, same suffix (savefig and np.savez read it), one name a process.
+    return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Give a path beside `path` to write to; it becomes `path` only if the block ends well.
+
+    So a file is whole or not there, and an older file stays until the new one is complete. Raises UserError when
+    the disk is full or the folder can't be written to.
+    """
+    path = Path(path)
+    part = _beside(path)
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or one_line(error)}; "
+                        "free some space or choose another folder") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def table(header, rows, align=None):
+    """A plain text table: `header` a list of titles, `rows` lists of already formatted cells.
+
+    Columns are right-aligned but for the first; `align` (a string of l and r) says otherwise.
+    """
+    rows = [[str(cell) for cell in row] for row in [header, *rows]]
+    align = align or "l" + "r" * (len(header) - 1)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if a == "l" else cell.rjust(w)
+                 for cell, w, a in zip(row, widths, align, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)

@@ -1,0 +1,139 @@
+"""How this project's figures look: style, circle colours, state strip, heatmap and scatter panels, saving.
+
+Everything here draws; nothing computes. Figures are made without pyplot: no display is needed, no global state is
+kept, and nothing has to be closed.
+"""
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+import cli
+
+STYLE = {
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "lines.linewidth": 1.5,
+}
+matplotlib.rcParams.update(STYLE)
+
+# Ten hues that stay apart in a scatter of small dots, on a projector and for most colour-blind readers.
+TEN_COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
+              "#8c564b", "#f564c3", "#4d4d4d", "#c9b400", "#17becf"]
+
+
+def circle_colors(n_circles):
+    """RGB colours (n_circles, 3), one a circle: ten hand-picked ones, a walk around the hues beyond ten."""
+    if n_circles <= len(TEN_COLORS):
+        return np.array([to_rgb(c) for c in TEN_COLORS[:n_circles]])
+    hues = np.arange(n_circles) / n_circles
+    # Neighbouring hues get different brightness: adjacent numbers stay distinguishable.
+    value = np.where(np.arange(n_circles) % 2 == 0, 0.95, 0.6)
+    return matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(n_circles, 0.85), value], axis=1))
+
+
+def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
+    """A figure of rows x cols panels, each `panel` inches, and its axes as a 2-D array."""
+    fig = Figure(figsize=(panel[0] * cols, panel[1] * rows), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(rows, cols, squeeze=False, **subplots)
+    if title:
+        fig.suptitle(title, fontsize=13)
+    return fig, axes
+
+
+def save(fig, path):
+    """Write the figure, whole or not at all, and say so."""
+    with cli.writing(path) as part:
+        # No software version in the file: the same numbers give the same bytes.
+        fig.savefig(part, metadata={"Software": None})
+    print(f"wrote {path}")
+
+
+def bare(ax):
+    """Hide the ticks of an axis whose units mean nothing (UMAP coordinates) and of unused panels."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def hide_unused(axes, used):
+    """Switch off the panels after the first `used` ones."""
+    for ax in axes.ravel()[used:]:
+        ax.axis("off")
+
+
+def state_strip(ax, states, n_circles, start=0, label="circle"):
+    """The state sequence as one strip of colours, drawn as a single image however long it is.
+
+    states: (n_steps,) int; `start` is the time step of the first one.
+    """
+    colors = circle_colors(n_circles)
+    ax.imshow(colors[np.asarray(states)][None], aspect="auto", interpolation="nearest",
+              extent=(start - 0.5, start + len(states) - 0.5, 0, 1))
+    ax.set_yticks([])
+    ax.set_ylabel(label, rotation=0, ha="right", va="center")
+    ax.tick_params(axis="x", labelbottom=False, length=0)
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def heatmap_panel(fig, ax, values, start=0, ylabel="", title="", unit="", cmap="viridis", symmetric=False,
+                  limits=None):
+    """A heatmap of values (n_steps, n_channels) with time to the right, channels upwards, and a colour bar.
+
+    The colours span the 1st to 99th percentile, so that one outlier doesn't grey the rest; `symmetric` centres
+    them on zero, `limits` (low, high) fixes them, to compare panels.
+    """
+    values = np.asarray(values)
+    low, high = limits if limits is not None else np.percentile(values, [1, 99])
+    if symmetric:
+        high = max(abs(low), abs(high))
+        low = -high
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    image = ax.imshow(values.T, aspect="auto", origin="lower", interpolation="nearest", cmap=cmap,
+                      norm=Normalize(low, high),
+                      extent=(start - 0.5, start + len(values) - 0.5, -0.5, values.shape[1] - 0.5))
+    bar = fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, extend="both")
+    if unit:
+        bar.set_label(unit)
+    ax.set_ylabel(ylabel)
+    if title:
+        ax.set_title(title, loc="left")
+
+
+def scatter_panel(ax, points, colors=None, values=None, cmap="viridis", title="", size=None):
+    """A scatter of points (n, 2) in colours (n, 3), or coloured by values (n,), with bare axes.
+
+    Returns the artist, for a colour bar. The dots are rasterised and drawn in the given order: shuffle the points
+    first where a late group would cover an early one.
+    """
+    size = size or float(np.clip(20000 / max(len(points), 1), 1.0, 12.0))
+    dots = ax.scatter(points[:, 0], points[:, 1], s=size, c=colors if values is None else values,
+                      cmap=None if values is None else cmap, linewidths=0, alpha=0.8, rasterized=True)
+    bare(ax)
+    ax.set_title(title)
+    return dots
+
+
+def circle_legend(target, n_circles, present=None, **where):
+    """A legend of the circles (those in `present`, or all) on a figure or an axis."""
+    circles = range(n_circles) if present is None else present
+    colors = circle_colors(n_circles)
+    handles = [Line2D([], [], linestyle="", marker="o", markersize=7, color=colors[i], label=str(i))
+               for i in circles]
+    where = {"loc": "outside right upper", **where} if isinstance(target, Figure) else where
+    return target.legend(handles=handles, title="circle", ncols=1 + (len(handles) - 1) // 15, **where)
