@@ -227,3 +227,39 @@ def gather(X, starts, seq_len):
     import torch
 
     return X[starts[:, None] + torch.arange(seq_len, device=starts.device)]
+
+
+def fits_on(device, n_bytes):
+    """Whether a series of n_bytes may live on the device: always in the CPU's own memory (it is there already),
+    on a GPU when it takes no more than a third of the free memory."""
+    import torch
+
+    return device.type == "cpu" or n_bytes < torch.cuda.mem_get_info(device)[0] / 3
+
+
+class HostWindows:
+    """Windows of a series in host memory, for a torch DataLoader: one item is one batch of window starts."""
+
+    def __init__(self, X, batches, seq_len):
+        self.X, self.batches, self.seq_len = X, batches, seq_len
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        import torch
+
+        return torch.from_numpy(np.stack([self.X[s:s + self.seq_len] for s in self.batches[i]]))
+
+
+def host_batches(X, batches, seq_len, device, num_workers):
+    """Batches of windows for a series that doesn't fit on the device: gathered by `num_workers` processes.
+
+    batches: lists of window starts. Yields (n, seq_len, feature_dim) tensors on the device, in order.
+    """
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(HostWindows(X, batches, seq_len), batch_size=None, num_workers=num_workers,
+                        pin_memory=device.type == "cuda")
+    for batch in loader:
+        yield batch.to(device, non_blocking=True)

@@ -110,6 +110,7 @@ def heatmap_panel(fig, ax, values, start=0, ylabel="", title="", unit="", cmap="
     bar = fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, extend="both")
     if unit:
         bar.set_label(unit)
+    ax.yaxis.get_major_locator().set_params(integer=True)  # channels are counted
     ax.set_ylabel(ylabel)
     if title:
         ax.set_title(title, loc="left")

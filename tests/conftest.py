@@ -1,0 +1,105 @@
+"""What the tests share: tiny data, tiny checkpoints, and a script run in this process as a shell would run it."""
+
+import importlib
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+import mamba_model
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+TINY_DATA = ["--no-umap", "--n-steps", "3000", "--n-circles", "4", "--ambient-dim", "6", "--min-period", "10",
+             "--max-period", "40", "--dwell-mean", "80", "--dwell-std", "20", "--seed", "7"]
+TINY_MODEL = {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}
+
+
+@pytest.fixture
+def script(capfd):
+    """`script("generate", "--gen-len", 5)` runs a script's parse_args and main here, which spares each test the
+    seconds that importing torch takes. Returns code, out and err, as a shell would see them."""
+
+    def run(name, *argv):
+        capfd.readouterr()
+        module, code = importlib.import_module(name), 0
+        argv = [str(word) for word in argv]
+        old_argv, sys.argv = sys.argv, [f"{name}.py", *argv]
+        try:
+            cli.run(module.main, module.parse_args(argv))
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            sys.argv = old_argv
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return run
+
+
+@pytest.fixture
+def refused(script):
+    """Like script, for bad input: checks exit code 2 and one line on stderr, and returns that line."""
+
+    def run(name, *argv):
+        result = script(name, *argv)
+        assert result.code == 2, result
+        assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+        return result.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_data(tmp_path_factory):
+    """A folder with a small series, made once; tests must not write to it."""
+    import markov_circles_timeseries as generator
+
+    folder = tmp_path_factory.mktemp("data")
+    generator.main(generator.parse_args([*TINY_DATA, "--data-dir", str(folder)]))
+    return folder
+
+
+@pytest.fixture
+def data_dir(shared_data, tmp_path):
+    """A test's own copy of the small series, to damage at will."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("data.npz", "config.json"):
+        (folder / name).write_bytes((shared_data / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def rewrite_data(data_dir):
+    """Replace arrays of data.npz (None removes one), or entries of config.json."""
+
+    def rewrite(config=None, **arrays):
+        with np.load(data_dir / "data.npz") as file:
+            content = {**{name: file[name] for name in file.files}, **arrays}
+        np.savez(data_dir / "data.npz", **{name: a for name, a in content.items() if a is not None})
+        if config is not None:
+            old = json.loads((data_dir / "config.json").read_text())
+            (data_dir / "config.json").write_text(json.dumps({**old, **config}))
+        return data_dir
+
+    return rewrite
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path):
+    """An untrained checkpoint for the small series: a path."""
+    torch.manual_seed(0)
+    model = mamba_model.CausalTimeSeriesMamba(6, **TINY_MODEL)
+    path = tmp_path / "tiny.pt"
+    mamba_model.save_checkpoint(path, 1, model.state_dict(), {}, 1.0, 1.0,
+                                {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1, "dropout": 0.1})
+    return path
+
+
+def relative_error(value, reference):
+    return float((value - reference).norm() / reference.norm())

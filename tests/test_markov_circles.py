@@ -1,0 +1,303 @@
+"""The generator against the definition of the process, and its script as a user meets it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+import cli
+import dataset
+import markov_circles_timeseries as mc
+from estimate_dimension import knn
+
+QUIET = ["--noise-std", "0"]
+SMALL = ["--n-steps", "4000", "--n-circles", "4", "--ambient-dim", "6", "--min-period", "10", "--max-period", "40",
+         "--dwell-mean", "80", "--dwell-std", "20"]
+
+
+def config(*flags):
+    return mc.config_of(mc.parse_args([str(flag) for flag in flags]))
+
+
+def visits_of(series):
+    """(circle, first step, end) of each whole visit, found one step at a time."""
+    found, first = [], 0
+    for t in range(1, series.n_steps):
+        if series.states[t] != series.states[t - 1]:
+            found.append((int(series.states[first]), first, t))
+            first = t
+    return found
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 5, 10, 30])
+def test_transition_matrix_is_sparse_and_leads_to_both_neighbours(K):
+    for seed in range(20):
+        P = mc.draw_transition_matrix(K, np.random.default_rng(seed))
+        np.testing.assert_allclose(P.sum(axis=1), 1, rtol=1e-12)
+        assert (P >= 0).all() and (np.diag(P) == 0).all()
+        for i in range(K):
+            assert P[i, (i + 1) % K] > 0 and P[i, (i - 1) % K] > 0
+            shortcuts = (P[i] > 0).sum() - len({(i + 1) % K, (i - 1) % K})
+            assert shortcuts == {2: 0, 3: 0, 4: 1, 5: 1}.get(K, 2)
+
+
+def test_visits_follow_the_transition_matrix():
+    series = mc.generate(config(*SMALL, *QUIET, "--n-steps", 400_000, "--n-circles", 5, "--ambient-dim", 2))
+    circles, _, _ = mc.runs(series.states)
+    counts = np.zeros((5, 5))
+    np.add.at(counts, (circles[:-1], circles[1:]), 1)
+    P = series.transition_matrix
+    assert (counts[P == 0] == 0).all()
+    n = counts.sum(axis=1, keepdims=True)
+    assert (np.abs(counts - n * P) <= 5 * np.sqrt(n * P * (1 - P))).all()
+
+
+def test_first_circle_is_uniform():
+    base = config(*SMALL, "--n-steps", 2)
+    first = [mc.generate({**base, "seed": seed}).states[0] for seed in range(400)]
+    assert (np.abs(np.bincount(first, minlength=4) - 100) < 5 * np.sqrt(400 * 0.25 * 0.75)).all()
+
+
+def test_dwell_is_whole_revolutions_of_a_gaussian():
+    series = mc.generate(config(*QUIET, "--n-steps", 400_000, "--ambient-dim", 2, "--n-circles", 3,
+                                "--max-period", 300))
+    by_circle = {0: [], 1: [], 2: []}
+    for circle, first, end in visits_of(series):
+        assert (end - first) % series.periods[circle] == 0
+        by_circle[circle].append(end - first)
+    rng = np.random.default_rng(0)
+    for circle, dwells in by_circle.items():
+        period = series.periods[circle]
+        expected = np.maximum(1, np.rint(rng.normal(400, 100, 100_000) / period)) * period
+        assert abs(np.mean(dwells) - expected.mean()) < 5 * expected.std() / np.sqrt(len(dwells))
+        assert 0.8 < np.std(dwells) / expected.std() < 1.2
+
+
+def test_short_dwell_still_makes_one_revolution():
+    series = mc.generate(config(*SMALL, "--dwell-mean", 1, "--dwell-std", 0))
+    assert all(end - first == series.periods[circle] for circle, first, end in visits_of(series))
+
+
+def test_phase_starts_at_the_entry_angle_and_advances_by_a_period():
+    series = mc.generate(config(*SMALL))
+    assert series.thetas.min() >= 0 and series.thetas.max() < 2 * np.pi
+    for circle, first, end in visits_of(series):
+        step = np.arange(end - first)
+        expected = series.entry_angles[circle] + 2 * np.pi * step / series.periods[circle]
+        difference = np.exp(1j * series.thetas[first:end]) - np.exp(1j * expected)
+        assert np.abs(difference).max() < 1e-12
+        assert series.thetas[first] == pytest.approx(series.entry_angles[circle], abs=1e-12)
+
+
+def test_periods_are_linearly_spaced_whole_numbers():
+    series = mc.generate(config("--n-steps", 10))
+    assert series.periods.tolist() == [40, 80, 120, 160, 200, 240, 280, 320, 360, 400]
+    assert mc.generate(config(*SMALL)).periods.tolist() == [10, 20, 30, 40]
+
+
+def test_radii_are_gaussian_and_clipped():
+    wide = mc.generate(config("--n-steps", 2, "--n-circles", 500, "--radius-std", 40)).radii
+    assert wide.min() == 10 and wide.max() == 30
+    narrow = mc.generate(config("--n-steps", 2, "--n-circles", 500)).radii
+    assert abs(narrow.mean() - 20) < 5 * 2 / np.sqrt(500) and 1.7 < narrow.std() < 2.3
+
+
+@pytest.mark.parametrize("subspace", [2, 3, 7, 20])
+def test_planes_are_orthonormal_in_one_subspace(subspace):
+    series = mc.generate(config("--subspace-dim", subspace, "--n-steps", 20_000, "--dwell-mean", 50, *QUIET))
+    gram = series.planes @ series.planes.transpose(0, 2, 1)
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(2), gram.shape), atol=1e-12)
+    assert np.linalg.matrix_rank(series.planes.reshape(-1, 20)) == subspace
+    assert np.linalg.matrix_rank(series.X, tol=0.1) == subspace
+    assert (np.abs(series.planes).max(axis=(0, 1)) > 1e-3).all()  # the subspace is not along the axes
+
+
+def test_points_without_noise_lie_on_their_circle():
+    series = mc.generate(config(*SMALL, *QUIET))
+    for t in range(0, series.n_steps, 7):
+        v1, v2 = series.planes[series.states[t]]
+        theta = series.thetas[t]
+        point = series.radii[series.states[t]] * (np.cos(theta) * v1 + np.sin(theta) * v2)
+        np.testing.assert_allclose(series.X[t], point, atol=1e-4)
+
+
+def test_noise_is_white_with_the_given_std():
+    noisy, quiet = (mc.generate(config("--n-steps", 20_000, "--noise-std", std)) for std in (2.83, 0))
+    noise = noisy.X - quiet.X  # the same seed walks the same path
+    n = len(noise)
+    assert np.abs(noise.mean(axis=0)).max() < 5 * 2.83 / np.sqrt(n)
+    covariance = np.cov(noise.T) / 2.83**2
+    assert np.abs(covariance - np.eye(20)).max() < 6 * np.sqrt(2 / n)
+    assert np.abs((noise[1:] * noise[:-1]).mean(axis=0)).max() / 2.83**2 < 5 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("variant", [[], ["--drift"], ["--center-walk-std", 0.1]])
+def test_neither_the_block_nor_the_length_changes_a_value(variant):
+    c = config(*SMALL, *variant)
+    whole, blocks = mc.generate(c), mc.generate(c, block_values=6 * 37)
+    longer = mc.generate({**c, "n_steps": 9000})
+    for name in ("X", "states", "thetas", "planes"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(blocks, name))
+    for name in ("X", "states", "thetas"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(longer, name)[:4000])
+
+
+def test_drift_tilts_even_circles_and_starts_anew():
+    flags = [*SMALL, *QUIET, "--n-circles", 5]
+    still, drifting = mc.generate(config(*flags)), mc.generate(config(*flags, "--drift", "--drift-rate", 0.5))
+    np.testing.assert_array_equal(still.states, drifting.states)
+    odd = still.states % 2 == 1
+    np.testing.assert_array_equal(still.X[odd], drifting.X[odd])
+    axes = []
+    for circle, first, end in visits_of(still):
+        if circle % 2:
+            continue
+        X, theta = drifting.X[first:end].astype(float), drifting.thetas[first:end]
+        np.testing.assert_allclose(X[0], still.X[first], atol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(X, axis=1), still.radii[circle], rtol=1e-5)
+        alpha = 0.5 * np.arange(end - first) / (end - first - 1)
+        height = still.radii[circle] * np.sin(theta)
+        v1, v2 = still.planes[circle]
+        np.testing.assert_allclose(X @ v1, still.radii[circle] * np.cos(theta), atol=1e-4)
+        np.testing.assert_allclose(X @ v2, height * np.cos(alpha), atol=1e-4)
+        rest = X - np.outer(X @ v1, v1) - np.outer(X @ v2, v2)
+        lift = height * np.sin(alpha)
+        axis = lift @ rest / (lift @ lift)
+        assert np.linalg.norm(axis) == pytest.approx(1, abs=1e-4)
+        np.testing.assert_allclose(rest, np.outer(lift, axis), atol=1e-3)
+        axes.append(axis)
+    cosines = np.array(axes) @ np.array(axes).T
+    assert np.abs(cosines[np.triu_indices(len(axes), 1)]).max() < 0.9999  # a new axis at each visit
+
+
+def test_drift_stays_in_the_subspace():
+    series = mc.generate(config(*SMALL, *QUIET, "--subspace-dim", 3, "--drift", "--drift-rate", 1))
+    assert np.linalg.matrix_rank(series.X, tol=0.1) == 3
+
+
+def test_center_walk_is_a_gaussian_walk_from_the_origin():
+    flags = [*SMALL, *QUIET, "--n-steps", 20_000]
+    still, walking = mc.generate(config(*flags)), mc.generate(config(*flags, "--center-walk-std", 0.5))
+    center = walking.X.astype(float) - still.X
+    np.testing.assert_allclose(center[0], 0, atol=1e-4)
+    steps = np.diff(center, axis=0)
+    n = steps.size
+    assert abs(steps.std() / 0.5 - 1) < 5 / np.sqrt(2 * n)
+    assert abs(steps.mean()) < 5 * 0.5 / np.sqrt(n)
+    assert np.abs(np.corrcoef(steps.T) - np.eye(6)).max() < 5 / np.sqrt(len(steps))
+    assert abs((steps[1:] * steps[:-1]).mean()) < 5 * 0.25 / np.sqrt(n)
+
+
+def test_statistics_agree_with_a_count_by_hand():
+    series = mc.generate(config(*SMALL))
+    whole = visits_of(series)
+    rows = mc.summary_table(series, mc.visit_statistics(series)).splitlines()[2:]
+    assert len(rows) == 4
+    for circle, row in enumerate(rows):
+        dwells = [end - first for c, first, end in whole if c == circle]
+        n_visits = len(dwells) + (series.states[-1] == circle)
+        n_steps = int((series.states == circle).sum())
+        assert row.split() == [str(circle), f"{series.radii[circle]:.2f}", str(series.periods[circle]),
+                               f"{n_steps:,}", f"{n_steps / 40:.1f}", "%", str(n_visits), f"{np.mean(dwells):.0f}",
+                               f"{np.std(dwells, ddof=1):.0f}"]
+
+
+def test_script_writes_what_the_loader_reads(script, tmp_path):
+    result = script("markov_circles_timeseries", *SMALL, "--no-umap", "--drift", "--data-dir", tmp_path)
+    assert result.code == 0 and result.err == ""
+    assert "dwell mean" in result.out
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "data.npz", "config.json", "state_sequence.png", "transition_matrix.png", "periods.png",
+        "sample_window_0.png", "sample_window_1.png", "sample_window_2.png"}
+    for figure in tmp_path.glob("*.png"):
+        assert imread(figure)[..., :3].std() > 0.05
+    series, expected = dataset.load_series(tmp_path), mc.generate(config(*SMALL, "--drift"))
+    for name in ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes"):
+        np.testing.assert_array_equal(getattr(series, name), getattr(expected, name))
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "n_steps": 4000, "n_circles": 4, "ambient_dim": 6, "subspace_dim": 6, "radius_mean": 20.0, "radius_std": 2.0,
+        "noise_std": 2.83, "dwell_mean": 80.0, "dwell_std": 20.0, "min_period": 10, "max_period": 40, "drift": True,
+        "drift_rate": 0.3, "center_walk_std": 0.0, "seed": 42}
+    with np.load(tmp_path / "data.npz", allow_pickle=False) as file:
+        assert file["X"].dtype == np.float32 and file["states"].dtype == np.int64
+        assert file["thetas"].dtype == file["planes"].dtype == np.float64
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        mc.save(mc.generate(config(*SMALL, "--seed", seed)), tmp_path / name)
+    a, b, c = ((tmp_path / name / "data.npz").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_failed_save_keeps_the_older_data(tmp_path, monkeypatch):
+    mc.save(mc.generate(config(*SMALL)), tmp_path)
+    older = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(path, **arrays):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    with pytest.raises(cli.UserError, match="No space left"):
+        mc.save(mc.generate(config(*SMALL, "--seed", 1)), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older
+
+
+@pytest.mark.parametrize("flags", [
+    ["--subspace-dim", 21], ["--subspace-dim", 1], ["--ambient-dim", 1], ["--n-circles", 1], ["--n-circles", 0],
+    ["--n-steps", 1], ["--n-steps", 0], ["--n-steps", 10**18], ["--min-period", 401], ["--min-period", 1],
+    ["--max-period", 10**20], ["--radius-mean", 0], ["--radius-mean", "inf"], ["--radius-std", -1],
+    ["--noise-std", -0.1], ["--noise-std", "nan"], ["--dwell-mean", 0], ["--dwell-std", -1], ["--drift-rate", -1],
+    ["--center-walk-std", -1], ["--radius-mean", 1e38], ["--drift", "--subspace-dim", 2], ["--seed", -1],
+    ["--n-step", 100], ["--save-dir", "plots"]])
+def test_impossible_flags_are_refused(refused, tmp_path, flags):
+    assert refused("markov_circles_timeseries", *flags, "--no-umap", "--data-dir", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--n-circles", 2], ["--n-steps", 2], ["--radius-std", 0, "--dwell-std", 0], ["--max-period", 10**9],
+    ["--n-circles", 40, "--ambient-dim", 2, "--min-period", 2, "--max-period", 2], ["--dwell-mean", 1e300],
+    ["--ambient-dim", 3, "--drift", "--drift-rate", 0]])
+def test_extreme_but_possible_flags_work(tmp_path, flags):
+    series = mc.generate(config("--n-steps", 500, *flags))
+    mc.save(series, tmp_path)
+    np.testing.assert_array_equal(dataset.load_series(tmp_path).X, series.X)
+
+
+def test_figures_of_two_steps_and_many_circles(script, tmp_path):
+    result = script("markov_circles_timeseries", "--n-steps", 2, "--n-circles", 13, "--no-umap", "--data-dir", tmp_path)
+    assert result.code == 0 and result.err == ""
+
+
+def test_umap_is_never_imported_without_need(tmp_path):
+    code = ("import sys, markov_circles_timeseries as mc; "
+            "mc.main(mc.parse_args(sys.argv[1:])); "
+            "assert not {'umap', 'numba', 'torch', 'sklearn', 'matplotlib.pyplot'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code, *SMALL, "--no-umap", "--data-dir", str(tmp_path)], check=True,
+                   cwd=Path(mc.__file__).parent)
+
+
+def test_umap_with_too_few_points_says_so_and_keeps_the_data(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(mc, "make_figures", lambda *_: None)
+    message = refused("markov_circles_timeseries", "--n-steps", 15, "--data-dir", tmp_path)
+    assert "--no-umap" in message
+    assert dataset.load_series(tmp_path).n_steps == 15
+
+
+@pytest.mark.slow
+def test_umap_keeps_the_circles_apart_and_repeats_itself(tmp_path):
+    series = mc.generate(config(*SMALL, "--ambient-dim", 20, "--noise-std", 0.5))
+    points, states = series.X[::10], series.states[::10]
+    embedding = mc.embed(points, seed=1)
+    np.testing.assert_array_equal(embedding, mc.embed(points, seed=1))
+    _, neighbours = knn(embedding, 5)
+    assert (states[neighbours] == states[:, None]).mean() > 0.95
+    mc.make_umap(series, tmp_path)
+    assert imread(tmp_path / "umap.png")[..., :3].std() > 0.05
