@@ -1,0 +1,426 @@
+"""The scan's CPU kernels, glue and one-step recurrence against the loop over time in plain torch, in float64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import scan_cpu
+import selective_scan
+from cli import UserError
+from selective_scan import (
+    causal_conv_reference,
+    choose_backend,
+    conv_step,
+    mamba_inner,
+    mamba_inner_with_state,
+    selective_scan_reference,
+    selective_scan_step,
+)
+
+REPO = Path(__file__).resolve().parent.parent
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+CHUNK = scan_cpu.CHUNK
+
+# (batch, time, d_inner, d_state): one of everything; around the ends of a chunk and of a vector; odd sizes; the default
+SHAPES = [
+    (1, 1, 1, 1),
+    (1, 2, 3, 3),
+    (3, CHUNK, 8, 16),
+    (2, CHUNK + 1, 16, 32),
+    (1, 2 * CHUNK - 1, 33, 5),
+    (2, 3 * CHUNK + 7, 21, 64),
+    (1, 2 * CHUNK, 64, 2),
+]
+DTYPES = [torch.float32, torch.float64]
+
+
+def relative_error(value, expected):
+    assert value.shape == expected.shape
+    return ((value.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def scan_inputs(batch, time, d_inner, d_state, seed=0):
+    """float64 inputs of the scan as leaves, step sizes from 1e-4 to 10: u, delta, A, B, C, D, z, delta_bias."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rows = (batch, time)
+    inputs = (
+        normal(*rows, d_inner), normal(*rows, d_inner, scale=3.0), -normal(d_inner, d_state).exp(),
+        normal(*rows, d_state), normal(*rows, d_state), normal(d_inner), normal(*rows, d_inner, scale=3.0),
+        normal(d_inner) - 2,
+    )
+    return [tensor.requires_grad_() for tensor in inputs]
+
+
+def inner_inputs(batch, time, d_inner, d_state, dt_rank=3, d_conv=4, seed=0):
+    """float64 arguments of mamba_inner but for the back end, as leaves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = (
+        normal(batch, time, 2 * d_inner), normal(d_inner, d_conv), normal(d_inner),
+        normal(dt_rank + 2 * d_state, d_inner, scale=d_inner**-0.5), normal(d_inner, dt_rank), normal(d_inner) - 1,
+        -normal(d_inner, d_state).exp(), normal(d_inner),
+    )
+    return [tensor.requires_grad_() for tensor in inputs]
+
+
+def cast(tensors, dtype):
+    return [tensor.detach().to(dtype) for tensor in tensors]
+
+
+def between(tensor):
+    """The same values as a view with gaps in every row, as slices of xz and x_dbl are."""
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), torch.nan, dtype=tensor.dtype)
+    wide[..., 2:-3] = tensor
+    return wide[..., 2:-3]
+
+
+# ---- the reference itself --------------------------------------------------------------------------------------
+
+
+def test_reference_against_the_solution_in_closed_form():
+    """h_T = sum_t exp(A (dt_{t+1} + ... + dt_T)) dt_t B_t u_t, with no loop and no recurrence."""
+    u, delta, A, B, C, D, z, bias = (tensor.detach() for tensor in scan_inputs(2, 9, 3, 4))
+    dt = torch.log1p(torch.exp(delta + bias))
+    total = dt.cumsum(1)
+    lag = total[:, :, None] - total[:, None]  # (batch, t, s, d_inner)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()[None, :, :, None, None]
+    decay = torch.where(causal, torch.exp(lag[..., None] * A), 0.0)
+    h = torch.einsum("btsdn,bsd,bsn->btdn", decay, dt * u, B)
+    expected = (torch.einsum("btdn,btn->btd", h, C) + D * u) * z / (1 + torch.exp(-z))
+    y, last = selective_scan_reference(u, delta, A, B, C, D, z, bias)
+    assert relative_error(y, expected) < 1e-12
+    assert relative_error(last, h[:, -1]) < 1e-12
+
+
+def test_reference_conv_against_a_sum_over_taps():
+    x, weight, bias = torch.randn(2, 6, 3).double(), torch.randn(3, 4).double(), torch.randn(3).double()
+    expected = torch.empty_like(x)
+    for t in range(6):
+        pre = bias + sum(weight[:, 3 - lag] * x[:, t - lag] for lag in range(min(t, 3) + 1))
+        expected[:, t] = pre / (1 + torch.exp(-pre))
+    assert relative_error(causal_conv_reference(x, weight, bias), expected) < 1e-12
+
+
+# ---- the CPU kernels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_h0", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scan_values_and_gradients(shape, with_h0, dtype):
+    inputs = scan_inputs(*shape)
+    h0 = torch.randn(shape[0], *shape[2:], dtype=torch.float64) if with_h0 else None
+    y, last = selective_scan_reference(*inputs, h0=h0)
+    dy = torch.randn(y.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+
+    u, delta, A, B, C, D, z, bias = (between(t) if t.dim() == 3 else t for t in cast(inputs, dtype))
+    h0 = None if h0 is None else h0.to(dtype)
+    got_y, states, got_last = scan_cpu.scan_forward(u, delta, A, B, C, D, z, bias, h0)
+    dz, dB, dC = (between(torch.empty_like(t)) for t in (z, B, C))
+    du, ddelta, dA, dD, dbias = scan_cpu.scan_backward(
+        between(dy.to(dtype)), u, delta, A, B, C, D, z, bias, states, dz, dB, dC, h0
+    )
+    assert relative_error(got_y, y) < TOLERANCE[dtype]
+    assert relative_error(got_last, last) < TOLERANCE[dtype]
+    for got, expected in zip((du, ddelta, dA, dB, dC, dD, dz, dbias), gradients, strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 4), (2, 3, 5, 4), (1, CHUNK, 16, 1), (3, 2 * CHUNK + 5, 21, 4), (1, 40, 32, 7)]
+)
+def test_conv_values_and_gradients(shape, dtype):
+    batch, time, channels, taps = shape
+    x, weight, bias = torch.randn(batch, time, channels), torch.randn(channels, taps), torch.randn(channels)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    xc = causal_conv_reference(*leaves)
+    dxc = torch.randn(xc.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(xc, leaves, dxc)
+
+    x, weight, bias = cast(leaves, dtype)
+    x, dx = between(x), between(torch.empty_like(x))
+    dweight, dbias = scan_cpu.conv_silu_backward(x, weight, bias, dxc.to(dtype), dx)
+    assert relative_error(scan_cpu.conv_silu_forward(x, weight, bias), xc) < TOLERANCE[dtype]
+    for got, want in zip((dx, dweight, dbias), expected, strict=True):
+        assert relative_error(got, want) < TOLERANCE[dtype]
+
+
+def test_views_around_the_outputs_are_left_alone():
+    """dz, dB and dC are slices of larger tensors: what lies beside them must not change, nor may the inputs."""
+    inputs = cast(scan_inputs(2, CHUNK + 3, 13, 3), torch.float32)
+    before = [tensor.clone() for tensor in inputs]
+    y, states, _ = scan_cpu.scan_forward(*inputs)
+    wide = [torch.full((2, CHUNK + 3, width), 7.0) for width in (30, 20, 20)]
+    views = wide[0][..., 4:17], wide[1][..., 2:5], wide[2][..., 11:14]
+    scan_cpu.scan_backward(torch.ones_like(y), *inputs, states, *views)
+    for tensor, view in zip(wide, views, strict=True):
+        view.fill_(7.0)
+        assert (tensor == 7.0).all()
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_softplus_over_their_range(dtype):
+    """Through the scan: with C = 0, D = 1 and u = 1, y is silu(z); with B = 1, the first state is dt u = dt."""
+    limit = 80 if dtype == torch.float32 else 700  # beyond it the results leave the normal range
+    x = torch.cat([torch.linspace(-limit, limit, 4001), torch.linspace(-5, 5, 4001)]).to(dtype).double()
+    rows, one = x.reshape(1, 1, -1), torch.ones(1, 1, len(x), dtype=torch.float64)
+    by_channel, by_state = torch.ones(len(x), dtype=torch.float64), torch.ones(1, 1, 1, dtype=torch.float64)
+    y, _, h = scan_cpu.scan_forward(
+        *cast((one, rows, -by_channel[:, None], by_state, 0 * by_state, by_channel, rows, 0 * by_channel), dtype)
+    )
+    # the rounding of the exponent, |x| eps, is in every result
+    allowed = (8 + 2 * x.abs()) * torch.finfo(dtype).eps
+    for value, expected in ((y, x * torch.sigmoid(x)), (h, torch.logaddexp(x, torch.zeros_like(x)))):
+        assert ((value.double().flatten() - expected).abs() <= allowed * expected.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decay_is_exact_over_the_range_of_exp(dtype):
+    """With B = 0 and one step, the last state is exp(dt A) h0: from no decay to underflow, and growth for A > 0."""
+    exponents = torch.linspace(-750, 80, 5000, dtype=torch.float64).to(dtype).double()
+    n = len(exponents)
+    rows = torch.ones(1, 1, n, dtype=torch.float64)
+    dt = F.softplus(torch.ones(1, dtype=torch.float64))
+    A = (exponents / dt)[:, None].to(dtype)
+    zero, one = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+    _, _, h = scan_cpu.scan_forward(*cast((rows, rows, A, 0 * rows[..., :1], rows[..., :1], zero, rows, zero), dtype),
+                                    h0=one.reshape(1, n, 1).to(dtype))
+    expected = torch.exp(dt * A.double()).flatten()
+    smallest = torch.finfo(dtype).smallest_normal
+    # the exponent's own rounding is |dt A| eps, and no exponential can undo it
+    allowed = expected * (16 + 4 * exponents.abs()) * torch.finfo(dtype).eps + smallest
+    assert ((h.double().flatten() - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
+def test_nan_reaches_the_output(name):
+    names = ("u", "delta", "A", "B", "C", "D", "z", "bias")
+    inputs = dict(zip(names, cast(scan_inputs(1, CHUNK + 9, 20, 3), torch.float32), strict=True))
+    inputs[name][0, 4, 2] = torch.nan
+    y, states, last = scan_cpu.scan_forward(*inputs.values())
+    reference, reference_last = selective_scan_reference(*inputs.values())
+    assert torch.equal(y.isnan(), reference.isnan()) and y.isnan().any()
+    assert torch.equal(last.isnan(), reference_last.isnan())
+    views = (torch.empty_like(inputs[key]) for key in ("z", "B", "C"))
+    gradients = scan_cpu.scan_backward(torch.ones_like(y), *inputs.values(), states, *views)
+    assert any(gradient.isnan().any() for gradient in gradients)
+
+
+def test_same_bits_every_time_and_for_any_number_of_threads(monkeypatch):
+    inputs = cast(scan_inputs(3, 50, 40, 6), torch.float32)
+    dy = torch.randn(3, 50, 40)
+
+    def everything():
+        y, states, last = scan_cpu.scan_forward(*inputs)
+        views = [torch.empty_like(inputs[i]) for i in (6, 3, 4)]
+        return [y, last, *views, *scan_cpu.scan_backward(dy, *inputs, states, *views)]
+
+    first = everything()
+    for n_threads in (1, 2, 3):  # more threads than batch rows would cut the channels: the sums for B and C differ
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n_threads: n)
+        assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
+
+
+def test_threads_share_the_channels_of_a_single_row(monkeypatch):
+    inputs = scan_inputs(1, 40, 100, 4)
+    y, _ = selective_scan_reference(*inputs)
+    gradients = torch.autograd.grad(y.sum(), inputs)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert len(scan_cpu._slices(1, 100, 8)) == 3
+    inputs = cast(inputs, torch.float64)
+    got, states, _ = scan_cpu.scan_forward(*inputs)
+    dz, dB, dC = (torch.empty_like(inputs[i]) for i in (6, 3, 4))
+    du, ddelta, dA, dD, dbias = scan_cpu.scan_backward(torch.ones_like(got), *inputs, states, dz, dB, dC)
+    for value, expected in zip((got, du, ddelta, dA, dB, dC, dD, dz, dbias), (y, *gradients), strict=True):
+        assert relative_error(value, expected) < 1e-10
+
+
+# ---- the inner part of a block ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 2, 1), (2, CHUNK + 5, 21, 5), (3, 40, 32, 32)])
+def test_inner_values_and_gradients(shape, dtype):
+    inputs = inner_inputs(*shape)
+    y = mamba_inner(*inputs, "reference")
+    dy = torch.randn(y.shape, dtype=torch.float64)
+    expected = torch.autograd.grad(y, inputs, dy, allow_unused=True)
+    leaves = [tensor.requires_grad_() for tensor in cast(inputs, dtype)]
+    got = mamba_inner(*leaves, "cpu")
+    assert relative_error(got, y) < TOLERANCE[dtype]
+    for value, want in zip(torch.autograd.grad(got, leaves, dy.to(dtype)), expected, strict=True):
+        assert relative_error(value, want) < TOLERANCE[dtype]
+
+
+def test_inner_gradcheck():
+    assert torch.autograd.gradcheck(lambda *args: mamba_inner(*args, "cpu"), inner_inputs(2, 5, 3, 2))
+
+
+def test_inner_takes_the_weight_of_a_conv1d():
+    inputs = inner_inputs(1, 6, 4, 2)
+    y = mamba_inner(*inputs, "cpu")
+    inputs[1] = inputs[1].unsqueeze(1)
+    assert torch.equal(mamba_inner(*inputs, "cpu"), y)
+
+
+def test_inner_op_is_registered_as_torch_expects():
+    torch.library.opcheck(selective_scan._inner_op, (*inner_inputs(2, CHUNK + 3, 5, 2), "cpu"))
+
+
+def test_inner_compiles_without_a_graph_break():
+    """aot_eager: traces forward and backward as torch.compile does, but needs no C++ compiler."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: mamba_inner(*args, "cpu"), fullgraph=True, backend="aot_eager")
+    for time in (CHUNK, 50):  # the second length makes the time dynamic
+        inputs = inner_inputs(2, time, 8, 3)
+        expected = torch.autograd.grad(mamba_inner(*inputs, "cpu").square().sum(), inputs)
+        got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_saved_memory_does_not_grow_with_the_state():
+    """What autograd keeps: xz, the small projections, the parameters and one state a chunk."""
+    batch, time, d_inner, d_state = 2, 8 * CHUNK, 64, 32
+    inputs = [tensor.requires_grad_() for tensor in cast(inner_inputs(batch, time, d_inner, d_state), torch.float32)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        mamba_inner(*inputs, "cpu")
+    row = batch * time * d_inner
+    assert sum(saved) < 2 * row + row * d_state / CHUNK + row * 1.2 + sum(t.numel() for t in inputs[1:])
+    assert max(saved) < row * d_state / 4
+
+
+def test_backward_allocates_no_tensor_of_the_states(monkeypatch):
+    """The largest tensor that either pass allocates is as large as xz, however many states a channel has."""
+    batch, time, d_inner, d_state = 1, 4 * CHUNK, 32, 64
+    inputs = [tensor.requires_grad_() for tensor in cast(inner_inputs(batch, time, d_inner, d_state), torch.float32)]
+    sizes = []
+    torch_empty, numpy_empty = torch.empty, np.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: (r := torch_empty(*a, **k), sizes.append(r.numel()))[0])
+    monkeypatch.setattr(np, "empty", lambda *a, **k: (r := numpy_empty(*a, **k), sizes.append(r.size))[0])
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mamba_inner(*inputs, "cpu").sum().backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events()) / 4
+    assert sizes and largest > 0
+    assert max(largest, *sizes) < batch * time * d_inner * d_state / 8
+
+
+# ---- one step --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("length", [1, 2, CHUNK, CHUNK + 5])
+def test_prefill_and_steps_equal_the_whole_sequence(backend, length):
+    time, rank, d_state = CHUNK + 12, 3, 4
+    inputs = cast(inner_inputs(2, time, 10, d_state, dt_rank=rank), torch.float64)
+    xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = inputs
+    whole, whole_conv, whole_h = mamba_inner_with_state(*inputs, backend)
+    assert relative_error(whole, mamba_inner(*inputs, "reference")) < 1e-10
+    y, conv_state, h = mamba_inner_with_state(xz[:, :length], *inputs[1:], backend)
+    outputs = [*y.unbind(1)]
+    for t in range(length, time):
+        x, z = xz[:, t].chunk(2, dim=-1)
+        given = conv_state.clone(), h.clone()
+        xc, next_conv = conv_step(conv_state, x, conv_weight, conv_bias)
+        delta, B, C = (xc @ x_proj.T).split([rank, d_state, d_state], dim=-1)
+        y, next_h = selective_scan_step(h, xc, delta @ dt_proj.T, A, B, C, D, z, dt_bias)
+        assert torch.equal(given[0], conv_state) and torch.equal(given[1], h)
+        conv_state, h = next_conv, next_h
+        outputs.append(y)
+    assert relative_error(torch.stack(outputs, 1), whole) < 1e-10
+    assert relative_error(h, whole_h) < 1e-10
+    assert torch.equal(conv_state, whole_conv)
+
+
+# ---- choice of back end ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Decides which packages seem installed."""
+    present = {"numba", "triton", "mamba_ssm"}
+    monkeypatch.setattr(selective_scan.importlib.util, "find_spec", lambda name: object() if name in present else None)
+    return present
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "missing", "expected"),
+    [
+        ("auto", "cpu", (), "cpu"),
+        ("auto", "cuda", (), "triton"),
+        ("auto", "cuda:1", ("triton",), "mamba-ssm"),
+        ("mamba-ssm", "cuda", (), "mamba-ssm"),
+        ("reference", "cpu", ("numba",), "reference"),
+        ("reference", "cuda", (), "reference"),
+    ],
+)
+def test_backend_choice(installed, requested, device, missing, expected):
+    installed.difference_update(missing)
+    assert choose_backend(requested, device) == expected
+    assert choose_backend(requested, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "missing", "message"),
+    [
+        ("triton", "cpu", (), "CUDA"),
+        ("mamba-ssm", "cpu", (), "CUDA"),
+        ("cpu", "cuda", (), "does not run on a CUDA device"),
+        ("fast", "cpu", (), "choose from"),
+        ("auto", "meta", (), "meta"),
+        ("auto", "cuda", ("triton", "mamba_ssm"), "not installed"),
+        ("auto", "cpu", ("numba",), "numba is not installed"),
+        ("triton", "cuda", ("triton",), "pip install triton"),
+        ("mamba-ssm", "cuda", ("mamba_ssm",), "pip install mamba-ssm"),
+        ("cpu", "cpu", ("numba",), "pip install numba"),
+    ],
+)
+def test_backend_errors(installed, requested, device, missing, message):
+    installed.difference_update(missing)
+    with pytest.raises(UserError, match=message):
+        choose_backend(requested, device)
+
+
+def run_python(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], cwd=REPO, env={**os.environ, **environment}, text=True,
+                          capture_output=True, check=True).stdout
+
+
+def test_choice_is_printed_once_and_loads_no_kernel():
+    code = """
+import sys, torch, selective_scan
+torch.set_num_threads(2)
+selective_scan.choose_backend("auto", "cpu")
+selective_scan.choose_backend("cpu", "cpu")
+print(sorted({"numba", "triton", "mamba_ssm", "scan_cpu"} & set(sys.modules)))
+"""
+    assert run_python(code) == "scan back end: cpu (numba, 2 threads)\n[]\n"
+
+
+def test_kernels_run_where_numba_can_write_no_cache(tmp_path):
+    """A read-only installation and no home folder: compiled for this process only."""
+    code = """
+import numba.core.caching as caching, torch
+caching.CacheImpl._locator_classes = []
+import scan_cpu
+x = torch.randn(1, 3, 2)
+print(scan_cpu.conv_silu_forward(x, torch.zeros(2, 4), torch.zeros(2)).abs().max().item())
+"""
+    assert run_python(code) == "0.0\n"
