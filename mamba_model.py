@@ -1,0 +1,311 @@
+"""The model: a causal Mamba that predicts the next time steps of a multivariate series.
+
+`MambaBlock` is Mamba-1 (Gu & Dao 2023, arXiv 2312.00752, section 3 and algorithm 2) with the parameter names and the
+initialisation of `mamba_ssm.Mamba`, so that weights move between the two. `CausalTimeSeriesMamba` stacks blocks
+between a linear input and one small head a horizon. `save_checkpoint` and `load_checkpoint` are the only ways in and
+out of a `.pt` file.
+"""
+
+import math
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cli
+from selective_scan import (
+    choose_backend,
+    conv_step,
+    mamba_inner,
+    mamba_inner_with_state,
+    selective_scan_step,
+)
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the initial step sizes, as in mamba_ssm.Mamba
+
+
+class MambaBlock(nn.Module):
+    """Selective state space block: (batch, time, d_model) to the same shape, causal in time.
+
+    `backend` names the scan's back end (see selective_scan.choose_backend).
+    """
+
+    def __init__(self, d_model, d_state=16, d_conv=4, expand=2):
+        super().__init__()
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.init_dt()
+
+    @torch.no_grad()
+    def init_dt(self):
+        """Step sizes log-uniform in [DT_MIN, DT_MAX] at the start, whatever the input."""
+        nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
+        dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+    def inner_parameters(self):
+        """What the scan needs beside its input, in the order of selective_scan.mamba_inner."""
+        return (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+                self.dt_proj.bias, -torch.exp(self.A_log.float() if self.A_log.dtype.itemsize < 4 else self.A_log),
+                self.D)
+
+    def forward(self, x, backend):
+        return self.out_proj(mamba_inner(self.in_proj(x), *self.inner_parameters(), backend))
+
+    def prefill(self, x, backend):
+        """Like forward, and the state after the last step: (output, (conv_state, h)). No gradient."""
+        y, conv_state, h = mamba_inner_with_state(self.in_proj(x), *self.inner_parameters(), backend)
+        return self.out_proj(y), (conv_state, h)
+
+    def init_state(self, batch, device=None, dtype=None):
+        """The state before the first step: zeros (conv_state, h)."""
+        like = {"device": device or self.D.device, "dtype": dtype or self.D.dtype}
+        return (torch.zeros(batch, self.d_inner, self.d_conv - 1, **like),
+                torch.zeros(batch, self.d_inner, self.d_state, **like))
+
+    def step(self, x, state):
+        """One time step of the recurrence: x (batch, d_model) and the state to the output and the next state."""
+        conv_weight, conv_bias, _, _, dt_bias, A, D = self.inner_parameters()
+        conv_state, h = state
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, conv_state = conv_step(conv_state, x, conv_weight, conv_bias)
+        delta, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, h = selective_scan_step(h, x, F.linear(delta, self.dt_proj.weight), A, B, C, D, z, dt_bias)
+        return self.out_proj(y), (conv_state, h)
+
+    @torch.no_grad()
+    def signals(self, x):
+        """What the block computes on its way, for x (batch, time, d_model), as a dict.
+
+        "conv": the convolved input after SiLU, "delta": the step size after softplus and "z": the output gate
+        before SiLU, each (batch, time, d_inner); "B" and "C": (batch, time, d_state).
+        """
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = F.silu(self.conv1d(u.transpose(1, 2))[..., :x.shape[1]]).transpose(1, 2)
+        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return {"conv": u, "delta": F.softplus(self.dt_proj(delta)), "z": z, "B": B, "C": C}
+
+
+class MambaLayer(nn.Module):
+    """Pre-norm residual layer: x + dropout(MambaBlock(LayerNorm(x)))."""
+
+    def __init__(self, d_model, d_state, d_conv, expand, dropout):
+        super().__init__()
+        self.norm = nn.LayerNorm(d_model)
+        self.mamba = MambaBlock(d_model, d_state, d_conv, expand)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, backend):
+        return x + self.dropout(self.mamba(self.norm(x), backend))
+
+    def prefill(self, x, backend):
+        y, state = self.mamba.prefill(self.norm(x), backend)
+        return x + self.dropout(y), state
+
+    def step(self, x, state):
+        y, state = self.mamba.step(self.norm(x), state)
+        return x + self.dropout(y), state
+
+
+def horizons_up_to(max_horizon):
+    """The horizons a model predicts: the powers of two up to max_horizon, and max_horizon itself."""
+    return sorted({1 << i for i in range(max_horizon.bit_length())} | {max_horizon})
+
+
+class CausalTimeSeriesMamba(nn.Module):
+    """Predicts x[t + k] from x[0…t] for every time step t and horizon k.
+
+    `forward(x)`, x (batch, time, feature_dim), returns {str(k): (batch, time, feature_dim)}; `encode(x)` the outputs
+    of the layers in order and the horizon-1 prediction last; `init_state` / `prefill` / `step` run the same model as
+    a recurrence whose cost a step does not depend on how many came before.
+    """
+
+    def __init__(self, feature_dim=20, d_model=128, n_layers=7, d_state=32, d_conv=4, expand=2, d_ff=512,
+                 dropout=0.1, max_horizon=1):
+        super().__init__()
+        self.feature_dim, self.d_model, self.n_layers = feature_dim, d_model, n_layers
+        self.horizons = horizons_up_to(max_horizon)
+        self.input_proj = nn.Linear(feature_dim, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(MambaLayer(d_model, d_state, d_conv, expand, dropout) for _ in range(n_layers))
+        self.final_norm = nn.LayerNorm(d_model)
+        self.output_heads = nn.ModuleDict({
+            str(k): nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, feature_dim))
+            for k in self.horizons})
+        self.backends = {}
+
+    def use_scan(self, requested, device):
+        """Choose the scan's back end for this kind of device; raises UserError when it isn't there."""
+        self.backends[torch.device(device).type] = choose_backend(requested, torch.device(device))
+        return self
+
+    def backend_for(self, device):
+        if device.type not in self.backends:
+            self.use_scan("auto", device)
+        return self.backends[device.type]
+
+    def layer_outputs(self, x):
+        """The outputs of all layers, a list of (batch, time, d_model)."""
+        backend = self.backend_for(x.device)
+        h, outputs = self.dropout(self.input_proj(x)), []
+        for layer in self.layers:
+            h = layer(h, backend)
+            outputs.append(h)
+        return outputs
+
+    def heads(self, h):
+        """Predictions of all horizons from the last layer's output h (…, d_model)."""
+        h = self.final_norm(h)
+        return {k: head(h) for k, head in self.output_heads.items()}
+
+    def forward(self, x, with_layers=False):
+        """{str(k): (batch, time, feature_dim)}; with_layers adds the list of layer outputs: (predictions, outputs)."""
+        outputs = self.layer_outputs(x)
+        predictions = self.heads(outputs[-1])
+        return (predictions, outputs) if with_layers else predictions
+
+    def encode(self, x):
+        outputs = self.layer_outputs(x)
+        return [*outputs, self.output_heads["1"](self.final_norm(outputs[-1]))]
+
+    def init_state(self, batch, device=None, dtype=None):
+        """The recurrent state before the first step: a list with (conv_state, h) of each layer."""
+        return [layer.mamba.init_state(batch, device, dtype) for layer in self.layers]
+
+    @torch.no_grad()
+    def prefill(self, x):
+        """Run x (batch, time, feature_dim) in parallel; returns the predictions after its last step, as `step`
+        does, and the state to go on from."""
+        backend = self.backend_for(x.device)
+        h, states = self.dropout(self.input_proj(x)), []
+        for layer in self.layers:
+            h, state = layer.prefill(h, backend)
+            states.append(state)
+        return self.heads(h[:, -1]), states
+
+    def step(self, x, states, perturb=None):
+        """One time step: x (batch, feature_dim) and the states to ({str(k): (batch, feature_dim)}, next states).
+
+        `perturb(i, h)`, when given, may change the output h (batch, d_model) of layer i, counted from 0, before the
+        next layer sees it.
+        """
+        h, next_states = self.dropout(self.input_proj(x)), []
+        for i, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+            h, state = layer.step(h, state)
+            if perturb is not None:
+                h = perturb(i, h)
+            next_states.append(state)
+        return self.heads(h), next_states
+
+
+def modern_keys(state_dict):
+    """State-dict keys of older files (`_orig_mod.` of torch.compile, `output_proj.` before there were horizons)
+    under today's names."""
+    return {re.sub(r"^output_proj\.", "output_heads.1.", key.removeprefix("_orig_mod.")): value
+            for key, value in state_dict.items()}
+
+
+def model_from_state_dict(state_dict, dropout=0.1):
+    """Build the model whose shapes these tensors have and load them.
+
+    The sizes come from the tensors, not from the flags beside them: a file can't ask for more memory than it fills.
+    Raises KeyError, ValueError or RuntimeError when the tensors don't make up a model.
+    """
+    state_dict = modern_keys(state_dict)
+    for key, value in state_dict.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise ValueError(f"{key} is not a tensor of floating-point numbers")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise ValueError(f"{key} declares more numbers than the file holds")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{key} holds NaN or infinity")
+    d_model, feature_dim = state_dict["input_proj.weight"].shape
+    d_inner, d_state = state_dict["layers.0.mamba.A_log"].shape
+    n_layers = len({m[1] for key in state_dict if (m := re.match(r"layers\.(\d+)\.", key))})
+    max_horizon = max(int(m[1]) for key in state_dict if (m := re.match(r"output_heads\.(\d+)\.", key)))
+    if d_inner % d_model:
+        raise ValueError(f"d_inner {d_inner} is no multiple of d_model {d_model}")
+    # On the meta device the model takes no memory until it takes over the file's tensors.
+    with torch.device("meta"):
+        model = CausalTimeSeriesMamba(
+            feature_dim, d_model, n_layers, d_state, state_dict["layers.0.mamba.conv1d.weight"].shape[-1],
+            d_inner // d_model, state_dict["output_heads.1.0.weight"].shape[0], dropout, max_horizon)
+    model.load_state_dict({key: value.float().contiguous() for key, value in state_dict.items()}, assign=True)
+    return model.requires_grad_()
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict of a checkpoint file, loaded without unpickling code. Raises UserError when it isn't one."""
+    path = Path(path)
+    if not path.is_file():
+        raise user_error_at(path, "not found; train it first with: python masked_model_gpu_mamba_next.py "
+                                f"--checkpoint {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a foreign file is said once, below
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError,
+            AttributeError, IndexError, OSError, UnicodeDecodeError, AssertionError, ImportError, OverflowError) as e:
+        raise user_error_at(path, f"is no checkpoint or is damaged ({reason(e)}); train it anew or give another "
+                                "--checkpoint") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
+        raise user_error_at(path, "is no checkpoint of this project (no model_state_dict); give another --checkpoint")
+    if not isinstance(checkpoint.get("args", {}), dict):
+        raise user_error_at(path, "is no checkpoint of this project (args is not a dict); give another --checkpoint")
+    return checkpoint
+
+
+def user_error_at(path, message):
+    return cli.UserError(f"{path} {message}")
+
+
+def reason(error):
+    """The first sentence of a library's error: torch's advice on unpickling is long, and wrong here."""
+    if "weights_only" in str(error) or "Weights only" in str(error):
+        return "it holds pickled objects, which are never run"
+    return cli.one_line(error).split(". ")[0][:160] or type(error).__name__
+
+
+def load_checkpoint(path, device="cpu"):
+    """Load a checkpoint for use: (model in eval mode on `device`, args as a plain dict).
+
+    Files from mamba-ssm training load on a CPU and the reverse; older key names load too. Raises UserError when the
+    file is missing, damaged, holds pickled code or is no model of this project.
+    """
+    checkpoint = read_checkpoint(path, device)
+    args = checkpoint.get("args", {})
+    dropout = args.get("dropout", 0.1)
+    try:
+        model = model_from_state_dict(checkpoint["model_state_dict"],
+                                      dropout if isinstance(dropout, float) and 0 <= dropout < 1 else 0.1)
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+        raise user_error_at(path, f"does not hold a CausalTimeSeriesMamba ({reason(error)}); "
+                                "give another --checkpoint") from None
+    return model.to(device).eval(), args
+
+
+def save_checkpoint(path, epoch, model_state_dict, optimizer_state_dict, train_loss, val_loss, args, **resume):
+    """Write a checkpoint, whole or not at all. `args` a plain dict of all flags; `resume` what resuming needs."""
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
+    with cli.writing(path) as part:
+        torch.save({"epoch": epoch, "model_state_dict": model_state_dict,
+                    "optimizer_state_dict": optimizer_state_dict, "train_loss": train_loss, "val_loss": val_loss,
+                    "args": plain, **resume}, part)
+
+
+def stem(checkpoint):
+    """`NAME` of NAME.pt: the first part of the names of all files that belong to this checkpoint."""
+    return Path(checkpoint).name.removesuffix(".pt")
