@@ -1,0 +1,378 @@
+"""The exact filter against every hidden path of tiny processes, written out, and against a plain log-space HMM."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+from scipy.stats import norm
+
+import cli
+import optimal_filter
+from dataset import Series
+
+PERIODS = {2: [2, 3], 3: [2, 3, 4]}
+NOISE = 1.1  # as large as the circles: every path keeps some weight
+
+
+def make_process(n_circles, seed=0, dwell=(5.0, 2.0), dim=4, noise_std=NOISE, periods=None):
+    """A tiny process as a Series of no steps and its Process."""
+    rng = np.random.default_rng(seed)
+    periods = np.array(periods or PERIODS[n_circles])
+    matrix = rng.uniform(0.2, 1, (n_circles, n_circles)) * (1 - np.eye(n_circles))
+    planes = np.stack([np.linalg.qr(rng.normal(size=(dim, 2)))[0].T for _ in range(n_circles)])
+    series = Series(
+        X=np.zeros((0, dim), np.float32), states=np.zeros(0, np.int64), thetas=np.zeros(0),
+        transition_matrix=matrix / matrix.sum(axis=1, keepdims=True), radii=rng.uniform(1, 2, n_circles),
+        entry_angles=rng.uniform(0, 2 * np.pi, n_circles), periods=periods, planes=planes,
+        config={"noise_std": noise_std, "dwell_mean": dwell[0], "dwell_std": dwell[1]})
+    return series, optimal_filter.process_from_series(series)
+
+
+def simulate(series, n_steps, seed=1):
+    """Fill in X, states and thetas of a Series with n_steps steps, by the definition of the process."""
+    rng = np.random.default_rng(seed)
+    config, states, thetas = series.config, [], []
+    circle = rng.integers(series.n_circles)
+    while len(states) < n_steps:
+        period = series.periods[circle]
+        revolutions = max(1, round(rng.normal(config["dwell_mean"], config["dwell_std"]) / period))
+        for step in range(revolutions * period):
+            states.append(circle)
+            thetas.append((series.entry_angles[circle] + 2 * np.pi * step / period) % (2 * np.pi))
+        circle = rng.choice(series.n_circles, p=series.transition_matrix[circle])
+    series.states, series.thetas = np.array(states[:n_steps]), np.array(thetas[:n_steps])
+    clean = np.array([point(series, i, angle) for i, angle in zip(series.states, series.thetas, strict=True)])
+    series.X = (clean + config["noise_std"] * rng.normal(size=clean.shape)).astype(np.float32)
+    return series
+
+
+def point(series, circle, angle):
+    v1, v2 = series.planes[circle]
+    return series.radii[circle] * (np.cos(angle) * v1 + np.sin(angle) * v2)
+
+
+def dwell_law(series, circle):
+    """{revolutions: probability}, straight from the definition."""
+    mean, std, period = series.config["dwell_mean"], series.config["dwell_std"], series.periods[circle]
+    law = {r: norm.cdf((r + 0.5) * period, mean, std) - norm.cdf((r - 0.5) * period, mean, std)
+           for r in range(2, 30)}
+    return {1: norm.cdf(1.5 * period, mean, std)} | {r: p for r, p in law.items() if p > 1e-15}
+
+
+def dense_hmm(series):
+    """The process as a plain Markov chain over (circle, revolutions of the visit, step of the visit).
+
+    Returns the list of states, its transition matrix, the emission means, and the law of the first state for both
+    kinds of start, the stationary one as the chain's own fixed point.
+    """
+    K = series.n_circles
+    laws = [dwell_law(series, i) for i in range(K)]
+    states = [(i, r, e) for i in range(K) for r in laws[i] for e in range(r * series.periods[i])]
+    index = {state: a for a, state in enumerate(states)}
+    T, start = np.zeros((len(states), len(states))), np.zeros(len(states))
+    for (i, r, e), a in index.items():
+        if e + 1 < r * series.periods[i]:
+            T[a, index[i, r, e + 1]] = 1
+        else:
+            for k in range(K):
+                for revolutions, p in laws[k].items():
+                    T[a, index[k, revolutions, 0]] = series.transition_matrix[i, k] * p
+        if e == 0:
+            start[a] = laws[i][r] / K
+    means = np.array([point(series, i, series.entry_angles[i] + 2 * np.pi * e / series.periods[i])
+                      for i, _, e in states])
+    balance = np.vstack([T.T - np.eye(len(T)), np.ones(len(T))])
+    stationary = np.linalg.lstsq(balance, np.r_[np.zeros(len(T)), 1])[0]
+    return states, T, means, {"visit start": start, "stationary": stationary}
+
+
+def enumerate_paths(T, start, length):
+    """Every path of `length` states that has a positive probability: (paths (n, length), probabilities (n,))."""
+    paths, probabilities = np.flatnonzero(start > 1e-15)[:, None], start[start > 1e-15]
+    for _ in range(length - 1):
+        grown = [(row, b) for row in range(len(paths)) for b in np.flatnonzero(T[paths[row, -1]])]
+        rows, ends = np.array(grown).T
+        probabilities = probabilities[rows] * T[paths[rows, -1], ends]
+        paths = np.concatenate([paths[rows], ends[:, None]], axis=1)
+    return paths, probabilities
+
+
+def log_density(x, means, noise_std):
+    """log N(x; mean, noise_std² I) for x (n, dim) and means (s, dim): (n, s)."""
+    return norm.logpdf(x[:, None], means, noise_std).sum(axis=-1)
+
+
+@pytest.mark.parametrize("initial", ["visit start", "stationary"])
+@pytest.mark.parametrize("n_circles", [2, 3])
+def test_matches_every_path_written_out(n_circles, initial):
+    series, process = make_process(n_circles, seed=n_circles, dwell=(3.0, 1.2))
+    n, horizons = 7, [1, 2, 3, 5]
+    X = np.random.default_rng(5).normal(size=(n, 4)) * 1.5
+    states, T, means, starts = dense_hmm(series)
+    paths, probabilities = enumerate_paths(T, starts[initial], n + max(horizons))
+    circles = np.array([state[0] for state in states])
+    likelihood = log_density(X, means, NOISE)
+    log_path = np.log(probabilities)[:, None] + np.cumsum(
+        np.stack([likelihood[t, paths[:, t]] for t in range(n)], axis=1), axis=1)
+    evidence = logsumexp(log_path, axis=0)
+    posterior = np.exp(log_path - evidence)  # (paths, n): given x up to t
+
+    result = optimal_filter.predict(process, X, horizons, initial)
+    np.testing.assert_allclose(result["log_likelihood"], np.diff(evidence, prepend=0), atol=1e-10)
+    smoothed = optimal_filter.smooth(process, X, initial)
+    for t in range(n):
+        for i in range(n_circles):
+            on = circles[paths[:, t]] == i
+            np.testing.assert_allclose(result["circle_posterior"][t, i], posterior[on, t].sum(), atol=1e-10)
+            np.testing.assert_allclose(smoothed["circle_posterior"][t, i], posterior[on, -1].sum(), atol=1e-10)
+        for k in horizons:
+            np.testing.assert_allclose(result["prediction"][k][t], posterior[:, t] @ means[paths[:, t + k]],
+                                       atol=1e-10)
+    np.testing.assert_allclose(smoothed["log_likelihood"], result["log_likelihood"], atol=1e-12)
+
+
+def reference_filter(series, X, initial, horizons):
+    """Forward-backward in log space over the dense chain: what `predict` and `smooth` must give."""
+    states, T, means, starts = dense_hmm(series)
+    circles, steps = np.array([s[0] for s in states]), np.array([s[2] for s in states])
+    emission = log_density(np.asarray(X, dtype=np.float64), means, series.config["noise_std"])
+    with np.errstate(divide="ignore"):
+        log_T, alpha = np.log(T), [np.log(np.maximum(starts[initial], 0)) + emission[0]]
+    for t in range(1, len(X)):
+        alpha.append(logsumexp(alpha[-1][:, None] + log_T, axis=0) + emission[t])
+    beta = [np.zeros(len(states))]
+    for t in range(len(X) - 1, 0, -1):
+        beta.append(logsumexp(log_T + emission[t] + beta[-1], axis=1))
+    alpha, beta = np.array(alpha), np.array(beta[::-1])
+    filtered = np.exp(alpha - logsumexp(alpha, axis=1, keepdims=True))
+    smoothed = np.exp(alpha + beta - logsumexp(alpha[-1]))
+    of_circle = circles[:, None] == np.arange(series.n_circles)
+    angles = series.entry_angles[circles] + 2 * np.pi * steps / series.periods[circles]
+    return {"prediction": {k: filtered @ np.linalg.matrix_power(T, k) @ means for k in horizons},
+            "circle_posterior": filtered @ of_circle, "smoothed": smoothed @ of_circle,
+            "phasor": (smoothed * np.exp(1j * angles)) @ of_circle}
+
+
+@pytest.mark.parametrize("initial", ["visit start", "stationary"])
+def test_matches_plain_hmm_on_a_longer_series(initial):
+    series, process = make_process(3, seed=3, dwell=(6.0, 1.5))
+    X, horizons = simulate(series, 250).X, [1, 2, 4, 13]
+    wanted = reference_filter(series, X, initial, horizons)
+    result = optimal_filter.predict(process, X, horizons, initial)
+    np.testing.assert_allclose(result["circle_posterior"], wanted["circle_posterior"], atol=1e-10)
+    for k in horizons:
+        np.testing.assert_allclose(result["prediction"][k], wanted["prediction"][k], atol=1e-10)
+        error = ((X[k:] - wanted["prediction"][k][:-k])**2).mean(axis=1)
+        np.testing.assert_allclose(result["squared_error"][k], error, atol=1e-10)
+    smoothed = optimal_filter.smooth(process, X, initial)
+    np.testing.assert_allclose(smoothed["circle_posterior"], wanted["smoothed"], atol=1e-10)
+    np.testing.assert_array_equal(smoothed["circle"], wanted["smoothed"].argmax(axis=1))
+    mean_angle = wanted["phasor"][np.arange(len(X)), smoothed["circle"]]
+    sharp = np.abs(mean_angle) > 0.1
+    np.testing.assert_allclose(np.exp(1j * smoothed["theta"][sharp]), (mean_angle / np.abs(mean_angle))[sharp],
+                               atol=1e-9)
+
+
+def test_blocks_and_windows_of_any_length_agree(monkeypatch):
+    series, process = make_process(3)
+    X = simulate(series, 200).X
+    whole = optimal_filter.predict(process, X, (1, 6))
+    monkeypatch.setattr(optimal_filter, "BLOCK", 7)
+    blocks = optimal_filter.predict(process, X, (1, 6))
+    np.testing.assert_allclose(blocks["prediction"][6], whole["prediction"][6], atol=1e-13)
+    for n in (1, 2, 3, 5):  # shorter than a revolution
+        short = optimal_filter.predict(process, X[:n], (1, 6))
+        np.testing.assert_allclose(short["prediction"][6], whole["prediction"][6][:n], atol=1e-13)
+        assert short["squared_error"][6].shape == (0,)
+        assert optimal_filter.smooth(process, X[:n], "stationary")["circle"].shape == (n,)
+
+
+def test_burst_of_outliers_loses_no_state():
+    """Log-probabilities fall to -1e6, where exp() is 0; what comes after must be as if nothing had been lost."""
+    series, process = make_process(3, seed=7, dwell=(9.0, 1.5), noise_std=0.4)
+    X = simulate(series, 170).X.astype(np.float64)
+    X[100:110] += 400 * np.random.default_rng(0).normal(size=(10, 4))
+    wanted = reference_filter(series, X, "visit start", [1, 3])
+    result = optimal_filter.predict(process, X, [1, 3])
+    np.testing.assert_allclose(result["prediction"][3], wanted["prediction"][3], atol=1e-7)
+    np.testing.assert_allclose(result["circle_posterior"], wanted["circle_posterior"], atol=1e-7)
+    smoothed = optimal_filter.smooth(process, X)
+    np.testing.assert_allclose(smoothed["circle_posterior"], wanted["smoothed"], atol=1e-7)
+    assert np.mean(smoothed["circle"][125:] == series.states[125:]) > 0.98
+    assert smoothed["log_likelihood"][100:110].max() < smoothed["log_likelihood"][125:].min()
+    assert smoothed["distance"][100:110].min() > 5 * smoothed["distance"][125:].max()
+
+
+def test_data_that_the_process_cannot_make_still_get_an_answer():
+    """A visit that never ends is impossible under the dwell law: the filter must stay finite all the same."""
+    series, process = make_process(2, dwell=(4.0, 0.0), noise_std=0.05)
+    step = np.arange(500)
+    X = np.array([point(series, 0, series.entry_angles[0] + 2 * np.pi * j / series.periods[0]) for j in step])
+    result = optimal_filter.predict(process, X, (1, 2))
+    assert all(np.isfinite(value).all() for value in (result["prediction"][2], result["log_likelihood"]))
+    assert np.isfinite(optimal_filter.smooth(process, X)["circle_posterior"]).all()
+
+
+@pytest.mark.parametrize("period", [40, 120, 400, 1500])
+def test_dwell_law(period):
+    law = optimal_filter.revolution_law(period, 400.0, 100.0)
+    assert law.sum() == pytest.approx(1, abs=1e-14)
+    r = np.arange(2, len(law) + 1)
+    wanted = norm.cdf((r + 0.5) * period, 400, 100) - norm.cdf((r - 0.5) * period, 400, 100)
+    np.testing.assert_allclose(law[1:], wanted, atol=1e-14)
+    draws = np.maximum(1, np.rint(np.random.default_rng(0).normal(400, 100, 200_000) / period)).astype(int)
+    counts = np.bincount(draws, minlength=len(law) + 1)[1:]
+    np.testing.assert_allclose(counts / len(draws), law, atol=6e-3)
+
+
+def test_dwell_law_without_spread():
+    np.testing.assert_array_equal(optimal_filter.revolution_law(100, 420.0, 0.0), [0, 0, 0, 1])
+    np.testing.assert_array_equal(optimal_filter.revolution_law(100, 250.0, 0.0), [0, 1])  # round half to even
+    np.testing.assert_array_equal(optimal_filter.revolution_law(100, 20.0, 0.0), [1])
+
+
+def test_entry_rates_are_the_chain_s_own():
+    series, process = make_process(3, dwell=(7.0, 3.0))
+    states, _, _, starts = dense_hmm(series)
+    begins = np.zeros(3)
+    for (i, _, e), p in zip(states, starts["stationary"], strict=True):
+        begins[i] += p * (e == 0)
+    np.testing.assert_allclose(optimal_filter.entry_rates(process), begins, atol=1e-12)
+
+
+def test_errors_are_those_the_filter_expects():
+    """Over a long series the squared error of an optimal prediction equals its own predictive variance."""
+    series, process = make_process(3, dwell=(9.0, 3.0), noise_std=0.3)
+    X = simulate(series, 20_000).X
+    floor = process.noise_std**2
+    errors = optimal_filter.predict(process, X, (1, 2, 8), keep_predictions=False)["squared_error"]
+    assert 0.97 * floor < errors[1].mean() < errors[2].mean() < errors[8].mean() < X.var(axis=0).mean() * 1.05
+    # Nobody leaves a circle within a revolution: with the dwell fixed and the phase known only noise is left.
+    fixed, process = make_process(2, dwell=(30.0, 0.0), noise_std=0.3, periods=[10, 15])
+    fixed.transition_matrix[:] = [[0, 1], [1, 0]]
+    errors = optimal_filter.predict(process, simulate(fixed, 20_000).X, (1, 8), keep_predictions=False)
+    for k in (1, 8):
+        assert errors["squared_error"][k][200:].mean() == pytest.approx(floor, rel=0.03)
+
+
+def test_initial_law_of_the_first_circle():
+    series, process = make_process(3)
+    X = simulate(series, 30).X
+    posterior = optimal_filter.predict(process, X, (), initial=[0, 1, 0])["circle_posterior"]
+    np.testing.assert_array_equal(posterior[0], [0, 1, 0])
+    for wrong in ("somewhere", [0.5, 0.5], [0.5, 0.2, 0.2]):
+        with pytest.raises(ValueError, match="initial"):
+            optimal_filter.predict(process, X, initial=wrong)
+
+
+def test_window_and_history_errors():
+    series, process = make_process(3)
+    simulate(series, 300)
+    starts, seq_len, horizons = [10, 40, 170], 50, (1, 4)
+    windows, history = {k: [] for k in horizons}, {k: [] for k in horizons}
+    whole = optimal_filter.predict(process, series.X, horizons)["prediction"]
+    for start in starts:
+        X = series.X[start:start + seq_len]
+        alone = optimal_filter.predict(process, X, horizons, "stationary")["prediction"]
+        for k in horizons:
+            windows[k].append((X[k:] - alone[k][:-k])**2)
+            history[k].append((X[k:] - whole[k][start:start + seq_len - k])**2)
+    by_window = optimal_filter.window_mse(process, series, np.array(starts), seq_len, horizons)
+    by_history = optimal_filter.history_mse(process, series, np.array(starts), seq_len, horizons)
+    for k in horizons:
+        assert by_window[k] == pytest.approx(np.mean(windows[k]), rel=1e-10)
+        assert by_history[k] == pytest.approx(np.mean(history[k]), rel=1e-10)
+    with pytest.raises(ValueError, match="shorter than the window"):
+        optimal_filter.window_mse(process, series, starts, 4, horizons)
+    with pytest.raises(ValueError, match="must lie in the series"):
+        optimal_filter.history_mse(process, series, [280], seq_len, horizons)
+
+
+def test_planes_are_recovered():
+    series, process = make_process(3, noise_std=0.3, dim=6, periods=[3, 4, 5])
+    simulate(series, 3000)
+    planes, series.planes = series.planes, None
+    refitted = optimal_filter.process_from_series(series)
+    recovered = refitted.planes
+    np.testing.assert_allclose(recovered @ recovered.transpose(0, 2, 1), np.tile(np.eye(2), (3, 1, 1)), atol=1e-12)
+    np.testing.assert_allclose(recovered, planes, atol=0.05)
+    # Planes fitted to the noise of the same data predict it too well, by what the docstring says.
+    exact, fitted = (np.mean(optimal_filter.predict(p, series.X)["squared_error"][1]) for p in (process, refitted))
+    assert exact - fitted == pytest.approx(0.09 * 3 * (2 * 6 - 3) / series.X.size, rel=0.6)
+    series.states[series.states == 2] = 1
+    with pytest.raises(cli.UserError, match="circle 2 is seen at too few angles"):
+        optimal_filter.process_from_series(series)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"drift": True}, "made with drift"),
+    ({"center_walk_std": 0.1}, "made with center_walk_std"),
+    ({"noise_std": 0.0}, "noise_std 0"),
+    ({"dwell_std": None}, "no usable dwell_std"),
+    ({"dwell_mean": "long"}, "no usable dwell_mean"),
+    ({"dwell_mean": 1e9}, "too many for the exact filter"),
+])
+def test_refuses_what_it_cannot_be_exact_for(change, message):
+    series, _ = make_process(2)
+    series.config = {k: v for k, v in (series.config | change).items() if v is not None}
+    with pytest.raises(cli.UserError, match=message):
+        optimal_filter.process_from_series(series)
+
+
+def save_series(series, folder):
+    folder.mkdir()
+    names = ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes")
+    np.savez(folder / "data.npz", **{name: getattr(series, name) for name in names})
+    (folder / "config.json").write_text(json.dumps(series.config))
+
+
+def run_script(*arguments):
+    script = Path(optimal_filter.__file__)
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(script.parent)})
+
+
+def test_script(tmp_path):
+    series, process = make_process(3, dwell=(9.0, 3.0))
+    save_series(simulate(series, 2000), tmp_path / "data")
+    done = run_script("--data-dir", tmp_path / "data", "--save-dir", tmp_path / "out", "--horizons", "4,1",
+                      "--seq-len", 50, "--stride", 10, "--val-fraction", 0.2)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "optimal_filter.json").read_text())
+    assert (tmp_path / "out" / "optimal_filter.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["optimal_filter.json", "optimal_filter.png"]
+    result = optimal_filter.predict(process, series.X, (1, 4))
+    windows = optimal_filter.window_mse(process, series, range(1600, 1951, 10), 50, (1, 4))
+    assert report["noise_floor"] == NOISE**2 and [row["horizon"] for row in report["horizons"]] == [1, 4]
+    for row in report["horizons"]:
+        errors = result["squared_error"][row["horizon"]]
+        assert row["mse"] == pytest.approx(errors.mean())
+        assert row["val_mse"] == pytest.approx(errors[1600:].mean())
+        assert row["val_window_mse"] == pytest.approx(windows[row["horizon"]])
+        assert f"{row['mse']:.4f}" in done.stdout
+    assert report["circle_accuracy"] == np.mean(result["circle_posterior"].argmax(axis=1) == series.states)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--horizons", "1,0"], "--horizons"),
+    (["--horizons", "1,64", "--seq-len", "64"], "--seq-len 64 must be longer"),
+    (["--data-dir", "nowhere"], "nowhere/data.npz not found"),
+])
+def test_script_says_what_is_wrong(tmp_path, arguments, message):
+    done = run_script("--save-dir", tmp_path / "out", *arguments)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_script_refuses_drifting_data(tmp_path):
+    series, _ = make_process(2)
+    simulate(series, 100).config["drift"] = True
+    save_series(series, tmp_path / "data")
+    done = run_script("--data-dir", tmp_path / "data", "--save-dir", tmp_path / "out")
+    assert done.returncode == 2 and "drift" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not list((tmp_path / "out").iterdir())
