@@ -1,0 +1,300 @@
+"""Training: losses against brute force, what is frozen stays frozen, resuming, files and refusals."""
+
+import csv
+import json
+import math
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import dataset
+import masked_model_gpu_mamba_next as training
+from mamba_model import CausalTimeSeriesMamba, load_checkpoint
+
+TINY = ["--d-model", "16", "--n-layers", "2", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
+        "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu"]
+
+
+def flags(shared_data, path, *more):
+    return [*TINY, "--data-dir", str(shared_data), "--checkpoint", str(path), *more]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- pure functions
+
+
+def test_horizon_mse_pairs_prediction_with_what_it_predicts():
+    x = torch.randn(2, 10, 3)
+    predictions = {"1": torch.randn(2, 10, 3), "4": torch.randn(2, 10, 3)}
+    mse = training.horizon_mse(predictions, x)
+    for value, k in zip(mse, (1, 4), strict=True):
+        errors = [(predictions[str(k)][b, t] - x[b, t + k]).square().mean() for b in range(2) for t in range(10 - k)]
+        assert value.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-6)
+
+
+def test_a_perfect_prediction_has_no_loss():
+    x = torch.randn(1, 12, 3)
+    predictions = {"2": torch.cat([x[:, 2:], torch.full((1, 2, 3), 1e9)], dim=1)}
+    assert training.horizon_mse(predictions, x).item() == 0
+
+
+def test_slowness_is_blind_to_scale_and_zero_for_constants():
+    h = torch.randn(2, 50, 4).cumsum(1)
+    assert training.slowness_loss([h]).item() == pytest.approx(training.slowness_loss([7 * h]).item(), rel=1e-4)
+    assert training.slowness_loss([torch.randn(2, 1, 4).expand(2, 50, 4)]).item() == pytest.approx(0, abs=1e-6)
+    assert training.slowness_loss([torch.randn(4, 5000, 4)]).item() == pytest.approx(2, rel=0.05)
+
+
+def test_contrastive_loss_against_brute_force(monkeypatch):
+    h = torch.randn(3, 20, 5)
+    drawn = []
+    original = torch.randint
+
+    def record(*args, **kwargs):
+        drawn.append(original(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randint", record)
+    loss = training.contrastive_loss([h], 0.3, 6).item()
+    rows, steps, negatives = drawn
+    unit = h / h.norm(dim=-1, keepdim=True)
+    flat, total = unit.reshape(60, 5), 0.0
+    for i, (r, s) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
+        positive = math.exp(float(unit[r, s] @ unit[r, s + 1]) / 0.3)
+        others = sum(math.exp(float(unit[r, s] @ flat[j]) / 0.3) for j in negatives[i].tolist())
+        total -= math.log(positive / (positive + others))
+    assert loss == pytest.approx(total / len(steps), rel=1e-4)
+
+
+def test_augmentation():
+    torch.manual_seed(0)
+    x = torch.randn(4, 100, 6)
+    inputs, target = training.augment(x, 0.0, None, 0.0)
+    assert inputs is x and target is x
+    inputs, target = training.augment(x, 0.5, None, 0.0)
+    assert target is x and (inputs - x).std().item() == pytest.approx(0.5, rel=0.1)
+    inputs, target = training.augment(x, 0.0, 0.3, 0.0)
+    assert torch.equal(inputs, target) and not torch.allclose(inputs, x)
+    assert torch.allclose(inputs.norm(dim=-1), x.norm(dim=-1), rtol=1e-4)  # a rotation keeps lengths
+    inputs, _ = training.augment(x, 0.0, None, 0.2)
+    ratio = inputs / x
+    assert torch.allclose(ratio, ratio[:, :1, :1].expand_as(ratio), rtol=1e-4) and ratio.std() > 0.05
+
+
+def test_learning_rate_schedule():
+    values = [training.lr_at(step, 2.0, 10, 110) for step in range(110)]
+    assert values[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert values[10] == 2.0 and values[60] == pytest.approx(1.0)
+    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False)) and 0 < values[-1] < 0.001
+    assert training.lr_at(0, 1.0, 0, 1) == 1.0
+
+
+def test_parameter_groups():
+    model = CausalTimeSeriesMamba(3, 16, 2, 4, d_ff=8)
+    groups = training.parameter_groups(model, 1.0, 0.01, False)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    seen = {}
+    for group in groups:
+        for parameter in group["params"]:
+            seen[name_of[id(parameter)]] = group
+    assert seen.keys() == dict(model.named_parameters()).keys()
+    for name, group in seen.items():
+        gate = "x_proj" in name or "dt_proj" in name
+        undecayed = name.endswith(("A_log", ".D", "bias")) or "norm" in name
+        assert group["lr_factor"] == (0.01 if gate else 1.0), name
+        assert group["weight_decay"] == (0.0 if undecayed else training.WEIGHT_DECAY), name
+
+
+def test_slow_gates_keep_their_ratio_through_the_whole_schedule():
+    model = CausalTimeSeriesMamba(3, 16, 1, 4, d_ff=8)
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, 1e-3, 0.01, False))
+    for step in range(100):
+        training.set_lr(optimizer, training.lr_at(step, 1e-3, 10, 100))
+        rates = {group["lr_factor"]: group["lr"] for group in optimizer.param_groups}
+        assert rates[0.01] == rates[1.0] * 0.01
+
+
+@pytest.mark.parametrize("n, batch, world", [(10, 4, 1), (12, 4, 1), (3, 8, 1), (11, 3, 2), (1, 8, 4)])
+def test_an_epoch_sees_every_window_in_equal_steps(n, batch, world):
+    args = training.parse_args(["--batch-size", str(batch), "--seq-len", "10", "--stride", "1"])
+    starts = np.arange(n) * 100
+    batches = training.epoch_batches(starts, n * 100 + 10, args, 0, world)
+    assert set(batches.flatten().tolist()) == set(starts.tolist())
+    assert batches.shape[1] % world == 0 and batches.shape[1] <= batch + world
+    assert batches.numel() - n < batches.shape[0] * world  # almost nothing is seen twice
+    assert torch.equal(batches, training.epoch_batches(starts, n * 100 + 10, args, 0, world))
+    assert n < 3 or not torch.equal(batches, training.epoch_batches(starts, n * 100 + 10, args, 1, world))
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(shared_data):
+    series = dataset.load_series(shared_data)
+    X = torch.from_numpy(series.X)
+    torch.manual_seed(0)
+    model = CausalTimeSeriesMamba(6, 16, 1, 4, d_ff=8, max_horizon=2).eval()
+    starts = torch.arange(0, 700, 100)
+    values = [training.evaluate(model, lambda s: dataset.gather(X, s, 50), starts, batch, False) for batch in (2, 3, 100)]
+    assert torch.allclose(values[0], values[1], rtol=1e-5) and torch.allclose(values[0], values[2], rtol=1e-5)
+
+
+# ---- whole runs
+
+
+def test_a_run_and_its_files(script, shared_data, tmp_path):
+    result = script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "run.pt", "--max-horizon", "3"))
+    assert result.code == 0 and "above optimal" in result.out
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["run.pt", "run_last.pt", "run_log.csv", "run_run.json", "run_loss.png",
+         *(f"run_prediction_{i}.png" for i in range(3))])
+    log = rows(tmp_path / "run_log.csv")
+    assert [row["epoch"] for row in log] == ["1", "2", "3"]
+    for row in log:
+        mses = [float(row[f"val_mse_{k}"]) for k in (1, 2, 3)]
+        assert float(row["val_loss"]) == pytest.approx(np.mean(mses))
+        for k, mse in zip((1, 2, 3), mses, strict=True):
+            assert float(row[f"excess_percent_{k}"]) == pytest.approx(100 * (mse / float(row[f"floor_mse_{k}"]) - 1))
+            assert mse > float(row[f"floor_mse_{k}"])  # below the exact filter there is only a leak
+    best = min(log, key=lambda row: float(row["val_loss"]))
+    checkpoint = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert checkpoint["epoch"] == int(best["epoch"]) and checkpoint["val_loss"] == float(best["val_loss"])
+    assert checkpoint["args"]["max_horizon"] == 3
+    record = json.loads((tmp_path / "run_run.json").read_text())
+    assert record["seed"] == 42 and "--max-horizon 3" in record["command"]
+    result = script("masked_model_gpu_mamba_next", "--eval", tmp_path / "run.pt", "--data-dir", shared_data)
+    assert result.code == 0 and f"{float(best['val_mse_1']):.4f}" in result.out and record["command"] in result.out
+
+
+def test_training_learns(script, shared_data, tmp_path):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--epochs", "15", "--lr", "0.01"))
+    log = rows(tmp_path / "a_log.csv")
+    assert float(log[-1]["val_loss"]) < 0.8 * float(log[0]["val_loss"])
+
+
+@pytest.mark.parametrize("more, frozen", [
+    (["--gate-lr-factor", "0"], (".x_proj.", ".dt_proj.")), (["--freeze-A"], (".A_log",)),
+    (["--gate-lr-factor", "0", "--freeze-A"], (".x_proj.", ".dt_proj.", ".A_log"))])
+def test_what_is_frozen_stays_bit_identical(script, shared_data, tmp_path, more, frozen):
+    argv = flags(shared_data, tmp_path / "a.pt", *more)
+    assert script("masked_model_gpu_mamba_next", *argv).code == 0
+    initial = training.build_model(training.parse_args(argv), 6).state_dict()
+    for path in (tmp_path / "a.pt", tmp_path / "a_last.pt"):
+        for name, value in weights(path).items():
+            same = torch.equal(value, initial[name])
+            assert same == any(part in name for part in frozen), name
+
+
+def test_auxiliary_losses_and_augmentation_change_the_run(script, shared_data, tmp_path):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "plain.pt"))
+    plain = weights(tmp_path / "plain_last.pt")
+    for i, more in enumerate((["--slowness-lambda", "1"], ["--contrastive-lambda", "1"], ["--aug-noise", "1"],
+                              ["--aug-rotate"], ["--aug-scale", "0.2"])):
+        assert script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / f"{i}.pt", *more)).code == 0
+        assert not torch.equal(weights(tmp_path / f"{i}_last.pt")["input_proj.weight"], plain["input_proj.weight"])
+
+
+def test_no_train_eval_and_no_compile(script, shared_data, tmp_path):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "b.pt", "--no-train-eval", "--no-compile"))
+    assert "train_eval_mse" in rows(tmp_path / "a_log.csv")[0]
+    assert "train_eval_mse" not in rows(tmp_path / "b_log.csv")[0]
+    for name, value in weights(tmp_path / "a_last.pt").items():
+        assert torch.equal(value, weights(tmp_path / "b_last.pt")[name])
+
+
+def interrupt_after(monkeypatch, steps):
+    """Deliver a real SIGINT to this process during the given training step."""
+    original, count = training.set_lr, [0]
+
+    def set_lr(*args):
+        count[0] += 1
+        if count[0] == steps:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(training, "set_lr", set_lr)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 6])  # 3 steps an epoch: in the first, at its end, at the second's end
+def test_interrupted_and_resumed_equals_uninterrupted(script, shared_data, tmp_path, monkeypatch, stop_at):
+    assert threading.current_thread() is threading.main_thread()
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "whole.pt"))
+    interrupt_after(monkeypatch, stop_at)
+    result = script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "part.pt"))
+    assert result.code == 130 and f"stopped after step {stop_at} of 9" in result.out and result.err == ""
+    monkeypatch.undo()
+    result = script("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "part.pt")
+    assert result.code == 0 and "resumed" in result.out
+    for end in (".pt", "_last.pt"):
+        whole, part = weights(tmp_path / f"whole{end}"), weights(tmp_path / f"part{end}")
+        assert all(torch.equal(whole[name], part[name]) for name in whole)
+    strip = [[row[c] for c in row if c != "seconds"] for row in rows(tmp_path / "whole_log.csv")]
+    assert strip == [[row[c] for c in row if c != "seconds"] for row in rows(tmp_path / "part_log.csv")]
+
+
+def test_resume_refuses_other_flags_and_other_data(script, refused, shared_data, data_dir, rewrite_data, tmp_path):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
+    resume = ("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt")
+    assert "started with --lr 0.001" in refused(*resume, "--lr", "0.5")
+    rewrite_data(X=dataset.load_series(shared_data).X + 1)
+    assert "is not the data" in refused(*resume, "--data-dir", data_dir)
+    assert "not found" in refused("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "none.pt")
+
+
+def test_a_taken_name_is_refused_and_untouched(script, refused, shared_data, tmp_path):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert "exists already" in refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_default_names_keep_ablations_apart():
+    def name(*argv):
+        return training.parse_args(argv).checkpoint.name
+
+    assert name() == name("--d-state", "32", "--epochs", "3") == "model_next.pt"
+    names = {name(*argv) for argv in ([], ["--max-horizon", "64"], ["--gate-lr-factor", "0"], ["--freeze-A"],
+                                      ["--gate-lr-factor", "0.01"], ["--aug-noise", "1"], ["--slowness-lambda", "1"])}
+    assert len(names) == 7 and "model_next_max_horizon64.pt" in names
+
+
+def test_divergence_names_step_rate_and_checkpoint(refused, shared_data, tmp_path):
+    line = refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--lr", "1e30"))
+    assert "NaN or infinite at step" in line and "learning rate" in line and "a" in line
+    model, _ = load_checkpoint(tmp_path / "a_last.pt", "cpu")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--seq-len", "4000"], "longer than the series"), (["--seq-len", "400"], "validation part has 300 steps"),
+    (["--seq-len", "64", "--max-horizon", "64"], "longer than the largest horizon"),
+    (["--epochs", "0"], "above 0"), (["--d-model", "-1"], "above 0"), (["--lr", "nan"], "above 0"),
+    (["--dropout", "1"], "from 0 up to"), (["--val-fraction", "1"], "between 0 and 1"), (["--no-such-flag"], "--help"),
+    (["--epoch", "3"], "--help"), (["--device", "tpu"], "is no device"), (["--checkpoint", "a.txt"], "must end in .pt"),
+    (["--scan", "triton"], "CUDA"), (["--checkpoint", "/dev/null/a.pt"], "can't write"),
+    (["--checkpoint", "a_last.pt"], "choose another")])
+def test_bad_flags(refused, shared_data, tmp_path, more, message):
+    assert message in refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"), *more)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu(refused, shared_data, tmp_path):
+    assert "no CUDA GPU" in refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"), "--device", "cuda")
+
+
+def test_bad_data_leaves_nothing(refused, rewrite_data, shared_data, tmp_path):
+    X = dataset.load_series(shared_data).X.copy()
+    X[5, 2] = np.nan
+    out = tmp_path / "out"
+    assert "NaN" in refused("masked_model_gpu_mamba_next", *flags(rewrite_data(X=X), out / "a.pt"))
+    assert not any(out.glob("*"))
