@@ -1,0 +1,278 @@
+"""The model's recurrence on the CPU: one Numba function that runs many generation steps of a whole model.
+
+A PyTorch step of the default model is about 150 small operations, and what it costs is their overhead. Here the
+weights are packed once and all steps of a block run inside one compiled function, without the interpreter. It
+computes what `CausalTimeSeriesMamba.step` computes, in the same order of layers, and the tests hold it to that.
+
+Samples are independent, so they are split into tiles of TILE that run on threads of their own. A tile shares each
+weight it loads: reading the weights is most of the work.
+"""
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from scan_cpu import LOG2_E, VECTOR_BYTES, exp2, load, sigmoid, softplus, store, sum_lanes, zeros_like
+
+TILE = 4  # samples that share a loaded weight: 4 sums of one 64-byte vector each fit the registers of AVX2
+
+
+class Weights(NamedTuple):
+    """A model's weights, packed. Column counts are rounded up to whole vectors; the first axis of those from `norm`
+    to `out_proj` is the layer."""
+
+    input_proj: np.ndarray
+    input_bias: np.ndarray
+    norm: np.ndarray  # (layers, 2, d_model) scale, shift
+    in_proj: np.ndarray
+    conv: np.ndarray  # (layers, taps, d_inner)
+    conv_bias: np.ndarray  # (layers, 1, d_inner)
+    x_proj: np.ndarray
+    dt_proj: np.ndarray
+    dt_bias: np.ndarray
+    A: np.ndarray  # (layers, d_state, d_inner), times log2(e)
+    D: np.ndarray
+    out_proj: np.ndarray
+    final_norm: np.ndarray
+    head_in: np.ndarray
+    head_in_bias: np.ndarray
+    head_out: np.ndarray
+    head_out_bias: np.ndarray
+    zero: np.ndarray  # a bias of zeros
+    mask: np.ndarray  # (1, d_model) 1, zeros behind
+
+
+class Sizes(NamedTuple):
+    feature_dim: int
+    d_model: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    d_ff: int
+    lanes: int
+    norm_eps: float
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------
+
+
+@numba.njit(forceinline=True)
+def affine(weight, bias, n_in, lanes, x, y):
+    """y = weight x + bias for one tile: x (TILE, >= n_in), y (TILE, n_out); weight as `pack_matrix` has it."""
+    for block in range(weight.shape[0] // n_in):
+        column, row = block * lanes, block * n_in
+        sum_0 = load(bias, 0, column)
+        sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
+        for i in range(n_in):
+            w = load(weight, row + i, 0)
+            sum_0 = sum_0 + w * x[0, i]
+            sum_1 = sum_1 + w * x[1, i]
+            sum_2 = sum_2 + w * x[2, i]
+            sum_3 = sum_3 + w * x[3, i]
+        store(y, 0, column, sum_0)
+        store(y, 1, column, sum_1)
+        store(y, 2, column, sum_2)
+        store(y, 3, column, sum_3)
+
+
+@numba.njit(forceinline=True)
+def layer_norm(x, scale, shift, mask, d_model, eps, lanes, y):
+    """y = LayerNorm(x) for x (TILE, d_model padded); `mask` is 1 on the d_model real columns, 0 behind."""
+    real = x.dtype.type
+    for s in range(TILE):
+        total = zeros_like(load(x, s, 0))
+        for c in range(0, x.shape[1], lanes):
+            total = total + load(x, s, c)
+        mean = sum_lanes(total) / real(d_model)
+        total = zeros_like(total)
+        for c in range(0, x.shape[1], lanes):
+            centred = (load(x, s, c) - mean) * load(mask, 0, c)
+            total = total + centred * centred
+        inverse = real(1) / math.sqrt(sum_lanes(total) / real(d_model) + real(eps))
+        for c in range(0, x.shape[1], lanes):
+            store(y, s, c, (load(x, s, c) - mean) * inverse * load(scale, 0, c) + load(shift, 0, c))
+
+
+@numba.njit(forceinline=True)
+def conv(xz, state, weight, bias, taps, lanes, u):
+    """u = silu(causal convolution) of the first half of xz, and the state (TILE * (taps - 1), d_inner) moved on."""
+    past = taps - 1
+    for s in range(TILE):
+        for c in range(0, u.shape[1], lanes):
+            x = load(xz, s, c)
+            pre = load(bias, 0, c) + load(weight, past, c) * x
+            for k in range(past):
+                old = load(state, s * past + k, c)
+                pre = pre + load(weight, k, c) * old
+                if k > 0:
+                    store(state, s * past + k - 1, c, old)
+            if past > 0:
+                store(state, s * past + past - 1, c, x)
+            store(u, s, c, pre * sigmoid(pre))
+
+
+@numba.njit(forceinline=True)
+def scan(n_samples, u, delta, x_dbl, xz, h, A, D, dt_rank, d_state, lanes, y):
+    """The scan's step and the gate; A holds A log2(e), delta already its bias; h (TILE * d_state, d_inner)."""
+    for s in range(n_samples):
+        for c in range(0, u.shape[1], lanes):
+            u_c, z = load(u, s, c), load(xz, s, u.shape[1] + c)
+            dt = softplus(load(delta, s, c))
+            dt_u = dt * u_c
+            out = load(D, 0, c) * u_c
+            for n in range(d_state):
+                state = exp2(load(A, n, c) * dt) * load(h, s * d_state + n, c) + dt_u * x_dbl[s, dt_rank + n]
+                store(h, s * d_state + n, c, state)
+                out = out + state * x_dbl[s, dt_rank + d_state + n]
+            store(y, s, c, out * z * sigmoid(z))
+
+
+@numba.njit(forceinline=True)
+def gelu(x):
+    real = x.dtype.type
+    for s in range(TILE):
+        for c in range(x.shape[1]):
+            x[s, c] *= real(0.5) * (real(1) + math.erf(x[s, c] * real(math.sqrt(0.5))))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions):
+    """All steps of a block for one tile of samples; `prediction`, conv_state and h are moved on in place.
+
+    prediction (TILE, feature_dim padded); conv_state (layers, TILE * (d_conv - 1), d_inner); h (layers,
+    TILE * d_state, d_inner); noise (samples, steps, feature_dim); burst (steps,) the row of `hidden` that is added
+    to the layer outputs at this step, or -1; hidden (samples, rows, layers, d_model); predictions like noise.
+    """
+    lanes, d_model, d_state = sizes.lanes, sizes.d_model, sizes.d_state
+    d_inner = w.D.shape[2]
+    n_samples, n_steps, _ = noise.shape
+    x = np.zeros_like(prediction)
+    residual = np.zeros((TILE, w.mask.shape[1]), x.dtype)
+    normed, added = np.zeros_like(residual), np.zeros_like(residual)
+    xz = np.zeros((TILE, 2 * d_inner), x.dtype)
+    u, delta, y = (np.zeros((TILE, d_inner), x.dtype), np.zeros((TILE, d_inner), x.dtype),
+                   np.zeros((TILE, d_inner), x.dtype))
+    x_dbl = np.zeros((TILE, w.x_proj.shape[1] // sizes.d_inner * lanes), x.dtype)
+    wide = np.zeros((TILE, w.head_in_bias.shape[1]), x.dtype)
+    for t in range(n_steps):
+        for s in range(n_samples):
+            for j in range(sizes.feature_dim):
+                predictions[s, t, j] = prediction[s, j]
+                x[s, j] = prediction[s, j] + noise[s, t, j]
+        affine(w.input_proj, w.input_bias, sizes.feature_dim, lanes, x, residual)
+        for i in range(w.A.shape[0]):
+            layer_norm(residual, w.norm[i, :1], w.norm[i, 1:], w.mask, d_model, sizes.norm_eps, lanes, normed)
+            affine(w.in_proj[i], w.zero, d_model, lanes, normed, xz)
+            conv(xz, conv_state[i], w.conv[i], w.conv_bias[i], sizes.d_conv, lanes, u)
+            affine(w.x_proj[i], w.zero, sizes.d_inner, lanes, u, x_dbl)
+            affine(w.dt_proj[i], w.dt_bias[i], sizes.dt_rank, lanes, x_dbl, delta)
+            scan(n_samples, u, delta, x_dbl, xz, h[i], w.A[i], w.D[i], sizes.dt_rank, d_state, lanes, y)
+            affine(w.out_proj[i], w.zero, sizes.d_inner, lanes, y, added)
+            residual += added
+            if burst[t] >= 0:
+                for s in range(n_samples):
+                    for j in range(d_model):
+                        residual[s, j] += hidden[s, burst[t], i, j]
+        layer_norm(residual, w.final_norm[:1], w.final_norm[1:], w.mask, d_model, sizes.norm_eps, lanes, normed)
+        affine(w.head_in, w.head_in_bias, d_model, lanes, normed, wide)
+        gelu(wide)
+        affine(w.head_out, w.head_out_bias, sizes.d_ff, lanes, wide, prediction)
+
+
+# ---- packing --------------------------------------------------------------------------------------------------
+
+
+def pad_last(array, lanes):
+    """The last axis rounded up to whole vectors, zeros behind."""
+    width = -array.shape[-1] % lanes
+    return np.ascontiguousarray(np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width)]))
+
+
+def pack_matrix(matrix, lanes):
+    """A (n_out, n_in) matrix in the order `affine` reads it: (blocks * n_in, lanes), a vector of outputs an input."""
+    padded = pad_last(matrix.T, lanes)
+    return np.ascontiguousarray(padded.reshape(len(padded), -1, lanes).transpose(1, 0, 2).reshape(-1, lanes))
+
+
+def pack(model):
+    """(Weights, Sizes) of a CausalTimeSeriesMamba on the CPU; its dtype float32 or float64."""
+    block = model.layers[0].mamba
+    dtype = model.input_proj.weight.detach().numpy().dtype
+    lanes = VECTOR_BYTES // dtype.itemsize
+
+    def array(tensor):
+        return tensor.detach().numpy()
+
+    def row(tensor):
+        return pad_last(array(tensor)[None], lanes)
+
+    def layers(get):
+        return np.stack([get(layer) for layer in model.layers])
+
+    def in_proj(layer):
+        # Each half is padded on its own: z begins at a whole vector.
+        halves = np.split(array(layer.mamba.in_proj.weight), 2)
+        return np.concatenate([pack_matrix(half, lanes) for half in halves])
+
+    def norm(module):
+        return np.concatenate([row(module.weight), row(module.bias)])
+
+    head_in, _, head_out = model.output_heads["1"]
+    widest = max(2 * block.d_inner, block.dt_rank + 2 * block.d_state, model.d_model) + 2 * lanes
+    weights = Weights(
+        input_proj=pack_matrix(array(model.input_proj.weight), lanes), input_bias=row(model.input_proj.bias),
+        norm=layers(lambda layer: norm(layer.norm)),
+        in_proj=layers(in_proj),
+        conv=layers(lambda layer: pad_last(array(layer.mamba.conv1d.weight)[:, 0].T, lanes)),
+        conv_bias=layers(lambda layer: row(layer.mamba.conv1d.bias)),
+        x_proj=layers(lambda layer: pack_matrix(array(layer.mamba.x_proj.weight), lanes)),
+        dt_proj=layers(lambda layer: pack_matrix(array(layer.mamba.dt_proj.weight), lanes)),
+        dt_bias=layers(lambda layer: row(layer.mamba.dt_proj.bias)),
+        A=layers(lambda layer: pad_last(-np.exp(array(layer.mamba.A_log)).T * dtype.type(LOG2_E), lanes)),
+        D=layers(lambda layer: row(layer.mamba.D)),
+        out_proj=layers(lambda layer: pack_matrix(array(layer.mamba.out_proj.weight), lanes)),
+        final_norm=norm(model.final_norm),
+        head_in=pack_matrix(array(head_in.weight), lanes), head_in_bias=row(head_in.bias),
+        head_out=pack_matrix(array(head_out.weight), lanes), head_out_bias=row(head_out.bias),
+        zero=np.zeros((1, widest), dtype), mask=pad_last(np.ones((1, model.d_model), dtype), lanes),
+    )
+    return weights, Sizes(model.feature_dim, model.d_model, block.d_inner, block.d_state, block.dt_rank,
+                          block.d_conv, head_in.out_features, lanes, model.final_norm.eps)
+
+
+def pack_tile(prediction, states, samples, lanes):
+    """Prediction and states of `samples` (a slice) in the layout of `run_tile`."""
+    def tile(tensor):
+        values = tensor[samples].numpy()
+        return np.pad(values, [(0, TILE - len(values))] + [(0, 0)] * (values.ndim - 1))
+
+    conv_state, h = (np.stack([tile(state[k]) for state in states]) for k in (0, 1))
+    # (layers, TILE, d_inner, k) -> (layers, TILE * k, d_inner)
+    conv_state, h = (pad_last(a.transpose(0, 1, 3, 2).reshape(len(a), -1, a.shape[2]), lanes)
+                     for a in (conv_state, h))
+    return pad_last(tile(prediction), lanes), conv_state, h
+
+
+def stepper(model, prediction, states):
+    """The recurrence from `prediction` (n, feature_dim) and `states` on, as `model.prefill` returns them.
+
+    Returns advance(noise, burst, hidden) -> predictions: see `generate.steppers`.
+    """
+    weights, sizes = pack(model)
+    n = len(prediction)
+    tiles = [(slice(first, min(first + TILE, n)), pack_tile(prediction, states, slice(first, first + TILE),
+                                                            sizes.lanes)) for first in range(0, n, TILE)]
+    pool = ThreadPoolExecutor(min(len(tiles), os.cpu_count() or 1))
+
+    def advance(noise, burst, hidden):
+        predictions = np.empty_like(noise)
+        list(pool.map(lambda tile: run_tile(weights, sizes, *tile[1], noise[tile[0]], burst, hidden[tile[0]],
+                                            predictions[tile[0]]), tiles))
+        return predictions
+
+    return advance

@@ -1,0 +1,286 @@
+"""The model's recurrence on a CUDA GPU: three Triton kernels a layer, replayed as one CUDA graph a step.
+
+At a handful of samples a step is all overhead: `CausalTimeSeriesMamba.step` launches some 25 small kernels a layer.
+Here each projection is fused with what surrounds it, cut only where a vector has to be complete before the next
+projection reads it:
+
+    enter     prediction + noise -> input projection
+    into      LayerNorm -> in_proj -> convolution of one half, SiLU of the other         (a layer)
+    recur     x_proj -> dt_proj -> the scan's step -> gate                               (a layer)
+    back      out_proj -> residual, plus burst noise                                     (a layer)
+    head_in   LayerNorm -> Linear -> GELU;  head_out  Linear -> prediction
+
+The time step is counted on the GPU and noise is read from a buffer, so replaying needs nothing from the host: it only
+refills the buffers every SEGMENT steps. Arithmetic is float32.
+"""
+
+import math
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+SEGMENT = 128  # steps between two visits of the host
+ROWS = 8  # outputs of a projection a program computes: small, so that a few samples still use many multiprocessors
+TILE = 8192  # weights a program holds at a time
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+# ---- kernels: program (block of outputs, sample) ---------------------------------------------------------------
+
+
+@triton.jit
+def _matvec(weight, rows, n_rows, x, n_in: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+    """(R,) weight[rows] x, for weight (n_rows, n_in), K columns at a time."""
+    total = tl.zeros((R,), tl.float32)
+    for first in range(0, n_in, K):
+        k = first + tl.arange(0, K)
+        w = tl.load(weight + rows[:, None] * n_in + k[None, :],
+                    (rows < n_rows)[:, None] & (k < n_in)[None, :], other=0.0)
+        total += tl.sum(w * tl.load(x + k, k < n_in, other=0.0)[None, :], 1)
+    return total
+
+
+@triton.jit
+def _norm_matvec(weight, rows, n_rows, x, scale, shift, n_in, eps, K: tl.constexpr):
+    """(R,) weight[rows] LayerNorm(x); K >= n_in."""
+    k = tl.arange(0, K)
+    here = k < n_in
+    w = tl.load(weight + rows[:, None] * n_in + k[None, :], (rows < n_rows)[:, None] & here[None, :], other=0.0)
+    value = tl.load(x + k, here, other=0.0)
+    centred = tl.where(here, value - tl.sum(value, 0) / n_in, 0.0)
+    normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / n_in + eps)
+    normed = normed * tl.load(scale + k, here, other=0.0) + tl.load(shift + k, here, other=0.0)
+    return tl.sum(w * normed[None, :], 1)
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def _softplus(x):
+    # log1p(e) without cancellation for small e: log(1 + e) * e / ((1 + e) - 1), Kahan's identity.
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    sum_ = 1.0 + e
+    return tl.maximum(x, 0.0) + tl.where(sum_ == 1.0, e, tl.log(sum_) * (e / (sum_ - 1.0)))
+
+
+@triton.jit
+def _enter(prediction, noise, predictions, clock, weight, bias, residual, n_samples, n_features, d_model,
+           R: tl.constexpr, F: tl.constexpr):
+    """Keeps the prediction, adds this step's noise and projects: residual = weight (prediction + noise) + bias."""
+    sample = tl.program_id(1)
+    rows, f = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, F)
+    place = (tl.load(clock) * n_samples + sample) * n_features + f
+    value = tl.load(prediction + sample * n_features + f, f < n_features, other=0.0)
+    if tl.program_id(0) == 0:
+        tl.store(predictions + place, value, f < n_features)
+    value += tl.load(noise + place, f < n_features, other=0.0)
+    w = tl.load(weight + rows[:, None] * n_features + f[None, :],
+                (rows < d_model)[:, None] & (f < n_features)[None, :], other=0.0)
+    out = tl.sum(w * value[None, :], 1) + tl.load(bias + rows, rows < d_model, other=0.0)
+    tl.store(residual + sample * d_model + rows, out, rows < d_model)
+
+
+@triton.jit
+def _into(residual, scale, shift, weight, conv_state, conv_weight, conv_bias, u, gate, d_model, d_inner, eps,
+          TAPS: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
+    """u = silu(conv(x)) and gate = silu(z), with x, z = in_proj(LayerNorm(residual)); moves conv_state on."""
+    block, sample = tl.program_id(0), tl.program_id(1)
+    half = tl.num_programs(0) // 2
+    channel = (block % half) * R + tl.arange(0, R)
+    here = channel < d_inner
+    weight += (block // half) * d_inner * d_model
+    x = _norm_matvec(weight, channel, d_inner, residual + sample * d_model, scale, shift, d_model, eps, K)
+    if block < half:
+        past = conv_state + (sample * d_inner + channel) * (TAPS - 1)
+        pre = tl.load(conv_bias + channel, here, other=0.0)
+        pre += x * tl.load(conv_weight + channel * TAPS + TAPS - 1, here, other=0.0)
+        for k in tl.static_range(TAPS - 1):
+            old = tl.load(past + k, here, other=0.0)
+            pre += old * tl.load(conv_weight + channel * TAPS + k, here, other=0.0)
+            if k > 0:
+                tl.store(past + k - 1, old, here)
+        if TAPS > 1:
+            tl.store(past + TAPS - 2, x, here)
+        tl.store(u + sample * d_inner + channel, _silu(pre), here)
+    else:
+        tl.store(gate + sample * d_inner + channel, _silu(x), here)
+
+
+@triton.jit
+def _recur(u, gate, x_proj, dt_proj, dt_bias, A, D, h, y, d_inner: tl.constexpr, d_state, dt_rank,
+           R: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr):
+    """The scan's step and the gate for R channels. Each program makes B, C and delta itself: cheaper than a launch."""
+    sample = tl.program_id(1)
+    channel, n, rank = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, N), tl.arange(0, RANK)
+    here, inside = channel < d_inner, (channel < d_inner)[:, None] & (n < d_state)[None, :]
+    cell = channel[:, None] * d_state + n[None, :]
+    # These do not depend on the projections: their loads are under way meanwhile.
+    state = tl.load(h + sample * d_inner * d_state + cell, inside, other=0.0)
+    decay = tl.load(A + cell, inside, other=0.0)
+    dt_weight = tl.load(dt_proj + channel[:, None] * dt_rank + rank[None, :],
+                        here[:, None] & (rank < dt_rank)[None, :], other=0.0)
+    dt = tl.load(dt_bias + channel, here, other=0.0)
+    u += sample * d_inner
+    low_rank = _matvec(x_proj, rank, dt_rank, u, d_inner, RANK, K)
+    B = _matvec(x_proj + dt_rank * d_inner, n, d_state, u, d_inner, N, K)
+    C = _matvec(x_proj + (dt_rank + d_state) * d_inner, n, d_state, u, d_inner, N, K)
+    dt = _softplus(dt + tl.sum(dt_weight * low_rank[None, :], 1))
+    u_here = tl.load(u + channel, here, other=0.0)
+    state = tl.exp2(dt[:, None] * decay * LOG2E) * state + (dt * u_here)[:, None] * B[None, :]
+    tl.store(h + sample * d_inner * d_state + cell, state, inside)
+    out = tl.sum(state * C[None, :], 1) + tl.load(D + channel, here, other=0.0) * u_here
+    out *= tl.load(gate + sample * d_inner + channel, here, other=0.0)
+    tl.store(y + sample * d_inner + channel, out, here)
+
+
+@triton.jit
+def _back(y, weight, residual, clock, burst, hidden, layer, n_layers, d_model, d_inner: tl.constexpr,
+          R: tl.constexpr, K: tl.constexpr):
+    """residual += out_proj(y), and this step's burst noise when there is one."""
+    sample, n_samples = tl.program_id(1), tl.num_programs(1)
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    here = rows < d_model
+    row = tl.load(burst + tl.load(clock))
+    out = tl.load(residual + sample * d_model + rows, here, other=0.0)
+    out += _matvec(weight, rows, d_model, y + sample * d_inner, d_inner, R, K)
+    noise = hidden + ((row * n_layers + layer) * n_samples + sample) * d_model
+    out += tl.load(noise + rows, here & (row >= 0), other=0.0)
+    tl.store(residual + sample * d_model + rows, out, here)
+
+
+@triton.jit
+def _head_in(residual, scale, shift, weight, bias, wide, d_model, d_ff, eps, R: tl.constexpr, K: tl.constexpr):
+    sample = tl.program_id(1)
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    x = _norm_matvec(weight, rows, d_ff, residual + sample * d_model, scale, shift, d_model, eps, K)
+    x += tl.load(bias + rows, rows < d_ff, other=0.0)
+    tl.store(wide + sample * d_ff + rows, 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476)), rows < d_ff)
+
+
+@triton.jit
+def _head_out(wide, weight, bias, prediction, clock, d_ff: tl.constexpr, n_features, R: tl.constexpr, K: tl.constexpr):
+    """The next prediction; the clock moves on, which no other program of this kernel reads."""
+    sample = tl.program_id(1)
+    rows = tl.program_id(0) * R + tl.arange(0, R)
+    out = _matvec(weight, rows, n_features, wide + sample * d_ff, d_ff, R, K)
+    out += tl.load(bias + rows, rows < n_features, other=0.0)
+    tl.store(prediction + sample * n_features + rows, out, rows < n_features)
+    if (tl.program_id(0) == 0) & (sample == 0):
+        tl.store(clock, tl.load(clock) + 1)
+
+
+# ---- one step --------------------------------------------------------------------------------------------------
+
+
+def allocate(model, n):
+    """The buffers that the kernels of a step share, for n samples."""
+    device = model.input_proj.weight.device
+    d_inner, d_model = model.layers[0].mamba.d_inner, model.d_model
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return {
+        "prediction": zeros(n, model.feature_dim), "states": model.init_state(n), "clock": zeros(1, dtype=torch.int32),
+        "noise": zeros(SEGMENT, n, model.feature_dim), "predictions": zeros(SEGMENT, n, model.feature_dim),
+        "burst": zeros(SEGMENT, dtype=torch.int32) - 1, "hidden": zeros(SEGMENT, model.n_layers, n, d_model),
+        "residual": zeros(n, d_model), "u": zeros(n, d_inner), "gate": zeros(n, d_inner), "y": zeros(n, d_inner),
+        "wide": zeros(n, model.output_heads["1"][0].out_features),
+    }
+
+
+def step_launcher(model, b, n):
+    """A function that launches the kernels of one step on the buffers `b` of `allocate`."""
+    block, d_model = model.layers[0].mamba, model.d_model
+    d_inner, d_state, dt_rank = block.d_inner, block.d_state, block.dt_rank
+    head_in, _, head_out = model.output_heads["1"]
+    decays = [-torch.exp(layer.mamba.A_log.detach()) for layer in model.layers]
+    power = triton.next_power_of_2
+    K = power(d_model)
+
+    def columns(rows, n_in):
+        return min(power(n_in), max(TILE // rows, 16))
+
+    def grid(n_out, halves=1):
+        return halves * triton.cdiv(n_out, ROWS), n
+
+    def launch():
+        _enter[grid(d_model)](
+            b["prediction"], b["noise"], b["predictions"], b["clock"], model.input_proj.weight, model.input_proj.bias,
+            b["residual"], n, model.feature_dim, d_model, R=ROWS, F=power(model.feature_dim))
+        for i, (layer, A, (conv_state, h)) in enumerate(zip(model.layers, decays, b["states"], strict=True)):
+            m = layer.mamba
+            _into[grid(d_inner, 2)](
+                b["residual"], layer.norm.weight, layer.norm.bias, m.in_proj.weight, conv_state, m.conv1d.weight,
+                m.conv1d.bias, b["u"], b["gate"], d_model, d_inner, layer.norm.eps, TAPS=m.d_conv, R=ROWS, K=K)
+            _recur[grid(d_inner)](
+                b["u"], b["gate"], m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, A, m.D, h, b["y"], d_inner,
+                d_state, dt_rank, R=ROWS, N=power(d_state), RANK=power(dt_rank), K=columns(power(d_state), d_inner))
+            _back[grid(d_model)](
+                b["y"], m.out_proj.weight, b["residual"], b["clock"], b["burst"], b["hidden"], i, model.n_layers,
+                d_model, d_inner, R=ROWS, K=columns(ROWS, d_inner))
+        _head_in[grid(head_in.out_features)](
+            b["residual"], model.final_norm.weight, model.final_norm.bias, head_in.weight, head_in.bias, b["wide"],
+            d_model, head_in.out_features, model.final_norm.eps, R=ROWS, K=K)
+        _head_out[grid(model.feature_dim)](
+            b["wide"], head_out.weight, head_out.bias, b["prediction"], b["clock"], head_in.out_features,
+            model.feature_dim, R=ROWS, K=columns(ROWS, head_in.out_features))
+
+    return launch
+
+
+def captured(launch, device):
+    """`launch` as the replay of a CUDA graph. Runs it first, to compile: buffers must be filled afterwards."""
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            launch()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            launch()
+    return graph.replay
+
+
+@torch.inference_mode()
+def stepper(model, prediction, states):
+    """The recurrence from `prediction` (n, feature_dim) and `states` on, as `model.prefill` returns them.
+
+    Returns advance(noise, burst, hidden) -> predictions: see generate.py.
+    """
+    n, device = len(prediction), prediction.device
+    b = allocate(model, n)
+    launch = step_launcher(model, b, n)
+    step = captured(launch, device) if device.type == "cuda" else launch  # the CPU: Triton's interpreter
+    b["prediction"].copy_(prediction)
+    for mine, given in zip(b["states"], states, strict=True):
+        for buffer, values in zip(mine, given, strict=True):
+            buffer.copy_(values)
+
+    @torch.inference_mode()
+    def advance(noise, burst, hidden):
+        predictions = np.empty_like(noise)
+        for first in range(0, len(burst), SEGMENT):
+            rows = torch.as_tensor(burst[first:first + SEGMENT], dtype=torch.int32)
+            steps = len(rows)
+            b["clock"].zero_()
+            b["noise"][:steps].copy_(torch.as_tensor(noise[:, first:first + steps]).transpose(0, 1))
+            in_burst = rows >= 0
+            if in_burst.any():
+                base = int(rows[in_burst][0])
+                values = hidden[:, base:base + int(in_burst.sum())]
+                b["hidden"][:values.shape[1]].copy_(torch.as_tensor(values).permute(1, 2, 0, 3))
+                rows = torch.where(in_burst, rows - base, -1)
+            b["burst"][:steps].copy_(rows)
+            for _ in range(steps):
+                step()
+            predictions[:, first:first + steps] = b["predictions"][:steps].transpose(0, 1).cpu().numpy()
+        return predictions
+
+    return advance
