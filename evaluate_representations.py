@@ -1,0 +1,796 @@
+"""Measure what each layer of a model knows about the hidden circle and phase, and compare models.
+
+Reads one or more checkpoints NAME.pt and data/data.npz. Levels are the input, the layers from 1 on and the output (the
+prediction one step ahead), each over the whole series, in windows of the model's own length that overlap by a quarter:
+but for the very first steps every step has at least that much past. Tables go to the terminal, files to --save-dir:
+  NAME_umap.png       a UMAP a level, coloured by circle; with --per-layer NAME_umap_layer7.png and so on
+  NAME_summary.png    every measure against depth
+  NAME_metrics.json   all numbers
+  compare_A_B_summary.png and .csv   with several checkpoints: all in the same axes and one table
+With --velocity or --pca 20, NAME becomes NAME_velocity or NAME_pca20: no run overwrites the files of another kind.
+
+The measures of a level:
+  probe acc.   circle accuracy of a linear probe (multinomial logistic regression) fitted on the first 70 % of time
+               and scored on the rest; the exact filter's accuracy on the same steps is the ceiling
+  phase R²     of (cos θ, sin θ), ridge regression, fitted and scored on the same parts of time
+  ARI, NMI     of k-means (as many clusters as circles) against the true circles, over all steps; "smooth": after a
+               majority vote over 101 steps
+  silhouette   of the circles, Euclidean, over the --umap-points sample
+  rank         effective rank, the participation ratio of the covariance
+  dim k        Levina-Bickel dimension over k nearest neighbours of the --lb-points sample
+The best layer is the one with the best probe. --pca acts on UMAP, k-means, silhouette and dimension, not on the probes
+and the rank, which take the whole representation.
+
+Examples:
+  python evaluate_representations.py --checkpoint model_next.pt --layers input,4,7,output
+  python evaluate_representations.py --checkpoint model_next.pt model_next_freeze_A.pt --no-umap
+"""
+
+import argparse
+from pathlib import Path
+
+import cli
+
+
+def level_list(text):
+    """`input,4,7,output` as a list of 'input', 'output' and layer numbers."""
+    levels = []
+    for part in text.split(","):
+        if part in ("input", "output"):
+            levels.append(part)
+        elif part.isdecimal() and int(part) > 0:
+            levels.append(int(part))
+        else:
+            raise argparse.ArgumentTypeError(f"{part!r} is not input, output or a layer counted from 1")
+    return levels
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[Path("model_next.pt")], metavar="NAME.pt",
+                        help="trained models; several are compared")
+    cli.add_data_dir(parser)
+    parser.add_argument("--umap-points", type=cli.positive_int, default=5000, metavar="N",
+                        help="random time steps in each UMAP and in the silhouette")
+    parser.add_argument("--umap-neighbors", type=cli.positive_int, default=30, metavar="K",
+                        help="UMAP's n_neighbors, the point itself included")
+    parser.add_argument("--no-umap", action="store_true", help="no UMAPs: much faster")
+    parser.add_argument("--no-lb", action="store_true", help="no Levina-Bickel dimension")
+    parser.add_argument("--lb-points", type=cli.positive_int, default=10_000, metavar="N",
+                        help="random time steps for the dimension")
+    parser.add_argument("--layers", type=level_list, metavar="L,L,…",
+                        help="levels to measure: input, output, layers counted from 1; all when not given")
+    parser.add_argument("--per-layer", action="store_true", help="one UMAP file a level in place of one grid")
+    parser.add_argument("--pca", type=cli.positive_int, metavar="N",
+                        help="reduce each level to its first N principal components; narrower ones stay as they are")
+    parser.add_argument("--velocity", action="store_true",
+                        help="take the change since the step before, h[t] - h[t-1], in place of the state h[t]")
+    cli.add_seed(parser)
+    cli.add_save_dir(parser)
+    cli.add_device(parser)
+    cli.add_scan(parser)
+    args = parser.parse_args(argv)
+    if args.umap_neighbors < 2:
+        parser.error("--umap-neighbors must be 2 or more: the point itself counts as one")
+    if not args.no_umap and args.umap_points <= args.umap_neighbors:
+        parser.error(f"--umap-points {args.umap_points} must be more than --umap-neighbors {args.umap_neighbors}")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
+
+import concurrent.futures  # noqa: E402
+import csv  # noqa: E402
+import hashlib  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import multiprocessing  # noqa: E402
+import os  # noqa: E402
+import signal  # noqa: E402
+import warnings  # noqa: E402
+from concurrent.futures.process import BrokenProcessPool  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import dataset  # noqa: E402
+import figures  # noqa: E402
+import mamba_model  # noqa: E402
+from estimate_dimension import dimension_from_distances, knn, levina_bickel  # noqa: E402
+
+WINDOW_DEFAULTS = {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}  # of the training script
+KS = (10, 30, 100)  # neighbours of the dimension estimate
+K_SHOWN = 30  # the one in panel titles and in the comparison
+VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
+PROBE_FRACTION = 0.7  # of time, to fit the probes
+PROBE_STEPS = 20_000  # at most, drawn from that part
+RIDGE = 1.0
+KMEANS_RESTARTS = 4
+STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}
+POINTS_WORTH_A_POOL = 10_000  # starting a process costs as long as embedding about this many points
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Representations
+
+
+def level_names(n_layers):
+    """Names of all levels of a model, in order of depth."""
+    return ["input", *(f"layer {i}" for i in range(1, n_layers + 1)), "output"]
+
+
+def chosen_depths(levels, n_layers, checkpoint):
+    """Depths (0 the input, n_layers + 1 the output), ascending, of the levels that --layers names; None: all.
+
+    Raises UserError for a layer that the model doesn't have.
+    """
+    if levels is None:
+        return list(range(n_layers + 2))
+    for level in levels:
+        if isinstance(level, int) and level > n_layers:
+            raise cli.UserError(f"--layers {level} is out of range: {checkpoint} has layers 1…{n_layers}, input and "
+                                "output")
+    return sorted({{"input": 0, "output": n_layers + 1}.get(level, level) for level in levels})
+
+
+def overlapping_windows(n_steps, seq_len):
+    """Starts of windows that cover every step, each overlapping the one before by a quarter or more: (starts, length).
+
+    The last one ends with the series. A series shorter than seq_len is one window.
+    """
+    length = min(seq_len, n_steps)
+    advance = length - max(1, length // 4)
+    starts = list(range(0, n_steps - length + 1, max(advance, 1)))
+    if starts[-1] + length < n_steps:
+        starts.append(n_steps - length)
+    return starts, length
+
+
+def stitch(windows, starts, velocity=False):
+    """One row a time step from overlapping windows (n, length, width), each step from the window with most past.
+
+    Returns (n_steps, width), or (n_steps - 1, width) with velocity: the change from the step before, within a window,
+    for the steps from 1 on.
+    """
+    first = int(velocity)  # the step of a window's first row
+    if velocity:
+        windows = windows.diff(dim=1)
+    parts, done = [], first
+    for window, start in zip(windows, starts, strict=True):
+        parts.append(window[done - start - first:])
+        done = start + first + len(window)
+    return torch.cat(parts).numpy()
+
+
+@torch.inference_mode()
+def in_batches(function, x, device):
+    """function(x) for x (n, length, width), a few windows at a time on the device; the result on the CPU."""
+    n = max(1, STEPS_IN_BATCH[device.type] // x.shape[1])
+    return torch.cat([function(part.to(device)).cpu() for part in x.split(n)])
+
+
+def representations(model, X, seq_len, depths, velocity=False):
+    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, one row fewer with velocity.
+
+    All windows go through one layer before the next: memory holds one level of the series, however deep the model.
+    """
+    device = next(model.parameters()).device
+    backend = model.backend_for(device)
+    starts, length = overlapping_windows(len(X), seq_len)
+    h = dataset.gather(torch.from_numpy(X), torch.tensor(starts), length)
+    steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers),
+             lambda x: model.output_heads["1"](model.final_norm(x))]
+    for depth in range(max(depths) + 1):
+        if depth == 0:
+            level, h = h, in_batches(steps[0], h, device) if max(depths) else None
+        else:
+            level = h = in_batches(steps[depth], h, device)
+        if depth in depths:
+            yield depth, stitch(level, starts, velocity)
+
+
+@torch.inference_mode()
+def validation_mse(model, X, starts, seq_len):
+    """Mean squared error of each horizon over validation windows, as in training: {k: mse}, float32 arithmetic.
+
+    The prediction at t is compared with x[t + k] for all t + k in the window. starts (n,): first steps.
+    """
+    device = next(model.parameters()).device
+    sums = dict.fromkeys(model.horizons, 0.0)
+    for part in torch.from_numpy(starts).split(max(1, STEPS_IN_BATCH[device.type] // seq_len)):
+        x = dataset.gather(torch.from_numpy(X), part, seq_len).to(device)
+        for key, prediction in model(x).items():
+            k = int(key)
+            sums[k] += len(part) * (prediction[:, :-k] - x[:, k:]).square().mean(dtype=torch.float64).item()
+    return {k: total / len(starts) for k, total in sums.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def spectrum(values, block=2**16):
+    """Mean (width,), variances and directions of the principal axes of values (n, width), the largest first, float64.
+
+    Returns (mean, eigenvalues (width,), eigenvectors (width, width), one a column) of the covariance.
+    """
+    mean, total = values.mean(axis=0, dtype=np.float64), 0.0
+    for i in range(0, len(values), block):  # no float64 copy of all values
+        centred = values[i:i + block] - mean
+        total = total + centred.T @ centred
+    eigenvalues, vectors = np.linalg.eigh(total / len(values))
+    return mean, np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
+
+
+def participation_ratio(eigenvalues):
+    """Effective rank (Σλ)² / Σλ² of a covariance: 1 for a line, the width for an isotropic cloud; None without any
+    variance."""
+    square = np.square(eigenvalues).sum()
+    return float(eigenvalues.sum()**2 / square) if square > 0 else None
+
+
+def principal_components(values, mean, vectors, n):
+    """The first n principal components of values (n_rows, width), float32; narrower values stay as they are."""
+    if n is None or n >= values.shape[1]:
+        return values
+    axes = vectors[:, :n].astype(np.float32)
+    return values @ axes - (mean @ axes).astype(np.float32)
+
+
+def whitened(train, test):
+    """Both sets in units of the train set's principal axes; axes without variance are left out.
+
+    For a linear probe the same as standardising each feature, but that its fit converges in far fewer iterations and
+    its penalty treats all directions alike.
+    """
+    mean, eigenvalues, vectors = spectrum(train)
+    kept = eigenvalues > 1e-10 * eigenvalues[0]
+    axes = (vectors[:, kept] / np.sqrt(eigenvalues[kept])).astype(np.float32)
+    shift = (mean @ axes).astype(np.float32)
+    return train @ axes - shift, test @ axes - shift
+
+
+def probe_split(n_rows, rng):
+    """Row numbers to fit the probes, at most PROBE_STEPS from the first PROBE_FRACTION of time, and the rows to score
+    them, all later ones: (train (n,), a slice)."""
+    boundary = round(n_rows * PROBE_FRACTION)
+    train = np.sort(rng.permutation(boundary)[:PROBE_STEPS])
+    return train, slice(boundary, n_rows)
+
+
+def circle_probe(train, train_states, test, test_states):
+    """Accuracy of a multinomial logistic regression fitted on train and scored on test; None when train has only one
+    circle. A linear probe (Alain & Bengio 2016, arXiv 1610.01644)."""
+    from sklearn.linear_model import LogisticRegression
+
+    if len(np.unique(train_states)) < 2 or train.shape[1] == 0:
+        return None
+    probe = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit(train, train_states)
+    return float((probe.predict(test) == test_states).mean())
+
+
+def phase_probe(train, train_thetas, test, test_thetas):
+    """R² of (cos θ, sin θ), the mean of both, of a ridge regression fitted on train and scored on test; angles in
+    radians. Negative when worse than the mean of the test part."""
+    from sklearn.metrics import r2_score
+
+    target = np.stack([np.cos(train_thetas), np.sin(train_thetas)], axis=1)
+    mean = target.mean(axis=0)
+    weights = np.linalg.solve(train.T @ train + RIDGE * np.eye(train.shape[1]), train.T @ (target - mean))
+    return float(r2_score(np.stack([np.cos(test_thetas), np.sin(test_thetas)], axis=1), test @ weights + mean))
+
+
+def majority_vote(labels, n_labels, width):
+    """The commonest label among the `width` steps around each step (fewer at both ends); ties go to the lowest.
+
+    labels (n,) int in 0…n_labels - 1; width odd.
+    """
+    n, half = len(labels), width // 2
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    winner, most = np.zeros(n, np.int64), np.full(n, -1)
+    for label in range(n_labels):  # one running count at a time: memory does not grow with n_labels
+        total = np.concatenate([[0], np.cumsum(labels == label)])
+        count = total[high] - total[low]
+        better = count > most
+        winner[better], most[better] = label, count[better]
+    return winner
+
+
+def cluster_scores(values, rows, states, n_circles, seed):
+    """ARI and NMI of k-means clusters of all values (n, width) against the states, raw and after majority_vote.
+
+    The centres are fitted on the given rows.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    with warnings.catch_warnings():
+        # A level that has collapsed to fewer distinct points than circles: its low scores say so.
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        kmeans = KMeans(min(n_circles, len(rows)), n_init=KMEANS_RESTARTS, random_state=seed).fit(values[rows])
+    labels = kmeans.predict(values)
+    smooth = majority_vote(labels, kmeans.n_clusters, VOTE_STEPS)
+    return {"kmeans_ari": float(adjusted_rand_score(states, labels)),
+            "kmeans_nmi": float(normalized_mutual_info_score(states, labels)),
+            "kmeans_ari_smooth": float(adjusted_rand_score(states, smooth)),
+            "kmeans_nmi_smooth": float(normalized_mutual_info_score(states, smooth))}
+
+
+def silhouette(points, states):
+    """Mean silhouette of the circles, Euclidean (Rousseeuw 1987); None with fewer than two circles among the points."""
+    from sklearn.metrics import silhouette_score
+
+    n_present = len(np.unique(states))
+    return float(silhouette_score(points, states)) if 2 <= n_present < len(points) else None
+
+
+def nearest_within(distances, indices, n, k):
+    """The k nearest neighbours of the first n points among these n, from lists of neighbours among more points.
+
+    Exact: a list holds all points nearer than its last. None when some list names fewer than k of the n.
+    """
+    inside = indices[:n] < n
+    if inside.sum(axis=1).min() < k:
+        return None
+    order = np.argsort(~inside, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances[:n], order, axis=1), np.take_along_axis(indices[:n], order, axis=1)
+
+
+def neighborhood(points, lb_points, umap_points, umap_neighbors):
+    """Dimension {k: value} of the first lb_points and the neighbour graph (distances, indices) that UMAP needs of the
+    first umap_points; None for what has 0 points.
+
+    One neighbour query serves all k and, where its lists are long enough, UMAP too. The dimension of a level with too
+    few distinct points is None for all k.
+    """
+    dimension = graph = None
+    if lb_points:
+        distances, indices = knn(points[:lb_points], max(KS))
+        try:
+            # Repeated points would count as neighbours at distance 0: levina_bickel leaves them out and asks anew.
+            distinct = distances[:, 0].min() > 0
+            dimension = dimension_from_distances(distances, KS) if distinct else levina_bickel(points[:lb_points], KS)
+        except cli.UserError:
+            dimension = dict.fromkeys(KS)
+        if 0 < umap_points <= lb_points:
+            graph = nearest_within(distances, indices, umap_points, umap_neighbors - 1)
+    if umap_points and graph is None:
+        graph = knn(points[:umap_points], umap_neighbors - 1)
+    return dimension, graph
+
+
+def level_measures(values, series, rows, args):
+    """All measures of one level, and what its UMAP needs.
+
+    values (n, width), a row for each of the last n steps of the series; rows: the sampled row numbers, in random
+    order. Returns (dict, points (n_umap, width), graph), both None without UMAP.
+    """
+    states, thetas = series.states[-len(values):], series.thetas[-len(values):]
+    mean, eigenvalues, vectors = spectrum(values)
+    reduced = principal_components(values, mean, vectors, args.pca)
+    points = reduced[rows]
+    n_umap, n_lb = min(args.umap_points, len(rows)), 0 if args.no_lb else min(args.lb_points, len(rows))
+    dimension, graph = neighborhood(points, n_lb, 0 if args.no_umap else n_umap, args.umap_neighbors)
+
+    fit, score = probe_split(len(values), np.random.default_rng(args.seed))
+    train, test = whitened(values[fit], values[score])
+    measures = {
+        "width": values.shape[1],
+        "probe_accuracy": circle_probe(train, states[fit], test, states[score]),
+        "phase_r2": phase_probe(train, thetas[fit], test, thetas[score]),
+        **cluster_scores(reduced, rows, states, series.n_circles, args.seed),
+        "silhouette": silhouette(points[:n_umap], states[rows[:n_umap]]),
+        "effective_rank": participation_ratio(eigenvalues),
+        "dimension": dimension,
+    }
+    return measures, None if args.no_umap else points[:n_umap], graph
+
+
+def best_layer(levels):
+    """The measures of the layer, neither input nor output, with the best probe; the first of equals. None without."""
+    layers = [m for m in levels if m["level"].startswith("layer") and m["probe_accuracy"] is not None]
+    return max(layers, key=lambda m: m["probe_accuracy"], default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# UMAP
+
+
+def umap_embedding(points, graph, n_neighbors, seed):
+    """Two UMAP coordinates (n, 2) of points (n, width); deterministic for a seed.
+
+    graph: distances and indices (n, n_neighbors - 1) of the nearest neighbours, without the point itself. McInnes,
+    Healy & Melville 2018, arXiv 1802.03426.
+    """
+    import umap  # slow to import and compile: only where a UMAP is drawn
+
+    # UMAP counts a point as its own first neighbour. The tables must have exactly n_neighbors columns: umap-learn
+    # doesn't shorten longer ones when there are fewer than 4096 points.
+    distances = np.pad(graph[0], ((0, 0), (1, 0))).astype(np.float32)
+    indices = np.concatenate([np.arange(len(points))[:, None], graph[1]], axis=1)
+    with warnings.catch_warnings():
+        # It warns that new points can't be added to the embedding, which nobody does here.
+        warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
+        return umap.UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1,
+                         precomputed_knn=(indices, distances, None)).fit_transform(points)
+
+
+def umap_pool(n_embeddings, n_points):
+    """A pool of processes for the UMAPs, or None where one process is as fast."""
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), n_embeddings)
+    if workers < 2 or n_embeddings * n_points < POINTS_WORTH_A_POOL:
+        return None
+    # Spawned, not forked: torch's and numba's threads don't survive a fork. Ctrl-C ends a worker without a traceback.
+    return concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_DFL))
+
+
+def submit(pool, function, *arguments):
+    """A future of function(*arguments), computed in the pool, or here and now without one."""
+    if pool is not None:
+        return pool.submit(function, *arguments)
+    future = concurrent.futures.Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Floor and ceiling
+
+
+def window_settings(args, checkpoint):
+    """seq_len, stride and val_fraction that a model was trained with, as its checkpoint says.
+
+    Those it doesn't name (older files) are the training script's defaults, and a line says so. Raises UserError when
+    one makes no sense.
+    """
+    missing = [name for name in WINDOW_DEFAULTS if name not in args]
+    if missing:
+        print(f"{checkpoint} doesn't name its " + ", ".join(f"{name} (taken: {WINDOW_DEFAULTS[name]})"
+                                                            for name in missing))
+    seq_len, stride, val_fraction = (args.get(name, default) for name, default in WINDOW_DEFAULTS.items())
+    if not (isinstance(seq_len, int) and seq_len > 1 and isinstance(stride, int) and stride > 0
+            and isinstance(val_fraction, float) and 0 < val_fraction < 1):
+        raise cli.UserError(f"{checkpoint} names seq_len {seq_len!r}, stride {stride!r} and val_fraction "
+                            f"{val_fraction!r}, which make no windows; give another --checkpoint")
+    return seq_len, stride, val_fraction
+
+
+def known_process(series):
+    """The process of the data for the exact filter, or None, with a line that says why."""
+    from optimal_filter import process_from_series
+
+    try:
+        return process_from_series(series)
+    except cli.UserError as error:
+        print(f"no optimal floor and ceiling: {error}")
+        return None
+
+
+def filter_accuracy(process, series):
+    """How often the exact filter, given all of the past, names the circle, over the steps that score the probes."""
+    from optimal_filter import predict
+
+    posterior = predict(process, series.X, horizons=(), keep_predictions=False)["circle_posterior"]
+    _, scored = probe_split(series.n_steps, np.random.default_rng(0))
+    return float((posterior.argmax(axis=1) == series.states)[scored].mean())
+
+
+def prediction_errors(model, series, windows, process, floors):
+    """The model's validation MSE and the exact filter's on the same windows: a list with a dict a horizon.
+
+    windows: (seq_len, stride, val_fraction); floors: those of earlier models, {key: {k: mse}}, added to. The filter
+    starts anew in each window, as the model does. Raises UserError when the validation part holds no window.
+    """
+    seq_len = windows[0]
+    _, starts, _ = dataset.split_windows(series.n_steps, *windows)
+    if model.horizons[-1] >= seq_len:
+        raise cli.UserError(f"its largest horizon, {model.horizons[-1]}, does not fit into windows of {seq_len} steps")
+    mse = validation_mse(model, series.X, starts, seq_len)
+    key = (windows, tuple(model.horizons))
+    if process is not None and key not in floors:
+        from optimal_filter import window_mse
+
+        floors[key] = window_mse(process, series, starts, seq_len, model.horizons)
+    floor = floors.get(key, {})
+    return [{"horizon": k, "val_mse": value, "optimal_mse": floor.get(k),
+             "excess_percent": 100 * (value / floor[k] - 1) if floor else None} for k, value in mse.items()]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def cell(value, form=".3f"):
+    return "–" if value is None else format(value, form)
+
+
+def level_table(report):
+    """The table of one model: a row a level."""
+    columns = [("probe acc.", "probe_accuracy", ".3f"), ("phase R²", "phase_r2", ".3f"), ("ARI", "kmeans_ari", ".3f"),
+               ("smooth", "kmeans_ari_smooth", ".3f"), ("NMI", "kmeans_nmi", ".3f"),
+               ("smooth", "kmeans_nmi_smooth", ".3f"), ("silhouette", "silhouette", ".3f"),
+               ("rank", "effective_rank", ".1f")]
+    with_dimension = any(m["dimension"] for m in report["levels"])
+    header = ["level", *(title for title, _, _ in columns), *([f"dim {k}" for k in KS] if with_dimension else [])]
+    return cli.table(header, [
+        [m["level"], *(cell(m[key], form) for _, key, form in columns),
+         *([cell(m["dimension"][k], ".2f") for k in KS] if with_dimension else [])] for m in report["levels"]])
+
+
+def error_table(report):
+    return cli.table(["horizon", "val MSE", "optimal", "excess"], [
+        [row["horizon"], cell(row["val_mse"], ".4f"), cell(row["optimal_mse"], ".4f"),
+         cell(row["excess_percent"], "+.2f") + (" %" if row["excess_percent"] is not None else "")]
+        for row in report["errors"]], align="rrrr")
+
+
+def comparison_row(report):
+    """One model in one row: its prediction one step ahead and its best layer."""
+    error = next((row for row in report["errors"] if row["horizon"] == 1), {})
+    best = best_layer(report["levels"]) or {}
+    return {"checkpoint": report["name"], "val_mse": error.get("val_mse"), "optimal_mse": error.get("optimal_mse"),
+            "excess_percent": error.get("excess_percent"), "best_layer": best.get("level"),
+            f"dimension_k{K_SHOWN}": (best.get("dimension") or {}).get(K_SHOWN),
+            **{key: best.get(key) for key in ("silhouette", "probe_accuracy", "phase_r2", "kmeans_ari",
+                                              "kmeans_ari_smooth")}}
+
+
+def comparison_table(rows):
+    titles = ["checkpoint", "val MSE", "optimal", "excess %", "best layer", f"dim {K_SHOWN}", "silhouette",
+              "probe acc.", "phase R²", "ARI", "smooth"]
+    forms = ["", ".4f", ".4f", "+.2f", "", ".2f", *[".3f"] * 5]
+    return cli.table(titles, [[cell(value, form) for value, form in zip(row.values(), forms, strict=True)]
+                              for row in rows])
+
+
+def comparison_csv(rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)  # None is written as an empty cell
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def level_title(measures):
+    """A level's name with its dimension and silhouette."""
+    dimension = (measures["dimension"] or {}).get(K_SHOWN)
+    facts = [f"dim {dimension:.1f}"] if dimension is not None else []
+    if measures["silhouette"] is not None:
+        facts.append(f"silhouette {measures['silhouette']:.2f}")
+    return "\n".join([measures["level"], ", ".join(facts)]).strip()
+
+
+def umap_figure(embeddings, titles, states, n_circles, title):
+    """UMAPs coloured by circle, one panel an embedding (n, 2), states (n,), and one legend."""
+    cols = len(embeddings) if len(embeddings) < 4 else min(5, -(-len(embeddings) // 2))
+    rows = -(-len(embeddings) // cols)
+    fig, axes = figures.new_figure(rows, cols, panel=(3.1, 3.3) if len(embeddings) > 1 else (6.5, 6.0), title=title)
+    colors = figures.circle_colors(n_circles)[states]
+    for ax, points, name in zip(axes.ravel(), embeddings, titles, strict=False):
+        figures.scatter_panel(ax, points, colors, title=name)
+    figures.hide_unused(axes, len(embeddings))
+    figures.circle_legend(fig, n_circles, np.unique(states))
+    return fig
+
+
+# (title, {line label: how to read it from a level's measures}); the first line of a panel is the solid one.
+PANELS = [
+    ("circle accuracy of a linear probe", {"": lambda m: m["probe_accuracy"]}),
+    ("phase R², (cos θ, sin θ)", {"": lambda m: m["phase_r2"]}),
+    ("ARI of k-means", {f"vote over {VOTE_STEPS} steps": lambda m: m["kmeans_ari_smooth"],
+                        "raw": lambda m: m["kmeans_ari"]}),
+    ("NMI of k-means", {f"vote over {VOTE_STEPS} steps": lambda m: m["kmeans_nmi_smooth"],
+                        "raw": lambda m: m["kmeans_nmi"]}),
+    ("silhouette of the circles", {"": lambda m: m["silhouette"]}),
+    ("effective rank", {"": lambda m: m["effective_rank"]}),
+    ("Levina–Bickel dimension", {f"k = {k}": lambda m, k=k: (m["dimension"] or {}).get(k)
+                                 for k in sorted(KS, key=lambda k: k != K_SHOWN)}),
+]
+LINE_STYLES = ["-", "--", ":"]
+UNIT_PANELS = ("circle accuracy", "ARI", "NMI")  # share the scale 0…1
+
+
+def summary_figure(reports, title):
+    """Every measure against depth, from input to output, one colour a model; the last panel is the legend."""
+    n_layers = {report["n_layers"] for report in reports}
+    colors = figures.circle_colors(max(len(reports), 2))
+    fig, axes = figures.new_figure(2, 4, panel=(3.7, 3.0), title=title)
+    for ax, (name, lines) in zip(axes.ravel(), PANELS, strict=False):
+        shown = list(lines.items())[:1 if len(reports) > 3 else None]
+        for report, color in zip(reports, colors, strict=False):
+            depth = [m["depth"] / (report["n_layers"] + 1 if len(n_layers) > 1 else 1) for m in report["levels"]]
+            for style, (_, read) in zip(LINE_STYLES, shown, strict=False):
+                values = [np.nan if read(m) is None else read(m) for m in report["levels"]]
+                ax.plot(depth, values, color=color, linestyle=style, marker="o", markersize=3.5)
+        ax.set_title(name + (f", {shown[0][0]}" if len(shown) < len(lines) else ""))
+        if name.startswith(UNIT_PANELS):
+            ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
+        depth_ticks(ax, reports, n_layers)
+        if len(shown) > 1:
+            ax.legend(handles=[figures.Line2D([], [], color="0.3", linestyle=style, label=label)
+                               for style, (label, _) in zip(LINE_STYLES, shown, strict=False)])
+    handles = [figures.Line2D([], [], color=color, marker="o", markersize=3.5, label=shortened(report["name"]))
+               for report, color in zip(reports, colors, strict=False)]
+    ceiling = reports[0]["filter_circle_accuracy"]
+    if ceiling is not None:
+        handles.append(axes[0, 0].axhline(ceiling, color="0.4", linestyle="-.", linewidth=1,
+                                          label=f"exact filter: {ceiling:.3f}"))
+    figures.hide_unused(axes, len(PANELS))
+    axes.ravel()[-1].legend(handles=handles, loc="center left")
+    return fig
+
+
+def depth_ticks(ax, reports, n_layers):
+    """Label the depth axis: layers by number, or only its ends when the models differ in depth."""
+    if len(n_layers) > 1:
+        ax.set_xticks([0, 1], ["input", "output"])
+        ax.set_xlabel("relative depth")
+        return
+    (n,) = n_layers
+    depths = sorted({m["depth"] for report in reports for m in report["levels"]})
+    every = -(-len(depths) // 12)
+    kept = [d for d in depths if d in (0, n + 1) or (d % every == 0 and d + every <= n + 1) or every == 1]
+    ax.set_xticks(kept, ["in" if d == 0 else "out" if d == n + 1 else str(d) for d in kept])
+    ax.set_xlabel("layer")
+
+
+def shortened(name, most=34):
+    return name if len(name) <= most else name[:most - 1] + "…"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def variant(args):
+    """What --velocity and --pca add to file names, and to titles."""
+    suffix = ("_velocity" if args.velocity else "") + (f"_pca{args.pca}" if args.pca else "")
+    words = [", change since the step before"] if args.velocity else []
+    words += [f", up to {args.pca} principal components"] if args.pca else []
+    return suffix, "".join(words)
+
+
+def unique_names(checkpoints):
+    """The stems of the checkpoints, which name their files. Raises UserError when two are the same."""
+    names = [mamba_model.stem(path) for path in checkpoints]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise cli.UserError(f"{checkpoints[names.index(name)]} and {checkpoints[i]} would both write {name}_… "
+                                "files; give each checkpoint once, and rename one where the names are the same")
+    return names
+
+
+def comparison_name(names, most=100):
+    """compare_A_B, cut and closed with a hash where it would be too long for a file name."""
+    joined = "_".join(names)
+    if len(joined) > most:
+        joined = f"{joined[:most]}_{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
+    return f"compare_{joined}"
+
+
+def sampled_rows(n_rows, args):
+    """Row numbers of the sample, in random order: the UMAP and the dimension take the first ones of them.
+
+    Raises UserError when there are too few for either.
+    """
+    rows = np.random.default_rng(args.seed).permutation(n_rows)[:max(args.umap_points, args.lb_points)]
+    if not args.no_umap and len(rows) <= args.umap_neighbors:
+        raise cli.UserError(f"the series has {n_rows} steps to draw from, too few for --umap-neighbors "
+                            f"{args.umap_neighbors}; use a smaller one or --no-umap")
+    if not args.no_lb and min(args.lb_points, len(rows)) <= max(KS):
+        raise cli.UserError(f"the dimension needs more than {max(KS)} points, and there are "
+                            f"{min(args.lb_points, len(rows))}; use more --lb-points, a longer series or --no-lb")
+    return rows
+
+
+def load_models(args, series, device):
+    """All models with what belongs to them, checked before any work: a list of (name, path, model, windows, depths)."""
+    models = []
+    for name, path in zip(unique_names(args.checkpoint), args.checkpoint, strict=True):
+        model, saved = mamba_model.load_checkpoint(path, device)
+        dataset.check_fits_model(series, model, path)
+        depths = chosen_depths(args.layers, model.n_layers, path)
+        models.append((name, path, model.use_scan(args.scan, device), window_settings(saved, path), depths))
+    return models
+
+
+def evaluate(model, series, windows, depths, rows, args, pool, name):
+    """Measures of all levels of a model and the futures of their UMAPs, two lists."""
+    names, measures, futures = level_names(model.n_layers), [], []
+    levels = representations(model, series.X, windows[0], depths, args.velocity)
+    for depth, values in tqdm(levels, desc=name, total=len(depths), unit="level", disable=None):
+        if not np.isfinite(values).all():
+            raise cli.UserError(f"{name}: {names[depth]} holds NaN or infinity on these data; give another "
+                                "--checkpoint or the --data-dir it was trained on")
+        level, points, graph = level_measures(values, series, rows, args)
+        measures.append({"level": names[depth], "depth": depth, **level})
+        if not args.no_umap:
+            futures.append(submit(pool, umap_embedding, points, graph, args.umap_neighbors, args.seed))
+    return measures, futures
+
+
+def write_report(report, args, prefix, subtitle):
+    print(level_table(report))
+    cli.write_text(args.save_dir / f"{prefix}_metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
+    figures.save(summary_figure([report], f"{report['name']}: measures against depth{subtitle}"),
+                 args.save_dir / f"{prefix}_summary.png")
+
+
+def write_umaps(report, embeddings, states, n_circles, args, prefix, subtitle):
+    title = f"{report['name']}: UMAP of {len(states):,} steps{subtitle}"
+    titles = [level_title(m) for m in report["levels"]]
+    if not args.per_layer:
+        figures.save(umap_figure(embeddings, titles, states, n_circles, title), args.save_dir / f"{prefix}_umap.png")
+        return
+    for measures, embedding, level in zip(report["levels"], embeddings, titles, strict=True):
+        fig = umap_figure([embedding], [level], states, n_circles, title)
+        figures.save(fig, args.save_dir / f"{prefix}_umap_{measures['level'].replace(' ', '')}.png")
+
+
+def write_comparison(reports, args, suffix, subtitle):
+    rows = [comparison_row(report) for report in reports]
+    prefix = comparison_name([report["name"] for report in reports]) + suffix
+    print("\nbest layer of each checkpoint\n" + comparison_table(rows))
+    cli.write_text(args.save_dir / f"{prefix}_summary.csv", comparison_csv(rows))
+    print(f"wrote {args.save_dir / f'{prefix}_summary.csv'}")
+    figures.save(summary_figure(reports, f"measures against depth{subtitle}"),
+                 args.save_dir / f"{prefix}_summary.png")
+
+
+def main(args):
+    device = cli.pick_device(args.device)
+    series = dataset.load_series(args.data_dir)
+    models = load_models(args, series, device)
+    first = int(args.velocity)  # the first step has no step before it
+    rows = sampled_rows(series.n_steps - first, args)
+    cli.output_folder(args.save_dir)
+    suffix, subtitle = variant(args)
+
+    n_embeddings = 0 if args.no_umap else sum(len(depths) for *_, depths in models)
+    pool = umap_pool(n_embeddings, min(args.umap_points, len(rows)))
+    try:
+        process = known_process(series)
+        accuracy = None if process is None else filter_accuracy(process, series)
+        floors, reports = {}, []
+        for name, path, model, windows, depths in models:
+            print(f"\n{name}: {model.n_layers} layers" + (f"; exact filter's circle accuracy {accuracy:.3f}"
+                                                          if accuracy is not None else ""))
+            report = {"name": name, "checkpoint": str(path), "data_dir": str(args.data_dir), "seed": args.seed,
+                      "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
+                      "lb_points": None if args.no_lb else min(args.lb_points, len(rows)), "n_layers": model.n_layers,
+                      "seq_len": windows[0], "filter_circle_accuracy": accuracy, "errors": []}
+            try:
+                report["errors"] = prediction_errors(model, series, windows, process, floors)
+                print(error_table(report))
+            except cli.UserError as error:
+                print(f"no validation MSE: {error}")
+            report["levels"], futures = evaluate(model, series, windows, depths, rows, args, pool, name)
+            best = best_layer(report["levels"])
+            report["best_layer"] = best["level"] if best else None
+            write_report(report, args, name + suffix, subtitle)
+            if futures:
+                shown = series.states[first + rows[:report["umap_points"]]]
+                embeddings = [future.result() for future in futures]
+                write_umaps(report, embeddings, shown, series.n_circles, args, name + suffix, subtitle)
+            reports.append(report)
+        if len(reports) > 1:
+            write_comparison(reports, args, suffix, subtitle)
+    except BrokenProcessPool:
+        raise cli.UserError("a process that computed a UMAP was ended, probably for lack of memory; "
+                            "use fewer --umap-points") from None
+    finally:
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, ARGS)

@@ -1,0 +1,368 @@
+"""visualize_gates.py: the signals against a recomputation, the statistics against brute force, and whole runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+import dataset
+import mamba_model
+import visualize_gates as vg
+
+SCRIPT = Path(vg.__file__)
+SEQ_LEN, N_STEPS, FEATURES, CIRCLES, LAYERS = 32, 1000, 3, 4, 2  # validation: 100 steps, three windows
+
+
+def tiny_model(seed=0, feature_dim=FEATURES):
+    torch.manual_seed(seed)
+    return mamba_model.CausalTimeSeriesMamba(feature_dim, d_model=16, n_layers=LAYERS, d_state=4, d_ff=32).eval()
+
+
+def save_model(path, model, **args):
+    mamba_model.save_checkpoint(path, 1, model.state_dict(), {}, 1.0, 1.0, args)
+
+
+def write_data(folder, n_steps=N_STEPS, features=FEATURES):
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    states = np.arange(n_steps) // 20 % CIRCLES
+    np.savez(folder / "data.npz", X=rng.normal(size=(n_steps, features)).astype(np.float32), states=states,
+             thetas=rng.uniform(0, 6, n_steps),
+             transition_matrix=(np.ones((CIRCLES, CIRCLES)) - np.eye(CIRCLES)) / (CIRCLES - 1),
+             radii=np.ones(CIRCLES), entry_angles=np.zeros(CIRCLES), periods=np.full(CIRCLES, 10))
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with data/ and ckpt/m.pt, a tiny untrained model that says how its windows were cut."""
+    write_data(tmp_path / "data")
+    (tmp_path / "ckpt").mkdir()
+    save_model(tmp_path / "ckpt" / "m.pt", tiny_model(), seq_len=SEQ_LEN, stride=8, val_fraction=0.1)
+    return tmp_path
+
+
+def flags(work, *more, checkpoint="m.pt"):
+    return ["--checkpoint", str(work / "ckpt" / checkpoint), "--data-dir", str(work / "data"), "--save-dir",
+            str(work / "plots"), "--device", "cpu", "--scan", "reference", *more]
+
+
+def run_here(work, *more, **options):
+    cli.run(vg.main, vg.parse_args(flags(work, *more, **options)))
+
+
+def plots(work):
+    return sorted(path.name for path in (work / "plots").iterdir())
+
+
+# Signals
+
+
+def recompute(block, x):
+    """A Mamba block written out step by step in float64 numpy: x (time, d_model) to its signals and its output."""
+    weight = {name: value.detach().double().numpy() for name, value in block.named_parameters()}
+    u, z = np.split(x @ weight["in_proj.weight"].T, 2, axis=1)
+    conv = np.zeros_like(u)
+    for t in range(len(u)):
+        for k in range(block.d_conv):
+            if t - k >= 0:
+                conv[t] += weight["conv1d.weight"][:, 0, block.d_conv - 1 - k] * u[t - k]
+    conv += weight["conv1d.bias"]
+    conv = conv / (1 + np.exp(-conv))
+    mixed = conv @ weight["x_proj.weight"].T
+    low_rank, B, C = np.split(mixed, [block.dt_rank, block.dt_rank + block.d_state], axis=1)
+    delta = np.log1p(np.exp(low_rank @ weight["dt_proj.weight"].T + weight["dt_proj.bias"]))
+    return {"conv": conv, "delta": delta, "z": z, "B": B, "C": C}
+
+
+def recurrence(block, signals):
+    """The block's output from its signals alone, h_t = exp(Δ A) h_{t-1} + Δ B u, looped over time."""
+    A, D = -np.exp(block.A_log.detach().double().numpy()), block.D.detach().double().numpy()
+    h, out = np.zeros_like(A), []
+    for u, delta, z, B, C in zip(*(signals[name] for name in ("conv", "delta", "z", "B", "C")), strict=True):
+        h = np.exp(delta[:, None] * A) * h + (delta * u)[:, None] * B
+        out.append((h @ C + D * u) * z / (1 + np.exp(-z)))
+    return np.array(out) @ block.out_proj.weight.detach().double().numpy().T
+
+
+@pytest.fixture
+def traced():
+    """A model, an input, and what went in and out of every block when the model itself ran."""
+    model, seen = tiny_model(), []
+    model.use_scan("reference", "cpu")
+    x = torch.randn(2, 20, FEATURES)
+    hooks = [layer.mamba.register_forward_hook(
+        lambda block, inputs, output: seen.append((inputs[0].detach(), output.detach()))) for layer in model.layers]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    return model, x, seen
+
+
+def test_block_signals_match_a_recomputation_from_the_real_block_inputs(traced):
+    model, x, seen = traced
+    layers = vg.block_signals(model, x)
+    assert len(layers) == LAYERS
+    for layer, signals, (block_input, _) in zip(model.layers, layers, seen, strict=True):
+        assert set(signals) == set(vg.SIGNALS)
+        for i in range(len(x)):
+            wanted = recompute(layer.mamba, block_input[i].double().numpy())
+            for name in vg.SIGNALS:
+                np.testing.assert_allclose(signals[name][i].numpy(), wanted[name], rtol=2e-4, atol=2e-6, err_msg=name)
+
+
+def test_the_signals_run_through_the_recurrence_give_the_blocks_output(traced):
+    model, x, seen = traced
+    for layer, signals, (_, output) in zip(model.layers, vg.block_signals(model, x), seen, strict=True):
+        for i in range(len(x)):
+            one = {name: signal[i].double().numpy() for name, signal in signals.items()}
+            np.testing.assert_allclose(recurrence(layer.mamba, one), output[i].numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_signals_at_returns_each_step_in_the_order_asked_for():
+    model = tiny_model()
+    model.use_scan("reference", "cpu")
+    X = np.random.default_rng(1).normal(size=(100, FEATURES)).astype(np.float32)
+    steps = np.array([75, 12, 74, 30, 11])
+    points = vg.signals_at(model, X, np.array([10, 42, 70]), 25, steps, [1])
+    assert list(points) == [1]
+    for row, (step, start) in enumerate(zip(steps, [70, 10, 70, 10, 10], strict=True)):
+        window = vg.window_signals(model, X, start, 25)[1]
+        for name in vg.SIGNALS:
+            np.testing.assert_array_equal(points[1][name][row], window[name][step - start])
+
+
+# Samples
+
+
+def test_samples_are_validation_windows_that_share_no_step():
+    starts = vg.sample_starts(N_STEPS, SEQ_LEN, 0.1)
+    assert starts.tolist() == [900, 932, 964]
+
+
+def test_a_validation_part_shorter_than_a_window_is_refused():
+    with pytest.raises(cli.UserError, match="100 steps, fewer than the 101"):
+        vg.sample_starts(N_STEPS, 101, 0.1)
+
+
+def test_sample_steps_are_different_steps_of_the_windows_and_follow_the_seed():
+    starts = np.array([900, 950])
+    steps = vg.sample_steps(starts, SEQ_LEN, 40, np.random.default_rng(3))
+    assert len(set(steps.tolist())) == 40
+    assert all(900 <= s < 932 or 950 <= s < 982 for s in steps)
+    np.testing.assert_array_equal(steps, vg.sample_steps(starts, SEQ_LEN, 40, np.random.default_rng(3)))
+    assert sorted(vg.sample_steps(starts, SEQ_LEN, 1000, np.random.default_rng(3))) == [
+        *range(900, 932), *range(950, 982)]
+
+
+def test_a_long_series_costs_a_bounded_number_of_windows():
+    starts = np.arange(0, 10_000 * SEQ_LEN, SEQ_LEN)
+    windows = set(vg.sample_steps(starts, SEQ_LEN, 2000, np.random.default_rng(0)) // SEQ_LEN)
+    assert len(windows) <= vg.MAX_WINDOWS
+    assert min(windows) < 1000
+    assert max(windows) > 9000
+
+
+def test_missing_window_flags_take_the_defaults_and_say_so(capsys):
+    assert vg.window_settings({"seq_len": 64, "val_fraction": 0.25}, "m.pt") == (64, 0.25)
+    assert capsys.readouterr().out == ""
+    assert vg.window_settings({"seq_len": 64}, "m.pt") == (64, 0.1)
+    out = capsys.readouterr().out
+    assert "val_fraction" in out
+    assert "seq_len" not in out
+
+
+@pytest.mark.parametrize("bad", [{"seq_len": 0}, {"seq_len": "long"}, {"val_fraction": 1.5}, {"val_fraction": None}])
+def test_senseless_window_flags_are_refused(bad):
+    with pytest.raises(cli.UserError, match="no valid pair"):
+        vg.window_settings({"seq_len": 64, "val_fraction": 0.1} | bad, "m.pt")
+
+
+# Statistics
+
+
+def test_eta_squared_matches_a_loop_over_groups():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 5, 200)
+    groups[groups == 3] = 2  # a circle that is never visited
+    values = rng.normal(size=(200, 4)) + groups[:, None] * np.array([0, 0.3, 1, 5]) + 100
+    for column, share in zip(values.T, vg.eta_squared(values, groups), strict=True):
+        within = sum(((column[groups == g] - column[groups == g].mean()) ** 2).sum() for g in set(groups.tolist()))
+        assert share == pytest.approx(1 - within / ((column - column.mean()) ** 2).sum(), abs=1e-10)
+
+
+def test_eta_squared_at_its_ends():
+    groups = np.array([0, 0, 1, 1, 2, 2])
+    values = np.stack([groups * 2.0, np.array([0, 1, 0, 1, 0, 1.0]), np.full(6, 0.1)], axis=1)
+    np.testing.assert_allclose(vg.eta_squared(values, groups), [1, 0, 0], atol=1e-12)
+
+
+def test_standardise_leaves_a_constant_channel_at_zero():
+    values = np.random.default_rng(0).normal(3, 7, size=(50, 3))
+    values[:, 1] = 0.1
+    scaled = vg.standardise(values)
+    np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-12)
+    np.testing.assert_allclose(scaled.std(axis=0), [1, 0, 1], atol=1e-12)
+
+
+def test_channels_move_together_and_B_and_C_stay():
+    rng = np.random.default_rng(0)
+    signals = {name: rng.uniform(size=(10, 6)) for name in vg.SIGNALS}
+    signals["z"], signals["conv"] = signals["delta"] + 1, signals["delta"] + 2
+    ordered = vg.by_mean_delta(signals)
+    assert (np.diff(ordered["delta"].mean(axis=0)) > 0).all()
+    np.testing.assert_array_equal(ordered["z"], ordered["delta"] + 1)
+    np.testing.assert_array_equal(ordered["conv"], ordered["delta"] + 2)
+    assert ordered["B"] is signals["B"]
+    assert ordered["C"] is signals["C"]
+
+
+def test_log2_over_mean_counts_doublings_and_survives_an_underflow():
+    delta = np.array([[1.0, 0.2, 0.0], [3.0, 0.2, 1.0]], dtype=np.float32)
+    ratio = vg.log2_over_mean(delta)
+    np.testing.assert_allclose(ratio[:, 0], [-1, np.log2(1.5)], rtol=1e-6)
+    np.testing.assert_allclose(ratio[:, 1], 0, atol=1e-6)
+    assert np.isfinite(ratio).all()
+
+
+# Figures
+
+
+def test_all_panels_of_a_layer_share_one_time_axis(monkeypatch, work):
+    figs = []
+    monkeypatch.setattr(vg.figures, "save", lambda fig, path: figs.append(fig))
+    run_here(work, "--layer", "1", "--sample", "1")
+    (fig,) = figs
+    fig.draw_without_rendering()
+    panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    assert len(panels) == 7  # state strip, input, five signals
+    assert {ax.get_xlim() for ax in panels} == {(931.5, 963.5)}
+    assert len({(round(ax.get_position().x0, 6), round(ax.get_position().x1, 6)) for ax in panels}) == 1
+
+
+def test_the_layer_asked_for_is_the_layer_drawn(monkeypatch, work):
+    drawn = []
+    monkeypatch.setattr(vg, "layer_figure", lambda signals, *rest: drawn.append((signals, *rest)))
+    monkeypatch.setattr(vg.figures, "save", lambda fig, path: None)
+    run_here(work, "--layer", "2", "--sample", "2")
+    model, series = tiny_model(), dataset.load_series(work / "data")
+    model.use_scan("reference", "cpu")
+    signals, X, states, n_circles, start, _ = drawn[0]
+    wanted = vg.by_mean_delta(vg.window_signals(model, series.X, 964, SEQ_LEN)[1])
+    for name in vg.SIGNALS:
+        np.testing.assert_array_equal(signals[name], wanted[name])
+    assert (start, n_circles) == (964, CIRCLES)
+    np.testing.assert_array_equal(X, series.X[964:996])
+    np.testing.assert_array_equal(states, series.states[964:996])
+
+
+def test_umap_names_a_grid_a_signal_and_colours_by_circle(monkeypatch, work):
+    drawn = []
+    real = vg.umap_figure
+    monkeypatch.setattr(vg, "umap_embedding", lambda values, seed: values[:, :2])
+    monkeypatch.setattr(vg, "umap_figure", lambda *given: drawn.append(given) or real(*given))
+    run_here(work, "--umap", "--umap-points", "50")
+    assert plots(work) == sorted(f"m_gates_umap_{name}.png" for name in vg.SIGNALS)
+    assert all(len(embeddings) == LAYERS for embeddings, *_ in drawn)
+    series = dataset.load_series(work / "data")
+    steps = vg.sample_steps(vg.sample_starts(N_STEPS, SEQ_LEN, 0.1), SEQ_LEN, 50, np.random.default_rng(42))
+    np.testing.assert_array_equal(drawn[0][1], series.states[steps])
+    run_here(work, "--umap", "--umap-points", "50", "--layer", "2")
+    assert f"m_gates_layer2_umap_{vg.SIGNALS[0]}.png" in plots(work)
+    assert len(drawn[-1][0]) == 1
+
+
+# Whole runs
+
+
+def test_samples_get_a_figure_each_and_the_names_of_checkpoint_and_layer(work, capsys):
+    run_here(work, "--layer", "2", "--sample", "1", "--n-samples", "2")
+    assert plots(work) == ["m_gates_layer2_1.png", "m_gates_layer2_2.png"]
+    run_here(work)
+    assert plots(work) == ["m_gates_layer2_1.png", "m_gates_layer2_2.png", "m_gates_summary_0.png"]
+    table = capsys.readouterr().out
+    assert re.search(r"^layer 2( +\d\.\d{3}){5}$", table, re.MULTILINE)
+    assert (work / "plots" / "m_gates_summary_0.png").read_bytes().startswith(b"\x89PNG")
+
+
+def imported(importtime_log):
+    """Top-level packages in the log of python -X importtime."""
+    return set(re.findall(r"\| +(\w+)$", importtime_log, re.MULTILINE))
+
+
+def test_command_line_end_to_end_without_umap_and_numba(work):
+    done = subprocess.run([sys.executable, "-X", "importtime", SCRIPT, *flags(work, "--layer", "1")],
+                          capture_output=True, text=True, check=True, cwd=work)
+    assert done.stdout.splitlines()[-1].endswith("m_gates_layer1_0.png")
+    assert plots(work) == ["m_gates_layer1_0.png"]
+    assert "torch" in imported(done.stderr)
+    assert not imported(done.stderr) & {"umap", "numba"}
+
+
+@pytest.mark.slow
+def test_real_umap_end_to_end(work):
+    command = [sys.executable, SCRIPT, *flags(work, "--umap", "--umap-points", "60", "--layer", "1")]
+    subprocess.run(command, capture_output=True, check=True, cwd=work)
+    assert plots(work) == sorted(f"m_gates_layer1_umap_{name}.png" for name in vg.SIGNALS)
+    first = {path.name: path.read_bytes() for path in (work / "plots").iterdir()}
+    subprocess.run(command, capture_output=True, check=True, cwd=work)
+    assert first == {path.name: path.read_bytes() for path in (work / "plots").iterdir()}
+
+
+def other_model(work):
+    save_model(work / "ckpt" / "other.pt", tiny_model(feature_dim=FEATURES + 1), seq_len=SEQ_LEN, val_fraction=0.1)
+
+
+def damaged_model(work):
+    whole = (work / "ckpt" / "m.pt").read_bytes()
+    (work / "ckpt" / "damaged.pt").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(("prepare", "checkpoint", "more", "words"), [
+    (None, "m.pt", ["--layer", "3"], "layers 1…2"),
+    (None, "m.pt", ["--layer", "3", "--umap"], "layers 1…2"),
+    (None, "m.pt", ["--sample", "3"], "samples 0…2"),
+    (None, "m.pt", ["--sample", "2", "--n-samples", "2"], "samples 0…2"),
+    (None, "m.pt", ["--umap", "--umap-points", "10"], "--umap-points"),
+    (None, "m.pt", ["--data-dir", "nowhere"], "nowhere"),
+    (None, "gone.pt", [], "not found"),
+    (damaged_model, "damaged.pt", [], "damaged"),
+    (other_model, "other.pt", [], "predicts 4 features"),
+])
+def test_bad_input_ends_with_one_line_and_leaves_files_alone(work, capsys, prepare, checkpoint, more, words):
+    if prepare:
+        prepare(work)
+    (work / "plots").mkdir()
+    stem = checkpoint.removesuffix(".pt")
+    old = work / "plots" / f"{stem}_gates_summary_0.png"
+    old.write_bytes(b"precious")
+    with pytest.raises(SystemExit) as stop:
+        run_here(work, *more, checkpoint=checkpoint)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert plots(work) == [old.name]
+    assert old.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("bad", [["--layer", "0"], ["--layer", "x"], ["--sample", "-1"], ["--n-samples", "0"],
+                                 ["--umap-points", "0"], ["--scan", "fast"]])
+def test_bad_flags_are_refused_when_parsed(bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vg.parse_args(["--checkpoint", "m.pt", *bad])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_help_loads_nothing_slow():
+    done = subprocess.run([sys.executable, "-X", "importtime", SCRIPT, "--help"], capture_output=True, text=True,
+                          check=True)
+    assert "--umap-points" in done.stdout
+    assert "argparse" in imported(done.stderr)
+    assert not imported(done.stderr) & {"torch", "umap", "numpy", "matplotlib", "numba"}

@@ -1,0 +1,388 @@
+"""Look inside the Mamba blocks: step size delta, output gate z, B, C and the convolved input, beside the series.
+
+Reads a checkpoint NAME.pt and data/data.npz. Samples are the validation windows of the model's own length, end to end
+and numbered from 0. Writes to --save-dir:
+  NAME_gates_layer7_0.png     with --layer 7: all signals of layer 7 for sample 0
+  NAME_gates_summary_0.png    without --layer: all signals of all layers for sample 0, and how much of each signal's
+                              variance the circle explains
+  NAME_gates_umap_delta.png   with --umap: a UMAP of delta for every layer, coloured by circle; the same for z, B, C
+                              and conv. With --layer 7 that layer only: NAME_gates_layer7_umap_delta.png
+
+Examples:
+  python visualize_gates.py --checkpoint model_next.pt --layer 7 --sample 0
+  python visualize_gates.py --checkpoint model_next.pt --umap
+"""
+
+from pathlib import Path
+
+import cli
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt",
+                        help="the trained model")
+    cli.add_data_dir(parser)
+    parser.add_argument("--layer", type=cli.positive_int, metavar="N",
+                        help="show this layer, counted from 1; all layers when not given")
+    parser.add_argument("--sample", type=cli.non_negative_int, default=0, metavar="N",
+                        help="first validation window to show, counted from 0; --umap takes points from all windows")
+    parser.add_argument("--n-samples", type=cli.positive_int, default=1, metavar="N",
+                        help="how many windows to show, a figure each")
+    parser.add_argument("--umap", action="store_true", help="draw UMAPs instead of heatmaps")
+    parser.add_argument("--umap-points", type=cli.positive_int, default=3000, metavar="N",
+                        help="time steps in each UMAP")
+    cli.add_seed(parser)
+    cli.add_save_dir(parser)
+    cli.add_device(parser)
+    cli.add_scan(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import dataset  # noqa: E402
+import figures  # noqa: E402
+import mamba_model  # noqa: E402
+
+SIGNALS = ("delta", "z", "B", "C", "conv")
+SYMBOLS = {"delta": "Δ", "z": "z", "B": "B", "C": "C", "conv": "conv"}
+MEANINGS = {"delta": "step size Δ over the channel's mean: red takes the input in and forgets, blue holds the state",
+            "z": "gate z, before SiLU: red open, blue closed",
+            "B": "B: how the input enters the state",
+            "C": "C: how the state is read out",
+            "conv": "conv: the block's input after convolution and SiLU"}
+DEFAULT_WINDOWS = {"seq_len": 1024, "val_fraction": 0.1}  # of the training script
+UMAP_NEIGHBORS = 15
+ANOVA_POINTS = 5000
+MAX_WINDOWS = 64  # windows that sampled time steps come from: bounds the time on a long series
+
+
+# Samples
+
+
+def window_settings(args, checkpoint):
+    """seq_len and val_fraction of a training run, from the flags kept in its checkpoint.
+
+    Flags that are not there (older files) get the training script's defaults, and a line that says so. Raises
+    UserError when one makes no sense.
+    """
+    missing = [name for name in DEFAULT_WINDOWS if name not in args]
+    if missing:
+        print(f"{checkpoint} doesn't say " + " and ".join(f"its {name} (taken: {DEFAULT_WINDOWS[name]})"
+                                                          for name in missing))
+    settings = {name: args.get(name, default) for name, default in DEFAULT_WINDOWS.items()}
+    seq_len, val_fraction = settings["seq_len"], settings["val_fraction"]
+    if not (isinstance(seq_len, int) and seq_len > 0 and isinstance(val_fraction, float) and 0 < val_fraction < 1):
+        raise cli.UserError(f"{checkpoint} was trained with seq_len {seq_len!r} and val_fraction {val_fraction!r}, "
+                            "which is no valid pair; give another --checkpoint")
+    return seq_len, val_fraction
+
+
+def sample_starts(n_steps, seq_len, val_fraction):
+    """First time steps of the samples: validation windows end to end, so that no two share a step.
+
+    Raises UserError when the validation part holds no window.
+    """
+    first = dataset.first_validation_step(n_steps, val_fraction)
+    starts = dataset.window_starts(first, n_steps, seq_len, seq_len)
+    if len(starts) == 0:
+        raise cli.UserError(f"the validation part has {n_steps - first} steps, fewer than the {seq_len} of the model's "
+                            "windows; give the --data-dir the model was trained on, or a longer series")
+    return starts
+
+
+def check_samples(sample, n_samples, available):
+    """Raise UserError unless the samples sample … sample + n_samples - 1 exist."""
+    if sample + n_samples > available:
+        asked = f"--sample {sample}" + (f" --n-samples {n_samples}" if n_samples > 1 else "")
+        raise cli.UserError(f"{asked} is out of range: the validation part has samples 0…{available - 1}")
+
+
+def sample_steps(starts, seq_len, n_points, rng):
+    """n_points different time steps (n_points,) in random order, from at most MAX_WINDOWS of the windows, which are
+    spread evenly; all steps of these windows when they have fewer."""
+    if len(starts) > MAX_WINDOWS:
+        starts = starts[np.linspace(0, len(starts) - 1, MAX_WINDOWS).astype(int)]
+    steps = (starts[:, None] + np.arange(seq_len)).ravel()
+    return rng.choice(steps, size=min(n_points, len(steps)), replace=False)
+
+
+# Signals
+
+
+@torch.no_grad()
+def block_signals(model, x):
+    """The signals of every block for x (batch, time, feature_dim), the model in eval mode.
+
+    A list with one dict a layer: delta (after softplus), z (before SiLU) and conv (after SiLU), each (batch, time,
+    d_inner), B and C (batch, time, d_state); names as in Gu & Dao 2023, algorithm 2.
+    """
+    inputs = [model.input_proj(x), *model.layer_outputs(x)[:-1]]
+    return [layer.mamba.signals(layer.norm(h)) for layer, h in zip(model.layers, inputs, strict=True)]
+
+
+def window_signals(model, X, start, seq_len):
+    """block_signals of the window of X (n_steps, feature_dim) that begins at `start`, as arrays (seq_len, channels)."""
+    x = torch.from_numpy(X[start:start + seq_len]).to(next(model.parameters()).device)
+    return [{name: signal[0].cpu().numpy() for name, signal in layer.items()}
+            for layer in block_signals(model, x[None])]
+
+
+def signals_at(model, X, starts, seq_len, steps, layers):
+    """Signals at chosen time steps, each step seen in its window.
+
+    starts: first steps of the windows; steps (n,): time steps inside them; layers: which to keep, counted from 0.
+    Returns {layer: {name: (n, channels)}}, row i for steps[i].
+    """
+    points = {layer: {} for layer in layers}
+    for start in starts:
+        inside = (steps >= start) & (steps < start + seq_len)
+        if not inside.any():
+            continue
+        window = window_signals(model, X, start, seq_len)
+        for layer, kept in points.items():
+            for name, signal in window[layer].items():
+                if name not in kept:
+                    kept[name] = np.empty((len(steps), signal.shape[1]), signal.dtype)
+                kept[name][inside] = signal[steps[inside] - start]
+    return points
+
+
+# Statistics
+
+
+def eta_squared(values, groups):
+    """Share of each column's variance that the group explains: one-way ANOVA, η² = SS_between / SS_total.
+
+    values (n, channels), groups (n,) int from 0; returns (channels,) in [0, 1], 0 for a column that never changes.
+    Steps of one visit are alike, so few visits a group push η² up: compare layers and signals, test no hypothesis.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    centred = values - values.mean(axis=0)
+    member = groups[:, None] == np.arange(groups.max() + 1)
+    counts = member.sum(axis=0)
+    means = (member.T @ centred) / np.maximum(counts, 1)[:, None]
+    between, total = counts @ means**2, (centred**2).sum(axis=0)
+    varies = np.ptp(values, axis=0) > 0
+    return np.where(varies, between / np.where(varies, total, 1), 0).clip(0, 1)
+
+
+def standardise(values):
+    """Columns of values (n, channels) to mean 0 and standard deviation 1; a column that never changes to 0."""
+    values = np.asarray(values, dtype=np.float64)
+    varies = np.ptp(values, axis=0) > 0
+    return np.where(varies, (values - values.mean(axis=0)) / np.where(varies, values.std(axis=0), 1), 0)
+
+
+def by_mean_delta(signals):
+    """The signals of one layer with the channels of d_inner in the order of their mean step size, smallest first.
+
+    Conv, delta and z of one channel stay together; B and C, shared by all channels, keep the order of the state.
+    """
+    order = np.argsort(signals["delta"].mean(axis=0), kind="stable")
+    return {name: signal if name in ("B", "C") else signal[:, order] for name, signal in signals.items()}
+
+
+def log2_over_mean(delta):
+    """log₂ of delta (n, channels) over the mean of its channel: 1 is twice the mean, -1 half of it.
+
+    Step sizes of different channels span decades by design; only this shows how each one moves in time.
+    """
+    delta = np.maximum(delta, np.finfo(np.float32).tiny)  # softplus underflows to 0
+    return np.log2(delta / delta.mean(axis=0))
+
+
+def umap_embedding(values, seed):
+    """Two UMAP coordinates (n, 2) of standardised values (n, channels) (McInnes et al. 2018, arXiv 1802.03426)."""
+    import umap  # slow to import, and only --umap needs it
+
+    return umap.UMAP(n_neighbors=UMAP_NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(values)
+
+
+# Figures
+
+
+def layer_figure(signals, X, states, n_circles, start, title):
+    """One layer, one sample: state strip, input and all signals on one time axis.
+
+    signals {name: (seq_len, channels)} in the order of by_mean_delta, with "log2_over_mean" of delta and "mean_delta"
+    (channels,); X (seq_len, feature_dim), states (seq_len,).
+    """
+    heights = [0.3, 1, 1.5, 1.5, 1.5, 1, 1]
+    fig, axes = figures.new_figure(len(heights), 1, panel=(13.0, 9.5 / len(heights)), title=title, sharex=True,
+                                   gridspec_kw={"height_ratios": heights})
+    strip, inputs, conv, delta, z, B, C = axes[:, 0]
+    figures.state_strip(strip, states, n_circles, start)
+    figures.heatmap_panel(fig, inputs, X, start, ylabel="dimension", title="input x", unit="x", cmap="RdBu_r",
+                          symmetric=True)
+    channel = "channel\n(by mean Δ)"
+    figures.heatmap_panel(fig, conv, signals["conv"], start, ylabel=channel, title=MEANINGS["conv"], unit="conv",
+                          cmap="RdBu_r", symmetric=True)
+    figures.heatmap_panel(fig, delta, signals["log2_over_mean"], start, ylabel="channel's\nmean Δ",
+                          title=MEANINGS["delta"], unit="log₂(Δ / mean)", cmap="RdBu_r", symmetric=True)
+    marked = np.linspace(0, len(signals["mean_delta"]) - 1, 4).astype(int)
+    delta.set_yticks(marked, [f"{value:.2g}" for value in signals["mean_delta"][marked]])
+    figures.heatmap_panel(fig, z, signals["z"], start, ylabel=channel, title=MEANINGS["z"], unit="z", cmap="RdBu_r",
+                          symmetric=True)
+    for ax, name in ((B, "B"), (C, "C")):
+        figures.heatmap_panel(fig, ax, signals[name], start, ylabel="SSM state", title=MEANINGS[name], unit=name,
+                              cmap="RdBu_r", symmetric=True)
+    C.set_xlabel("time step")
+    fig.align_ylabels(axes[1:, 0])
+    figures.circle_legend(fig, n_circles, np.unique(states))
+    return fig
+
+
+def summary_figure(layers, shares, input_share, states, n_circles, start, title):
+    """All layers, one sample: a row a layer, with the mean step size, all signals and what the circle explains.
+
+    layers: a list of {name: (seq_len, channels)}, standardised but for "mean_delta" (seq_len,); shares: a list of
+    {name: η²} and input_share the η² of the series itself, in [0, 1].
+    """
+    n_layers = len(layers)
+    fig, axes = figures.new_figure(
+        n_layers + 1, len(SIGNALS) + 2, panel=(16 / (len(SIGNALS) + 2), (1.15 * n_layers + 1.2) / (n_layers + 1)),
+        title=title, gridspec_kw={"height_ratios": [0.2] + [1] * n_layers, "width_ratios": [1.3, *[1] * 5, 0.9]})
+    steps = start + np.arange(len(states))
+    for ax, name in zip(axes[0, :-1], ("mean Δ of channels", *(SYMBOLS[name] for name in SIGNALS)), strict=True):
+        figures.state_strip(ax, states, n_circles, start, label="")
+        ax.set_title(name)
+    axes[0, -1].axis("off")
+    axes[0, -1].set_title("η² (dotted: of input)")
+    top = 1.1 * max(input_share, *(max(share.values()) for share in shares))
+    for i, (signals, share) in enumerate(zip(layers, shares, strict=True)):
+        trace, *heatmaps, bars = axes[i + 1]
+        trace.plot(steps, signals["mean_delta"], color="black", linewidth=1)
+        trace.set_xlim(start - 0.5, start + len(states) - 0.5)
+        trace.set_ylabel(f"layer {i + 1}")
+        for ax, name in zip(heatmaps, SIGNALS, strict=True):
+            image = ax.imshow(signals[name].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-2.5, vmax=2.5,
+                              extent=(start - 0.5, start + len(states) - 0.5, 0, 1))
+            ax.set_yticks([])
+        bars.bar(range(len(SIGNALS)), [share[name] for name in SIGNALS], color="#4477aa")
+        bars.axhline(input_share, color="black", linestyle=":", linewidth=1)
+        bars.set_ylim(0, top or 1)
+        last = i == n_layers - 1
+        bars.set_xticks(range(len(SIGNALS)), [SYMBOLS[name] for name in SIGNALS] if last else [])
+        for ax in (trace, *heatmaps):
+            ax.locator_params(axis="x", nbins=3)
+            ax.tick_params(axis="x", labelbottom=last)
+            if last:
+                ax.set_xlabel("time step")
+    bar = fig.colorbar(image, ax=axes[1:, 1:-1], location="bottom", fraction=0.02, aspect=60, extend="both",
+                       extendfrac=0.02)
+    bar.set_label("standard deviations from the channel's mean (d_inner channels sorted by mean Δ)   |   "
+                  "η²: share of variance that the circle explains, over the validation part")
+    fig.align_ylabels(axes[1:, 0])
+    figures.circle_legend(fig, n_circles, np.unique(states))
+    return fig
+
+
+def umap_figure(embeddings, states, n_circles, titles, title):
+    """A grid of UMAPs, one panel an embedding (n, 2), coloured by states (n,)."""
+    cols = min(len(embeddings), 4)
+    rows = -(-len(embeddings) // cols)
+    fig, axes = figures.new_figure(rows, cols, panel=(3.2, 3.2) if len(embeddings) > 1 else (6.5, 6.0), title=title)
+    colors = figures.circle_colors(n_circles)[states]
+    for ax, points, name in zip(axes.ravel(), embeddings, titles, strict=False):
+        figures.scatter_panel(ax, points, colors, title=name)
+    figures.hide_unused(axes, len(embeddings))
+    figures.circle_legend(fig, n_circles, np.unique(states))
+    return fig
+
+
+# Script
+
+
+def draw_samples(args, model, series, starts, seq_len, folder):
+    """The heatmaps of the samples that were asked for: one layer, or a summary of all."""
+    name = mamba_model.stem(args.checkpoint)
+    if args.layer is None:
+        shares, input_share = explained_by_circle(model, series, starts, seq_len, args.seed)
+        print(share_table(shares, input_share))
+    for sample in range(args.sample, args.sample + args.n_samples):
+        start = int(starts[sample])
+        window, states = slice(start, start + seq_len), series.states[start:start + seq_len]
+        layers = [by_mean_delta(signals) for signals in window_signals(model, series.X, start, seq_len)]
+        if args.layer is None:
+            scaled = [{signal: standardise(values) for signal, values in layer.items()}
+                      | {"mean_delta": layer["delta"].mean(axis=1)} for layer in layers]
+            fig = summary_figure(scaled, shares, input_share, states, series.n_circles, start,
+                                 f"{name}: signals of all layers, sample {sample}")
+            figures.save(fig, folder / f"{name}_gates_summary_{sample}.png")
+        else:
+            signals = layers[args.layer - 1]
+            signals |= {"log2_over_mean": log2_over_mean(signals["delta"]),
+                        "mean_delta": signals["delta"].mean(axis=0)}
+            fig = layer_figure(signals, series.X[window], states, series.n_circles, start,
+                               f"{name}: layer {args.layer} of {model.n_layers}, sample {sample}")
+            figures.save(fig, folder / f"{name}_gates_layer{args.layer}_{sample}.png")
+
+
+def explained_by_circle(model, series, starts, seq_len, seed):
+    """η² of the circle for every layer and signal, a list of {name: share}, and for the series itself.
+
+    Over up to ANOVA_POINTS random time steps of the validation windows; the mean over channels.
+    """
+    steps = sample_steps(starts, seq_len, ANOVA_POINTS, np.random.default_rng(seed))
+    states = series.states[steps]
+    points = signals_at(model, series.X, starts, seq_len, steps, range(model.n_layers))
+    shares = [{name: float(eta_squared(values, states).mean()) for name, values in points[layer].items()}
+              for layer in range(model.n_layers)]
+    return shares, float(eta_squared(series.X[steps], states).mean())
+
+
+def share_table(shares, input_share):
+    rows = [[f"layer {i + 1}", *(f"{share[name]:.3f}" for name in SIGNALS)] for i, share in enumerate(shares)]
+    return (f"share of variance that the circle explains (eta squared); of the input: {input_share:.3f}\n"
+            + cli.table(["", *SIGNALS], rows))
+
+
+def draw_umaps(args, model, series, starts, seq_len, folder):
+    """One grid of UMAPs a signal, a panel a layer."""
+    steps = sample_steps(starts, seq_len, args.umap_points, np.random.default_rng(args.seed))
+    if len(steps) <= UMAP_NEIGHBORS:
+        raise cli.UserError(f"a UMAP needs more than {UMAP_NEIGHBORS} time steps, not {len(steps)}; "
+                            "give a larger --umap-points or a longer series")
+    if len(steps) < args.umap_points:
+        print(f"the validation windows used have {len(steps)} time steps: all are taken")
+    name, states = mamba_model.stem(args.checkpoint), series.states[steps]
+    layers = range(model.n_layers) if args.layer is None else [args.layer - 1]
+    points = signals_at(model, series.X, starts, seq_len, steps, layers)
+    prefix = f"{name}_gates" + ("" if args.layer is None else f"_layer{args.layer}")
+    for signal in SIGNALS:
+        embeddings, titles = [], []
+        for layer in tqdm(layers, desc=f"UMAP of {signal}", unit="layer", leave=False):
+            values = points[layer][signal]
+            embeddings.append(umap_embedding(standardise(values), args.seed))
+            titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
+        fig = umap_figure(embeddings, states, series.n_circles, titles,
+                          f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
+        figures.save(fig, folder / f"{prefix}_umap_{signal}.png")
+
+
+def main(args):
+    device = cli.pick_device(args.device)
+    model, trained_with = mamba_model.load_checkpoint(args.checkpoint, device)
+    if args.layer is not None and args.layer > model.n_layers:
+        raise cli.UserError(f"--layer {args.layer} is out of range: the model has layers 1…{model.n_layers}")
+    series = dataset.load_series(args.data_dir)
+    dataset.check_fits_model(series, model, args.checkpoint)
+    seq_len, val_fraction = window_settings(trained_with, args.checkpoint)
+    starts = sample_starts(series.n_steps, seq_len, val_fraction)
+    if not args.umap:
+        check_samples(args.sample, args.n_samples, len(starts))
+    model.use_scan(args.scan, device)
+    folder = cli.output_folder(args.save_dir)
+    draw = draw_umaps if args.umap else draw_samples
+    draw(args, model, series, starts, seq_len, folder)
+
+
+if __name__ == "__main__":
+    cli.run(main, ARGS)
