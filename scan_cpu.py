@@ -128,7 +128,7 @@ def store(typingctx, array, row, column, vector):
 
 @intrinsic
 def get(typingctx, array, row, column):
-    """array[row, column] for indices that are not negative: Numba's own indexing spends four instructions on the sign."""
+    """array[row, column] for indices that are not negative: Numba's own indexing spends instructions on the sign."""
 
     def codegen(context, builder, sig, args):
         return builder.load(_item_pointer(context, builder, sig.args[0], args[0], args[1:]))
