@@ -6,6 +6,8 @@ No heavy import at the top, so that `--help` and a bad flag answer at once.
 import argparse
 import contextlib
 import os
+import platform
+import re
 import sys
 from pathlib import Path
 
@@ -21,14 +23,18 @@ def run(main, args):
     """Run a script's `main(args)` and turn what the user can mend into one line on stderr and exit code 2."""
     try:
         main(args)
+        sys.stdout.flush()  # here, where a full disk or a reader that has left can still be told of
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted; nothing half-written is left behind", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left: point stdout elsewhere so that the exit stays silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()  # the reader of our output (`| head`) has left
         sys.exit(1)
+    except OSError as error:
+        # Files are written by `writing`, which says more; what gets here is stdout on a full disk and the like.
+        where = f" {error.filename}" if error.filename else ""
+        fail(f"can't read or write{where}: {error.strerror or one_line(error)}; free some space or check the path")
     except MemoryError as error:
         fail(f"out of memory ({one_line(error) or 'allocation failed'}); use smaller sizes")
     except RuntimeError as error:
@@ -39,9 +45,17 @@ def run(main, args):
 
 def fail(message, code=EXIT_BAD_INPUT):
     """Print `error: message` as one line on stderr and exit."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def silence_stdout():
+    """Point stdout elsewhere, so that what it still holds raises nothing at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(message):
@@ -53,8 +67,16 @@ class _Parser(argparse.ArgumentParser):
         fail(f"{message}; see {self.prog} --help")
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Adds each flag's default as it would be typed. A switch has none to show; where leaving a flag out means more
+    than a value, its help says so itself."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is None or default is False or default is argparse.SUPPRESS:
+            return action.help
+        values = default if isinstance(default, list) else [default]
+        return f"{action.help} (default: {' '.join(map(str, values))})"
 
 
 def parser(doc):
@@ -90,6 +112,7 @@ positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
 non_negative_int = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
 positive_float = _number(float, lambda v: 0 < v < INFINITY, "a number above 0")
 non_negative_float = _number(float, lambda v: 0 <= v < INFINITY, "a number, 0 or more")
+seed = _number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 fraction = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1 (both excluded)")
 probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
 
@@ -105,7 +128,7 @@ def add_save_dir(group, default="plots"):
 
 
 def add_seed(group):
-    group.add_argument("--seed", type=non_negative_int, default=42, metavar="N", help="random seed")
+    group.add_argument("--seed", type=seed, default=42, metavar="N", help="random seed")
 
 
 def add_device(group):
@@ -115,7 +138,7 @@ def add_device(group):
 
 def add_scan(group):
     group.add_argument("--scan", default="auto", choices=["auto", "triton", "mamba-ssm", "cpu", "reference"],
-                       help="back end of the selective scan")
+                       help="back end of the selective scan; auto: triton on a GPU, cpu elsewhere")
 
 
 def pick_device(name):
@@ -139,29 +162,56 @@ def pick_device(name):
 
 
 def output_folder(path):
-    """Make the folder `path` and check that files can be made in it, before any work is spent."""
+    """Make the folder `path` and check that files can be made in it, before any work is spent.
+
+    Also removes what a killed run of this machine left half-written in it.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = _beside(path / "probe")
         probe.touch()
         probe.unlink()
+        remove_leftovers(path)
     except OSError as error:
         raise UserError(f"can't write to folder {path}: {error.strerror}; choose another folder") from None
     return path
 
 
 def _beside(path):
-    # Hidden, same suffix (savefig and np.savez read it), one name a process.
-    return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    # Hidden, same suffix (savefig and np.savez read it), one name a process: machines may share the folder.
+    return path.with_name(f".{path.stem}.{_host()}.{os.getpid()}.part{path.suffix}")
+
+
+def _host():
+    return re.sub(r"\W", "-", platform.node()) or "localhost"
+
+
+def remove_leftovers(folder):
+    """Remove the half-written files in `folder` of processes of this machine that are no more (kill -9, power cut)."""
+    pattern = re.compile(rf"\..*\.{re.escape(_host())}\.(\d+)\.part(\.[^.]*)?")
+    for path in folder.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not _alive(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass  # another user's, or no process id at all: not ours to judge
+    return True
 
 
 @contextlib.contextmanager
 def writing(path):
     """Give a path beside `path` to write to; it becomes `path` only if the block ends well.
 
-    So a file is whole or not there, and an older file stays until the new one is complete. Raises UserError when
-    the disk is full or the folder can't be written to.
+    So a file is whole or not there, and an older file stays until the new one is complete; after a power cut too.
+    Raises UserError when the disk is full or the folder can't be written to.
     """
     path = Path(path)
     part = _beside(path)
@@ -174,7 +224,8 @@ def writing(path):
         raise UserError(f"can't write {path}: {error.strerror or one_line(error)}; "
                         "free some space or choose another folder") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone; the first error is the one to tell
+            part.unlink(missing_ok=True)
 
 
 def write_text(path, text):

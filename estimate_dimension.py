@@ -13,13 +13,15 @@ import cli
 
 def parse_args(argv=None):
     p = cli.parser(__doc__)
-    cli.add_data_dir(p)
-    p.add_argument("--points", type=cli.positive_int, default=20_000, metavar="N",
-                   help="points drawn at random without replacement; all when there are fewer")
-    p.add_argument("--k", type=cli.positive_int, nargs="+", default=[5, 10, 20, 50, 100], metavar="K",
-                   help="numbers of nearest neighbours, 2 or more")
-    cli.add_seed(p)
-    cli.add_save_dir(p)
+    estimate = p.add_argument_group("estimate")
+    estimate.add_argument("--points", type=cli.positive_int, default=20_000, metavar="N",
+                          help="time steps drawn at random without replacement; all when there are fewer")
+    estimate.add_argument("--k", type=cli.positive_int, nargs="+", default=[5, 10, 20, 50, 100], metavar="K",
+                          help="numbers of nearest neighbours, 2 or more each")
+    cli.add_seed(estimate)
+    files = p.add_argument_group("files")
+    cli.add_data_dir(files)
+    cli.add_save_dir(files)
     args = p.parse_args(argv)
     if min(args.k) < 2:
         p.error("--k must be 2 or more: one neighbour has no distance to compare with")

@@ -47,28 +47,34 @@ def level_list(text):
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[Path("model_next.pt")], metavar="NAME.pt",
-                        help="trained models; several are compared")
-    cli.add_data_dir(parser)
-    parser.add_argument("--umap-points", type=cli.positive_int, default=5000, metavar="N",
-                        help="random time steps in each UMAP and in the silhouette")
-    parser.add_argument("--umap-neighbors", type=cli.positive_int, default=30, metavar="K",
-                        help="UMAP's n_neighbors, the point itself included")
-    parser.add_argument("--no-umap", action="store_true", help="no UMAPs: much faster")
-    parser.add_argument("--no-lb", action="store_true", help="no Levina-Bickel dimension")
-    parser.add_argument("--lb-points", type=cli.positive_int, default=10_000, metavar="N",
-                        help="random time steps for the dimension")
-    parser.add_argument("--layers", type=level_list, metavar="L,L,…",
-                        help="levels to measure: input, output, layers counted from 1; all when not given")
-    parser.add_argument("--per-layer", action="store_true", help="one UMAP file a level in place of one grid")
-    parser.add_argument("--pca", type=cli.positive_int, metavar="N",
-                        help="reduce each level to its first N principal components; narrower ones stay as they are")
-    parser.add_argument("--velocity", action="store_true",
+    levels = parser.add_argument_group("levels")
+    levels.add_argument("--layers", type=level_list, metavar="L,L,…",
+                        help="levels to measure: input, output, layers counted from 1 (default: all)")
+    levels.add_argument("--velocity", action="store_true",
                         help="take the change since the step before, h[t] - h[t-1], in place of the state h[t]")
-    cli.add_seed(parser)
-    cli.add_save_dir(parser)
-    cli.add_device(parser)
-    cli.add_scan(parser)
+    levels.add_argument("--pca", type=cli.positive_int, metavar="N",
+                        help="reduce each level to its first N principal components; narrower ones stay as they are "
+                             "(default: no reduction)")
+    umaps = parser.add_argument_group("UMAP and silhouette")
+    umaps.add_argument("--no-umap", action="store_true", help="no UMAPs: much faster")
+    umaps.add_argument("--umap-points", type=cli.positive_int, default=5000, metavar="N",
+                       help="random time steps in each UMAP and in the silhouette")
+    umaps.add_argument("--umap-neighbors", type=cli.positive_int, default=30, metavar="K",
+                       help="UMAP's n_neighbors, the point itself included")
+    umaps.add_argument("--per-layer", action="store_true", help="one UMAP file a level in place of one grid")
+    dimension = parser.add_argument_group("dimension")
+    dimension.add_argument("--no-lb", action="store_true", help="no Levina-Bickel dimension")
+    dimension.add_argument("--lb-points", type=cli.positive_int, default=10_000, metavar="N",
+                           help="random time steps for the dimension")
+    computing = parser.add_argument_group("computing")
+    cli.add_seed(computing)
+    cli.add_device(computing)
+    cli.add_scan(computing)
+    files = parser.add_argument_group("files")
+    files.add_argument("--checkpoint", type=Path, nargs="+", default=[Path("model_next.pt")], metavar="NAME.pt",
+                       help="trained models; several are compared")
+    cli.add_data_dir(files)
+    cli.add_save_dir(files)
     args = parser.parse_args(argv)
     if args.umap_neighbors < 2:
         parser.error("--umap-neighbors must be 2 or more: the point itself counts as one")

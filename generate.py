@@ -44,34 +44,39 @@ def layer_numbers(text):
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model")
-    cli.add_data_dir(parser)
-    parser.add_argument("--seed-len", type=cli.positive_int, default=512, metavar="N",
-                        help="real steps before it sings")
-    parser.add_argument("--gen-len", type=cli.positive_int, default=512, metavar="N", help="steps to generate")
-    parser.add_argument("--temperature", type=cli.non_negative_float, default=0.0, metavar="T",
-                        help="noise on each prediction, in units of the data's noise_std")
-    parser.add_argument("--n-samples", type=cli.positive_int, default=3, metavar="N",
-                        help="generations, run as one batch, from seeds spread evenly behind the first")
+    song = parser.add_argument_group("song")
+    song.add_argument("--seed-len", type=cli.positive_int, default=512, metavar="N",
+                      help="real steps before it sings")
+    song.add_argument("--gen-len", type=cli.positive_int, default=512, metavar="N", help="steps to generate")
+    song.add_argument("--temperature", type=cli.non_negative_float, default=0.0, metavar="T",
+                      help="noise on each prediction, in units of the data's noise_std")
+    song.add_argument("--n-samples", type=cli.positive_int, default=3, metavar="N",
+                      help="generations, run as one batch, from seeds spread evenly behind the first")
     # Left out of the namespace unless given: their defaults depend on other flags.
-    parser.add_argument("--seed-offset", type=cli.non_negative_int, default=argparse.SUPPRESS, metavar="STEP",
-                        help="time step where the first seed starts (left out: the first validation step)")
-    parser.add_argument("--perturb-interval", type=cli.non_negative_int, default=0, metavar="N",
+    song.add_argument("--seed-offset", type=cli.non_negative_int, default=argparse.SUPPRESS, metavar="STEP",
+                      help="time step where the first seed starts (default: the first validation step)")
+    bursts = parser.add_argument_group("perturbation bursts")
+    bursts.add_argument("--perturb-interval", type=cli.non_negative_int, default=0, metavar="N",
                         help="steps from one burst to the next; 0: no bursts")
-    parser.add_argument("--perturb-scale", type=cli.positive_float, default=argparse.SUPPRESS, metavar="STD",
-                        help=f"standard deviation of the burst noise (left out: {PERTURB_SCALE:g})")
-    parser.add_argument("--perturb-duration", type=cli.positive_int, default=argparse.SUPPRESS, metavar="N",
-                        help=f"steps of a burst (left out: {PERTURB_DURATION})")
-    parser.add_argument("--perturb-hidden", action="store_true", help="perturb layer outputs, not the observation")
-    parser.add_argument("--perturb-layers", type=layer_numbers, nargs="+", default=argparse.SUPPRESS, metavar="N",
-                        help="the layers to perturb, from 1 (left out: all)")
-    parser.add_argument("--compare", action="store_true",
+    bursts.add_argument("--perturb-scale", type=cli.positive_float, default=argparse.SUPPRESS, metavar="STD",
+                        help="standard deviation of the burst noise, in units of what it perturbs "
+                             f"(default: {PERTURB_SCALE:g})")
+    bursts.add_argument("--perturb-duration", type=cli.positive_int, default=argparse.SUPPRESS, metavar="N",
+                        help=f"steps of a burst (default: {PERTURB_DURATION})")
+    bursts.add_argument("--perturb-hidden", action="store_true", help="perturb layer outputs, not the observation")
+    bursts.add_argument("--perturb-layers", type=layer_numbers, nargs="+", default=argparse.SUPPRESS, metavar="N",
+                        help="the layers to perturb, counted from 1 (default: all)")
+    bursts.add_argument("--compare", action="store_true",
                         help="run greedy, temperature, output bursts and hidden bursts and compare them "
                              f"(temperature {COMPARE_TEMPERATURE:g}, interval {COMPARE_INTERVAL} unless given)")
-    cli.add_seed(parser)
-    cli.add_save_dir(parser)
-    cli.add_device(parser)
-    cli.add_scan(parser)
+    computing = parser.add_argument_group("computing")
+    cli.add_seed(computing)
+    cli.add_device(computing)
+    cli.add_scan(computing)
+    files = parser.add_argument_group("files")
+    files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
+    cli.add_data_dir(files)
+    cli.add_save_dir(files)
     args = parser.parse_args(argv)
     problem = find_problem(args)
     if problem:

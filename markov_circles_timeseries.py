@@ -22,33 +22,39 @@ LARGEST_VALUE = 1e30
 
 def parse_args(argv=None):
     p = cli.parser(__doc__)
-    cli.add_data_dir(p)
-    p.add_argument("--no-umap", action="store_true", help="skip the UMAP figure, by far the slowest part")
-    p.add_argument("--n-steps", type=cli.positive_int, default=100_000, metavar="N", help="length of the series")
-    p.add_argument("--n-circles", type=cli.positive_int, default=10, metavar="K", help="circles, 2 or more")
-    p.add_argument("--ambient-dim", type=cli.positive_int, default=20, metavar="D", help="features of the series")
-    p.add_argument("--subspace-dim", type=cli.positive_int, metavar="D",
-                   help="dimension of the random subspace that holds every circle; None: --ambient-dim")
-    p.add_argument("--radius-mean", type=cli.positive_float, default=20.0, metavar="R", help="mean radius")
-    p.add_argument("--radius-std", type=cli.non_negative_float, default=2.0, metavar="R",
-                   help="standard deviation of the radii, which are clipped to 0.5…1.5 times the mean")
-    p.add_argument("--noise-std", type=cli.non_negative_float, default=2.83, metavar="S",
-                   help="standard deviation of the white noise on every feature")
-    p.add_argument("--dwell-mean", type=cli.positive_float, default=400.0, metavar="STEPS",
-                   help="mean length of a visit, before it is rounded to whole revolutions")
-    p.add_argument("--dwell-std", type=cli.non_negative_float, default=100.0, metavar="STEPS",
-                   help="standard deviation of the length of a visit")
-    p.add_argument("--min-period", type=cli.positive_int, default=40, metavar="STEPS",
-                   help="steps a revolution of the first circle")
-    p.add_argument("--max-period", type=cli.positive_int, default=400, metavar="STEPS",
-                   help="steps a revolution of the last circle")
-    p.add_argument("--drift", action="store_true",
-                   help="tilt the plane of even-numbered circles during each visit, anew at the next")
-    p.add_argument("--drift-rate", type=cli.non_negative_float, default=0.3, metavar="RAD",
-                   help="tilt reached at the end of a visit, with --drift")
-    p.add_argument("--center-walk-std", type=cli.non_negative_float, default=0.0, metavar="S",
-                   help="standard deviation, a step and feature, of the random walk of the common centre")
-    cli.add_seed(p)
+    series = p.add_argument_group("series")
+    series.add_argument("--n-steps", type=cli.positive_int, default=100_000, metavar="N", help="time steps")
+    circles = p.add_argument_group("circles")
+    circles.add_argument("--n-circles", type=cli.positive_int, default=10, metavar="K", help="circles, 2 or more")
+    circles.add_argument("--ambient-dim", type=cli.positive_int, default=20, metavar="D", help="features of the series")
+    circles.add_argument("--subspace-dim", type=cli.positive_int, metavar="D",
+                         help="dimension of the random subspace that holds every circle (default: --ambient-dim)")
+    circles.add_argument("--radius-mean", type=cli.positive_float, default=20.0, metavar="R",
+                         help="mean radius, data units")
+    circles.add_argument("--radius-std", type=cli.non_negative_float, default=2.0, metavar="R",
+                         help="standard deviation of the radii, which are clipped to 0.5…1.5 times the mean")
+    circles.add_argument("--noise-std", type=cli.non_negative_float, default=2.83, metavar="S",
+                         help="standard deviation of the white noise on every feature")
+    chain = p.add_argument_group("visits (the Markov chain)")
+    chain.add_argument("--dwell-mean", type=cli.positive_float, default=400.0, metavar="STEPS",
+                       help="mean length of a visit, before it is rounded to whole revolutions")
+    chain.add_argument("--dwell-std", type=cli.non_negative_float, default=100.0, metavar="STEPS",
+                       help="standard deviation of the length of a visit")
+    chain.add_argument("--min-period", type=cli.positive_int, default=40, metavar="STEPS",
+                       help="steps a revolution of the first circle")
+    chain.add_argument("--max-period", type=cli.positive_int, default=400, metavar="STEPS",
+                       help="steps a revolution of the last circle")
+    variants = p.add_argument_group("variants")
+    variants.add_argument("--drift", action="store_true",
+                          help="tilt the plane of even-numbered circles during each visit, anew at the next")
+    variants.add_argument("--drift-rate", type=cli.non_negative_float, default=0.3, metavar="RAD",
+                          help="tilt reached at the end of a visit, with --drift")
+    variants.add_argument("--center-walk-std", type=cli.non_negative_float, default=0.0, metavar="S",
+                          help="standard deviation, a step and feature, of the random walk of the common centre")
+    files = p.add_argument_group("files")
+    cli.add_data_dir(files)
+    files.add_argument("--no-umap", action="store_true", help="skip the UMAP figure, by far the slowest part")
+    cli.add_seed(series)
     args = p.parse_args(argv)
     try:
         check_config(config_of(args))

@@ -82,7 +82,8 @@ def build_parser():
     training.add_argument("--lr", type=cli.positive_float, default=1e-3, metavar="LR", help="peak learning rate")
     training.add_argument("--warmup-epochs", type=cli.non_negative_float, default=10, metavar="N",
                           help="linear warm-up, then a cosine down to 0")
-    training.add_argument("--epochs", type=cli.positive_int, default=500, metavar="N", help="epochs")
+    training.add_argument("--epochs", type=cli.positive_int, default=500, metavar="N",
+                          help="passes over the training windows")
     training.add_argument("--no-compile", action="store_true",
                           help="do not use torch.compile (it is used on CUDA only)")
     training.add_argument("--no-amp", action="store_true", help="float32 in place of bfloat16 autocast on CUDA")
@@ -93,11 +94,13 @@ def build_parser():
     cli.add_device(training)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, metavar="NAME.pt",
-                       help="names the run; default model_next.pt, with the ablation's flags in the name if any")
+                       help="names the run (default: model_next.pt, with the ablation's flags in the name if any)")
     files.add_argument("--resume", action="store_true", help="go on from NAME_last.pt, with that run's flags")
     files.add_argument("--eval", nargs="?", type=Path, const=True, metavar="NAME.pt",
-                       help="only print this checkpoint's record and its validation loss; default --checkpoint")
-    files.add_argument("--log-dir", type=Path, metavar="DIR", help="also write TensorBoard scalars here")
+                       help="only print this checkpoint's record and its validation loss "
+                            "(default: that of --checkpoint)")
+    files.add_argument("--log-dir", type=Path, metavar="DIR",
+                       help="also write TensorBoard scalars here (default: not written)")
     return parser
 
 

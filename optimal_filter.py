@@ -26,16 +26,18 @@ def horizon_list(text):
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    cli.add_data_dir(parser)
-    parser.add_argument("--val-fraction", type=cli.fraction, default=0.1, metavar="F",
-                        help="part of the series, at its end, that is validation")
-    parser.add_argument("--horizons", type=horizon_list, default="1,2,4,8,16,32,64", metavar="K,K,…",
-                        help="steps ahead to predict")
-    parser.add_argument("--seq-len", type=cli.positive_int, default=1024, metavar="N",
-                        help="length of the windows without a past")
-    parser.add_argument("--stride", type=cli.positive_int, default=256, metavar="N",
-                        help="steps between the starts of these windows")
-    cli.add_save_dir(parser)
+    targets = parser.add_argument_group("what is predicted")
+    targets.add_argument("--val-fraction", type=cli.fraction, default=0.1, metavar="F",
+                         help="part of the series, at its end, that is validation")
+    targets.add_argument("--horizons", type=horizon_list, default="1,2,4,8,16,32,64", metavar="K,K,…",
+                         help="steps ahead to predict")
+    targets.add_argument("--seq-len", type=cli.positive_int, default=1024, metavar="N",
+                         help="steps in a window without a past")
+    targets.add_argument("--stride", type=cli.positive_int, default=256, metavar="N",
+                         help="steps between the starts of these windows")
+    files = parser.add_argument_group("files")
+    cli.add_data_dir(files)
+    cli.add_save_dir(files)
     args = parser.parse_args(argv)
     if args.seq_len <= max(args.horizons):
         parser.error(f"--seq-len {args.seq_len} must be longer than the largest of --horizons, {max(args.horizons)}")

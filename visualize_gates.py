@@ -20,22 +20,24 @@ import cli
 
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt",
-                        help="the trained model")
-    cli.add_data_dir(parser)
-    parser.add_argument("--layer", type=cli.positive_int, metavar="N",
-                        help="show this layer, counted from 1; all layers when not given")
-    parser.add_argument("--sample", type=cli.non_negative_int, default=0, metavar="N",
-                        help="first validation window to show, counted from 0; --umap takes points from all windows")
-    parser.add_argument("--n-samples", type=cli.positive_int, default=1, metavar="N",
-                        help="how many windows to show, a figure each")
-    parser.add_argument("--umap", action="store_true", help="draw UMAPs instead of heatmaps")
-    parser.add_argument("--umap-points", type=cli.positive_int, default=3000, metavar="N",
-                        help="time steps in each UMAP")
-    cli.add_seed(parser)
-    cli.add_save_dir(parser)
-    cli.add_device(parser)
-    cli.add_scan(parser)
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--layer", type=cli.positive_int, metavar="N",
+                       help="show this layer, counted from 1 (default: all layers)")
+    shown.add_argument("--sample", type=cli.non_negative_int, default=0, metavar="N",
+                       help="first validation window to show, counted from 0; --umap takes points from all windows")
+    shown.add_argument("--n-samples", type=cli.positive_int, default=1, metavar="N",
+                       help="how many windows to show, a figure each")
+    shown.add_argument("--umap", action="store_true", help="draw UMAPs instead of heatmaps")
+    shown.add_argument("--umap-points", type=cli.positive_int, default=3000, metavar="N",
+                       help="random time steps in each UMAP")
+    computing = parser.add_argument_group("computing")
+    cli.add_seed(computing)
+    cli.add_device(computing)
+    cli.add_scan(computing)
+    files = parser.add_argument_group("files")
+    files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
+    cli.add_data_dir(files)
+    cli.add_save_dir(files)
     return parser.parse_args(argv)
 
 
