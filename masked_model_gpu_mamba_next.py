@@ -48,7 +48,7 @@ def build_parser():
     data.add_argument("--num-workers", type=cli.non_negative_int, default=0, metavar="N",
                       help="loader processes for a series that does not fit on the device; unused otherwise")
     model = parser.add_argument_group("model")
-    model.add_argument("--d-model", type=cli.positive_int, default=128, metavar="N", help="width")
+    model.add_argument("--d-model", type=cli.positive_int, default=128, metavar="N", help="width of the model")
     model.add_argument("--n-layers", type=cli.positive_int, default=7, metavar="N", help="Mamba layers")
     model.add_argument("--d-state", type=cli.positive_int, default=32, metavar="N", help="SSM states a channel")
     model.add_argument("--d-conv", type=cli.positive_int, default=4, metavar="N", help="taps of the causal conv")
