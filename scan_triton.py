@@ -396,14 +396,14 @@ def _backward_kernel(
             C_k = Cs[STEPS - 1 - j].to(tl.float32)[None, :]
             dt_k, dyg_k = rows[STEPS - 1 - j][:, None], dygs[STEPS - 1 - j][:, None]
             g = ga + dyg_k * C_k
-            Ch = (tl.sum(hs[STEPS - j] * C_k, 1), *Ch)
-            gB = (tl.sum(g * B_k, 1), *gB)
-            dBs = (g * rows[2 * STEPS - 1 - j][:, None], *dBs)
-            dCs = (hs[STEPS - j] * dyg_k, *dCs)
+            Ch = (tl.sum(hs[STEPS - j] * C_k, 1),) + Ch
+            gB = (tl.sum(g * B_k, 1),) + gB
+            dBs = (g * rows[2 * STEPS - 1 - j][:, None],) + dBs
+            dCs = (hs[STEPS - j] * dyg_k,) + dCs
             ga = g * decays[STEPS - 1 - j]
             gah = ga * hs[STEPS - 1 - j]
             dA_sum += gah * dt_k
-            gaAh = (tl.sum(gah * a2, 1), *gaAh)
+            gaAh = (tl.sum(gah * a2, 1),) + gaAh
             if not SPLIT_SUM:
                 row = dBC + tl.cast(first + (STEPS - 1 - j), tl.int64) * (2 * N_STATE) + n
                 tl.store(row, tl.sum(dBs[0], 0), mask=mask_n & (first + (STEPS - 1 - j) < end))
