@@ -1,0 +1,624 @@
+"""What the layers know: every measure against an independent reference, names and refusals, whole runs."""
+
+import csv
+import itertools
+import json
+import math
+import os
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import pytest
+import threadpoolctl
+import torch
+from conftest import TINY_MODEL
+
+import cli
+import dataset
+import evaluate_representations as ev
+import mamba_model
+from estimate_dimension import knn, levina_bickel
+
+SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
+QUICK = ["--no-umap", "--lb-points", 400, "--umap-points", 300, "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Arrays as small as these are slower with more, above all when other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpoolctl.threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
+
+
+def tiny_model(seed=0, **sizes):
+    torch.manual_seed(seed)
+    return mamba_model.CausalTimeSeriesMamba(**{"feature_dim": 6, **TINY_MODEL, **sizes}).eval().use_scan(
+        "reference", "cpu")
+
+
+def save_model(path, model, **args):
+    mamba_model.save_checkpoint(path, 1, model.state_dict(), {}, 1.0, 1.0, {**SAVED, **args})
+    return path
+
+
+def names_in(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def blobs(n, centres, width=5, spread=0.01, seed=0):
+    """Tight clusters far apart: points (n, width) and the cluster of each, in visits of about 40 steps."""
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(n) // 40) % centres
+    means = 10 * np.linalg.qr(rng.standard_normal((width, width)))[0][:centres]
+    return (means[labels] + spread * rng.standard_normal((n, width))).astype(np.float32), labels
+
+
+# ---- levels ----------------------------------------------------------------------------------------------------
+
+
+def test_levels_are_named_and_ordered_by_depth():
+    assert ev.level_names(2) == ["input", "layer 1", "layer 2", "output"]
+    assert ev.level_list("output,2,input") == ["output", 2, "input"]
+    assert ev.chosen_depths(["output", 2, "input", 2], 7, "m.pt") == [0, 2, 8]
+    assert ev.chosen_depths(None, 2, "m.pt") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1.5", "layer", "1,,2", "1, 2", "²"])
+def test_what_is_no_level_is_refused(text):
+    with pytest.raises(ev.argparse.ArgumentTypeError, match="counted from 1"):
+        ev.level_list(text)
+
+
+def test_a_layer_that_the_model_lacks_is_refused():
+    with pytest.raises(cli.UserError, match=r"--layers 8 .* layers 1…7"):
+        ev.chosen_depths([3, 8], 7, "m.pt")
+
+
+# ---- one row a time step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_steps", "seq_len"), [(1000, 128), (100, 128), (128, 128), (129, 128), (50, 1), (7, 2),
+                                                  (1000, 3)])
+def test_windows_cover_every_step_and_overlap_by_a_quarter(n_steps, seq_len):
+    starts, length = ev.overlapping_windows(n_steps, seq_len)
+    assert length == min(seq_len, n_steps)
+    assert starts[0] == 0 and starts[-1] + length == n_steps
+    for before, after in itertools.pairwise(starts):
+        assert before < after
+        assert before + length - after >= min(length // 4, length - 1)
+
+
+@pytest.mark.parametrize(("n_steps", "seq_len"), [(500, 64), (64, 64), (65, 64), (40, 64), (30, 2)])
+@pytest.mark.parametrize("velocity", [False, True])
+def test_each_step_comes_from_the_window_with_most_past(n_steps, seq_len, velocity):
+    starts, length = ev.overlapping_windows(n_steps, seq_len)
+    X = np.random.default_rng(0).standard_normal((n_steps, 3))
+    # Every window sees its own multiple of the series, so a row tells which window it came from.
+    windows = torch.from_numpy(np.stack([(i + 1) * X[start:start + length] for i, start in enumerate(starts)]))
+    rows = ev.stitch(windows, starts, velocity)
+    wanted = []
+    for t in range(int(velocity), n_steps):
+        i, start = min((start, i) for i, start in enumerate(starts) if start <= t - int(velocity) and t < start + length
+                       )[::-1]
+        if t >= length:
+            assert t - start >= length // 4  # causal past enough
+        wanted.append((i + 1) * (X[t] - X[t - 1] if velocity else X[t]))
+    np.testing.assert_allclose(rows, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("velocity", [False, True])
+def test_representations_are_those_that_the_model_gives_each_window(velocity):
+    model, X = tiny_model(), np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
+    starts, length = ev.overlapping_windows(150, 64)
+    found = dict(ev.representations(model, X, 64, [0, 1, 2, 3], velocity))
+    assert list(found) == [0, 1, 2, 3]
+    windows = torch.from_numpy(np.stack([X[start:start + length] for start in starts]))
+    with torch.no_grad():
+        levels = [windows, *model.encode(windows)]
+    for depth, windows in enumerate(levels):
+        wanted = np.empty((150, windows.shape[2]))
+        for start, window in reversed(list(zip(starts, windows.numpy(), strict=True))):
+            wanted[start:start + length] = window
+        if velocity:  # of a step and the one before in the window that holds both
+            for t in range(149, 0, -1):
+                i = next(i for i, s in enumerate(starts) if s <= t - 1 and t < s + length)
+                wanted[t] = windows[i, t - starts[i]] - windows[i, t - 1 - starts[i]]
+            wanted = wanted[1:]
+        np.testing.assert_allclose(found[depth], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_wanted_levels_are_computed():
+    model, X = tiny_model(), np.zeros((100, 6), np.float32)
+    calls = []
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, i=i: calls.append(i))
+    assert [depth for depth, _ in ev.representations(model, X, 64, [0, 1])] == [0, 1]
+    assert calls == [0]
+    assert [depth for depth, _ in ev.representations(model, X, 64, [0])] == [0]
+    assert calls == [0]
+
+
+def test_validation_mse_pairs_prediction_with_what_it_predicts():
+    model, X = tiny_model(max_horizon=3), np.random.default_rng(1).standard_normal((200, 6)).astype(np.float32)
+    starts, length = np.array([10, 60, 120]), 40
+    found = ev.validation_mse(model, X, starts, length)
+    assert list(found) == [1, 2, 3]
+    for k, mse in found.items():
+        errors = []
+        for start in starts:
+            with torch.no_grad():
+                prediction = model(torch.from_numpy(X[None, start:start + length]))[str(k)][0].numpy()
+            errors += [(prediction[t] - X[start + t + k])**2 for t in range(length - k)]
+        assert mse == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+# ---- measures --------------------------------------------------------------------------------------------------
+
+
+def test_spectrum_is_that_of_the_covariance_and_needs_no_whole_copy():
+    values = (np.random.default_rng(0).standard_normal((500, 6)) @ np.diag([5, 4, 3, 2, 1, 0.1]) + 7).astype(np.float32)
+    mean, eigenvalues, vectors = ev.spectrum(values, block=64)
+    covariance = np.cov(values.T.astype(np.float64), bias=True)
+    np.testing.assert_allclose(mean, values.mean(axis=0, dtype=np.float64), rtol=1e-9)
+    np.testing.assert_allclose(vectors @ np.diag(eigenvalues) @ vectors.T, covariance, atol=1e-8)
+    assert (np.diff(eigenvalues) <= 0).all()
+
+
+def test_participation_ratio_against_traces():
+    values = np.random.default_rng(0).standard_normal((300, 5)) * [3, 2, 1, 1, 0.5]
+    C = np.cov(values.T, bias=True)
+    assert ev.participation_ratio(ev.spectrum(values)[1]) == pytest.approx(np.trace(C)**2 / np.trace(C @ C))
+    assert ev.participation_ratio(np.ones(8)) == pytest.approx(8)
+    assert ev.participation_ratio(np.array([4.0, 0, 0])) == 1
+    assert ev.participation_ratio(np.zeros(3)) is None
+
+
+def test_principal_components_are_those_of_a_singular_value_decomposition():
+    values = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32) * np.float32([9, 7, 5, 3, 2, 1]) + 3
+    mean, _, vectors = ev.spectrum(values)
+    reduced = ev.principal_components(values, mean, vectors, 3)
+    u, s, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(reduced), np.abs(u[:, :3] * s[:3]), rtol=1e-3, atol=1e-3)
+    for n in (None, 6, 100):
+        assert ev.principal_components(values, mean, vectors, n) is values
+
+
+def test_whitening_takes_the_train_sets_axes_and_drops_those_without_variance():
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((3, 5))  # five features of three dimensions
+    train, test = (rng.standard_normal((n, 3)) @ mix + 5 for n in (400, 50))
+    white, other = ev.whitened(train, test)
+    assert white.shape == (400, 3) and other.shape == (50, 3)
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(3), atol=1e-4)
+    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
+    stacked, _ = ev.whitened(train, np.concatenate([train, test]))
+    np.testing.assert_allclose(ev.whitened(train, train[:10])[1], stacked[:10], atol=1e-4)
+
+
+@pytest.mark.parametrize("n_rows", [10, 1000, 100_000])
+def test_probes_are_fitted_on_the_past_and_scored_on_the_future(n_rows):
+    train, scored = ev.probe_split(n_rows, np.random.default_rng(0))
+    tested = np.arange(n_rows)[scored]
+    assert train.max() < tested.min() and tested[-1] == n_rows - 1
+    assert len(tested) == pytest.approx(0.3 * n_rows, abs=1)
+    assert len(set(train.tolist())) == len(train) == min(ev.PROBE_STEPS, n_rows - len(tested))
+
+
+def test_circle_probe_is_perfect_where_circles_are_apart_and_at_chance_for_shuffled_labels():
+    values, labels = blobs(2000, 4, spread=1.0)
+    assert ev.circle_probe(values[:1400], labels[:1400], values[1400:], labels[1400:]) == 1.0
+    shuffled = np.random.default_rng(1).permutation(labels)
+    accuracy = ev.circle_probe(values[:1400], shuffled[:1400], values[1400:], shuffled[1400:])
+    assert abs(accuracy - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 600)  # four standard deviations of pure guessing
+
+
+def test_circle_probe_is_linear():
+    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, 2000)
+    labels = np.arange(2000) % 2
+    rings = (np.stack([np.cos(angle), np.sin(angle)], axis=1) * (1 + 2 * labels[:, None])).astype(np.float32)
+    assert ev.circle_probe(rings[:1400], labels[:1400], rings[1400:], labels[1400:]) < 0.65  # concentric: not linear
+
+
+def test_circle_probe_without_a_choice_is_none():
+    values = np.ones((10, 2))
+    assert ev.circle_probe(values, np.zeros(10, int), values, np.zeros(10, int)) is None
+    assert ev.circle_probe(values[:, :0], np.arange(10) % 2, values[:, :0], np.arange(10) % 2) is None
+
+
+def test_phase_probe_is_r2_of_a_ridge_regression():
+    rng = np.random.default_rng(0)
+    thetas = rng.uniform(0, 2 * np.pi, 900)
+    wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)
+    values = wave @ rng.standard_normal((2, 6)) + 0.5 * rng.standard_normal((900, 6))
+    train, test = ev.whitened(values[:600], values[600:])
+    # The same ridge as least squares on rows appended to the design, and R² as a loop over its definition.
+    mean = wave[:600].mean(axis=0)
+    design = np.concatenate([train, math.sqrt(ev.RIDGE) * np.eye(train.shape[1])])
+    weights = np.linalg.lstsq(design, np.concatenate([wave[:600] - mean, np.zeros((train.shape[1], 2))]))[0]
+    scores = []
+    for i in range(2):
+        y, guess = wave[600:, i], test @ weights[:, i] + mean[i]
+        scores.append(1 - ((y - guess)**2).sum() / ((y - y.mean())**2).sum())
+    found = ev.phase_probe(train, thetas[:600], test, thetas[600:])
+    assert found == pytest.approx(np.mean(scores), abs=1e-4)
+    assert 0.5 < found < 1
+
+
+def test_phase_probe_at_its_ends():
+    rng = np.random.default_rng(0)
+    thetas = rng.uniform(0, 2 * np.pi, 2000)
+    wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)
+    assert ev.phase_probe(wave[:1400], thetas[:1400], wave[1400:], thetas[1400:]) > 0.999
+    noise = rng.standard_normal((2000, 3))
+    assert abs(ev.phase_probe(noise[:1400], thetas[:1400], noise[1400:], thetas[1400:])) < 0.05
+
+
+@pytest.mark.parametrize("width", [1, 3, 11, 301])
+def test_majority_vote_against_a_loop(width):
+    labels = np.random.default_rng(0).integers(0, 5, 200)
+    labels[labels == 3] = 1  # a label that never occurs
+    wanted = []
+    for t in range(len(labels)):
+        window = labels[max(0, t - width // 2):t + width // 2 + 1].tolist()
+        wanted.append(min(set(window), key=lambda label: (-window.count(label), label)))
+    np.testing.assert_array_equal(ev.majority_vote(labels, 5, width), wanted)
+
+
+def rand_index(a, b):
+    """Adjusted Rand index by counting pairs (Hubert & Arabie 1985)."""
+    same_a, same_b = ((x[:, None] == x)[np.triu_indices(len(x), 1)] for x in (a, b))
+    both, expected = (same_a & same_b).sum(), same_a.sum() * same_b.sum() / len(same_a)
+    return (both - expected) / ((same_a.sum() + same_b.sum()) / 2 - expected)
+
+
+def mutual_information(a, b):
+    """Mutual information over the mean of the entropies, from counted frequencies."""
+    def entropy(x):
+        p = np.unique(x, return_counts=True, axis=0)[1] / len(x)
+        return -(p * np.log(p)).sum()
+
+    joint = entropy(np.stack([a, b], axis=1))
+    return (entropy(a) + entropy(b) - joint) / ((entropy(a) + entropy(b)) / 2)
+
+
+def test_cluster_scores_of_known_clusters():
+    values, clusters = blobs(1200, 3)
+    states = clusters.copy()
+    states[900:] = np.arange(300) // 100  # what the clusters don't see
+    found = ev.cluster_scores(values, np.arange(0, 1200, 3), states, 3, seed=0)
+    assert found["kmeans_ari"] == pytest.approx(rand_index(states, clusters))
+    assert found["kmeans_nmi"] == pytest.approx(mutual_information(states, clusters))
+    assert 0.3 < found["kmeans_ari"] < 0.8
+
+
+def test_smoothing_removes_flicker():
+    steps = np.arange(1800)
+    states = steps // 600
+    means = 10 * np.eye(3)
+    flicker = np.where(steps % 7 == 0, (states + 1) % 3, states)
+    values = (means[flicker] + 0.01 * np.random.default_rng(0).standard_normal((1800, 3))).astype(np.float32)
+    found = ev.cluster_scores(values, np.arange(1800), states, 3, seed=0)
+    assert found["kmeans_ari"] == pytest.approx(rand_index(states, flicker)) and found["kmeans_ari"] < 0.8
+    assert found["kmeans_nmi"] == pytest.approx(mutual_information(states, flicker))
+    # Which number a cluster gets is chance, and the lowest wins a tie: one of the six ways to number them.
+    ways = [ev.majority_vote(np.array(names)[flicker], 3, ev.VOTE_STEPS) for names in itertools.permutations(range(3))]
+    wanted = [(rand_index(states, smooth), mutual_information(states, smooth)) for smooth in ways]
+    scores = found["kmeans_ari_smooth"], found["kmeans_nmi_smooth"]
+    assert any(scores == pytest.approx(way) for way in wanted) and min(scores) > 0.95
+
+
+def test_clusters_of_noise_and_of_a_collapsed_level_score_nothing():
+    rng = np.random.default_rng(0)
+    found = ev.cluster_scores(rng.standard_normal((3000, 4)), np.arange(3000), rng.integers(0, 5, 3000), 5, seed=0)
+    assert all(abs(score) < 0.05 for name, score in found.items() if "smooth" not in name)
+    collapsed = ev.cluster_scores(np.ones((200, 4)), np.arange(200), np.arange(200) % 4, 4, seed=0)
+    assert set(collapsed.values()) == {0.0}
+
+
+def test_silhouette_against_a_loop():
+    rng = np.random.default_rng(0)
+    states = rng.integers(0, 3, 60)
+    points = rng.standard_normal((60, 4)) + 2 * np.eye(4)[states]
+    values = []
+    for i in range(60):
+        mean = {s: np.mean([np.linalg.norm(points[i] - points[j]) for j in range(60) if states[j] == s and j != i])
+                for s in range(3)}
+        own, other = mean.pop(states[i]), min(mean.values())
+        values.append((other - own) / max(own, other))
+    assert ev.silhouette(points, states) == pytest.approx(np.mean(values))
+    assert ev.silhouette(points, np.zeros(60, int)) is None
+
+
+def test_nearest_within_is_exact_or_says_that_it_cannot_be():
+    points = np.random.default_rng(0).standard_normal((300, 4))
+    distances, indices = knn(points, 60)
+    wanted = knn(points[:200], 9)
+    found = ev.nearest_within(distances, indices, 200, 9)
+    np.testing.assert_array_equal(found[1], wanted[1])
+    np.testing.assert_allclose(found[0], wanted[0])
+    assert ev.nearest_within(distances[:, :9], indices[:, :9], 200, 9) is None
+    assert ev.nearest_within(distances, indices, 40, 39) is None
+
+
+@pytest.mark.parametrize(("n_umap", "neighbours"), [(150, 10), (300, 15), (400, 10), (120, 60)])
+def test_one_neighbour_query_serves_dimension_and_umap(monkeypatch, n_umap, neighbours):
+    points = np.random.default_rng(0).standard_normal((400, 5))
+    queries = []
+    monkeypatch.setattr(ev, "knn", lambda points, k: queries.append((len(points), k)) or knn(points, k))
+    dimension, graph = ev.neighborhood(points, 300, n_umap, neighbours)
+    assert dimension == pytest.approx(levina_bickel(points[:300], ev.KS), rel=1e-9)
+    wanted = knn(points[:n_umap], neighbours - 1)
+    np.testing.assert_array_equal(graph[1], wanted[1])
+    np.testing.assert_allclose(graph[0], wanted[0])
+    assert queries[0] == (300, 100) and len(queries) == 1 + (n_umap in (400, 120))
+
+
+def test_neighborhood_leaves_out_what_is_not_asked_for():
+    points = np.random.default_rng(0).standard_normal((300, 3))
+    assert ev.neighborhood(points, 0, 0, 15) == (None, None)
+    assert ev.neighborhood(points, 300, 0, 15)[1] is None
+    assert ev.neighborhood(points, 0, 100, 15)[0] is None
+
+
+def test_repeated_points_count_once_and_a_collapsed_level_has_no_dimension():
+    points = np.random.default_rng(0).standard_normal((300, 4))
+    repeated = np.concatenate([points, points[:80]])
+    assert ev.neighborhood(repeated, 380, 0, 15)[0] == pytest.approx(levina_bickel(points, ev.KS), rel=1e-9)
+    assert ev.neighborhood(np.ones((300, 4)), 300, 0, 15)[0] == dict.fromkeys(ev.KS)
+
+
+def test_the_best_layer_is_no_input_and_the_first_of_equals():
+    levels = [{"level": name, "probe_accuracy": a} for name, a in
+              [("input", 1.0), ("layer 1", 0.5), ("layer 2", 0.9), ("layer 3", 0.9), ("output", 1.0)]]
+    assert ev.best_layer(levels)["level"] == "layer 2"
+    assert ev.best_layer(levels[:1]) is None
+    assert ev.best_layer([{"level": "layer 1", "probe_accuracy": None}]) is None
+
+
+# ---- UMAP ------------------------------------------------------------------------------------------------------
+
+
+def test_umap_keeps_clusters_apart_and_repeats_itself():
+    points, labels = blobs(200, 3, spread=0.5)
+    embedding = ev.umap_embedding(points, knn(points, 9), 10, seed=1)
+    assert embedding.shape == (200, 2) and np.isfinite(embedding).all()
+    np.testing.assert_array_equal(embedding, ev.umap_embedding(points, knn(points, 9), 10, seed=1))
+    _, neighbours = knn(embedding, 5)
+    assert (labels[neighbours] == labels[:, None]).mean() > 0.99
+
+
+def test_a_pool_is_used_where_it_pays(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert ev.umap_pool(9, 100) is None and ev.umap_pool(1, 10**6) is None
+    pool = ev.umap_pool(9, 5000)
+    try:
+        assert ev.submit(pool, os.getpid).result(timeout=120) != os.getpid()
+    finally:
+        pool.shutdown()
+    assert ev.submit(None, os.getpid).result() == os.getpid()
+
+
+# ---- names -----------------------------------------------------------------------------------------------------
+
+
+def test_two_checkpoints_of_one_name_are_refused():
+    assert ev.unique_names(["a/m.pt", "n.pt"]) == ["m", "n"]
+    with pytest.raises(cli.UserError, match=r"a/m\.pt and b/m\.pt would both write m_"):
+        ev.unique_names(["a/m.pt", "b/m.pt"])
+
+
+def test_a_comparison_of_many_keeps_a_name_of_its_own_that_fits_a_file_system():
+    assert ev.comparison_name(["a", "b"]) == "compare_a_b"
+    many = ["model_next_gate_lr_factor0_freeze_A_" + str(i) for i in range(30)]
+    name = ev.comparison_name(many)
+    assert len(name) < 130
+    assert name != ev.comparison_name([*many[:-1], "other"])
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(script, shared_data, tiny_checkpoint, tmp_path):
+    """Run the script on the small series, with plots in tmp_path / "plots"; returns (result, file names)."""
+    def run(*flags, checkpoints=(tiny_checkpoint,), data=shared_data):
+        result = script("evaluate_representations", "--checkpoint", *checkpoints, "--data-dir", data, "--save-dir",
+                        tmp_path / "plots", *flags)
+        assert result.code == 0, result.err
+        return result, names_in(tmp_path / "plots")
+
+    return run
+
+
+def test_end_to_end(run, shared_data, tiny_checkpoint, tmp_path):
+    result, files = run(*QUICK)
+    assert files == {"tiny_summary.png", "tiny_metrics.json"}
+    report = json.loads((tmp_path / "plots" / "tiny_metrics.json").read_text())
+    levels = report["levels"]
+    assert [m["level"] for m in levels] == ["input", "layer 1", "layer 2", "output"]
+    assert [m["width"] for m in levels] == [6, 16, 16, 6]
+    assert report["filter_circle_accuracy"] > 0.9
+    assert report["best_layer"] in ("layer 1", "layer 2")
+    for m in levels:
+        row = next(line for line in result.out.splitlines() if line.startswith(m["level"]))
+        assert f"{m['probe_accuracy']:.3f}" in row and f"{m['dimension']['30']:.2f}" in row
+        assert 0 < m["probe_accuracy"] <= 1 and m["phase_r2"] <= 1 and -1 <= m["silhouette"] <= 1
+
+    series = dataset.load_series(shared_data)
+    rows = np.random.default_rng(42).permutation(series.n_steps)[:400]
+    dimension = levina_bickel(series.X[rows], ev.KS)
+    assert levels[0]["dimension"] == pytest.approx({str(k): value for k, value in dimension.items()})
+    C = np.cov(series.X.T.astype(np.float64), bias=True)
+    assert levels[0]["effective_rank"] == pytest.approx(np.trace(C)**2 / np.trace(C @ C), rel=1e-6)
+    assert levels[0]["silhouette"] == pytest.approx(ev.silhouette(series.X[rows[:300]], series.states[rows[:300]]))
+
+    (error,) = report["errors"]
+    model, _ = mamba_model.load_checkpoint(tiny_checkpoint)
+    _, starts, _ = dataset.split_windows(series.n_steps, 128, 64, 0.1)
+    assert error["val_mse"] == pytest.approx(ev.validation_mse(model, series.X, starts, 128)[1], rel=1e-5)
+    assert error["optimal_mse"] < error["val_mse"]
+    assert error["excess_percent"] == pytest.approx(100 * (error["val_mse"] / error["optimal_mse"] - 1))
+
+
+def test_the_same_flags_give_the_same_numbers(run, tmp_path):
+    run(*QUICK)
+    first = (tmp_path / "plots" / "tiny_metrics.json").read_bytes()
+    run(*QUICK)
+    assert (tmp_path / "plots" / "tiny_metrics.json").read_bytes() == first
+
+
+def test_levels_velocity_and_pca_have_files_of_their_own(run, shared_data, tmp_path):
+    _, files = run(*QUICK, "--no-lb", "--layers", "input,2", "--velocity", "--pca", 3)
+    assert files == {"tiny_velocity_pca3_summary.png", "tiny_velocity_pca3_metrics.json"}
+    report = json.loads((tmp_path / "plots" / "tiny_velocity_pca3_metrics.json").read_text())
+    assert [m["level"] for m in report["levels"]] == ["input", "layer 2"]
+    assert [m["dimension"] for m in report["levels"]] == [None, None]
+    change = np.diff(dataset.load_series(shared_data).X.astype(np.float64), axis=0)
+    C = np.cov(change.T, bias=True)
+    assert report["levels"][0]["effective_rank"] == pytest.approx(np.trace(C)**2 / np.trace(C @ C), rel=1e-4)
+    _, files = run(*QUICK, "--no-lb", "--layers", "output", "--pca", 20)
+    assert {"tiny_pca20_summary.png", "tiny_pca20_metrics.json"} <= files and "tiny_metrics.json" not in files
+
+
+def test_pca_acts_on_clusters_and_dimension_but_not_on_the_probes(run, tmp_path):
+    run(*QUICK, "--layers", "input")
+    run(*QUICK, "--layers", "input", "--pca", 2)
+    whole, reduced = (json.loads((tmp_path / "plots" / f"tiny{kind}_metrics.json").read_text())["levels"][0]
+                      for kind in ("", "_pca2"))
+    for name in ("probe_accuracy", "phase_r2", "effective_rank"):
+        assert whole[name] == reduced[name]
+    for name in ("kmeans_ari", "silhouette", "dimension"):
+        assert whole[name] != reduced[name]
+    assert reduced["dimension"]["30"] < 2.5 < whole["dimension"]["30"]
+
+
+def test_umap_end_to_end(run, tmp_path):
+    _, files = run("--umap-points", 120, "--umap-neighbors", 10, "--no-lb", "--layers", "input,1", "--device", "cpu")
+    assert files == {"tiny_umap.png", "tiny_summary.png", "tiny_metrics.json"}
+    assert (tmp_path / "plots" / "tiny_umap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, monkeypatch):
+    drawn, draw = [], ev.umap_figure
+    monkeypatch.setattr(ev, "umap_embedding", lambda points, graph, n_neighbors, seed: points[:, :2])
+    monkeypatch.setattr(ev, "umap_figure", lambda *given: drawn.append(given) or draw(*given))
+    flags = ["--umap-points", 90, "--no-lb", "--device", "cpu"]
+    _, files = run(*flags)
+    assert "tiny_umap.png" in files and len(drawn) == 1
+    embeddings, titles, states, n_circles, _ = drawn[0]
+    assert len(embeddings) == len(titles) == 4 and n_circles == 4
+    series = dataset.load_series(shared_data)
+    rows = np.random.default_rng(42).permutation(series.n_steps)[:90]
+    np.testing.assert_array_equal(states, series.states[rows])
+    np.testing.assert_array_equal(embeddings[0], series.X[rows, :2])
+
+    _, files = run(*flags, "--per-layer", "--velocity")
+    assert {f"tiny_velocity_umap_{level}.png" for level in ("input", "layer1", "layer2", "output")} <= files
+    assert "tiny_velocity_umap.png" not in files
+    rows = np.random.default_rng(42).permutation(series.n_steps - 1)[:90]
+    np.testing.assert_array_equal(drawn[1][2], series.states[rows + 1])
+    np.testing.assert_allclose(drawn[1][0][0], (series.X[rows + 1] - series.X[rows])[:, :2], atol=1e-5)
+
+
+def test_several_checkpoints_are_compared_in_one_table_and_one_figure(run, tiny_checkpoint, tmp_path):
+    deeper = save_model(tmp_path / "deep.pt", tiny_model(1, n_layers=3, max_horizon=4))
+    result, files = run(*QUICK, checkpoints=(tiny_checkpoint, deeper))
+    assert files == {"compare_tiny_deep_summary.csv", "compare_tiny_deep_summary.png", "tiny_summary.png",
+                     "tiny_metrics.json", "deep_summary.png", "deep_metrics.json"}
+    with open(tmp_path / "plots" / "compare_tiny_deep_summary.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["checkpoint"] for row in table] == ["tiny", "deep"]
+    for row in table:
+        report = json.loads((tmp_path / "plots" / f"{row['checkpoint']}_metrics.json").read_text())
+        best = next(m for m in report["levels"] if m["level"] == report["best_layer"])
+        assert row["best_layer"] == report["best_layer"]
+        assert float(row["val_mse"]) == report["errors"][0]["val_mse"]
+        assert float(row["probe_accuracy"]) == best["probe_accuracy"]
+        assert float(row["dimension_k30"]) == best["dimension"]["30"]
+        assert f"{best['kmeans_ari_smooth']:.3f}" in result.out
+    assert [row["horizon"] for row in report["errors"]] == [1, 2, 4]
+
+
+def test_drifting_data_have_measures_but_no_floor(run, rewrite_data, tmp_path):
+    result, _ = run(*QUICK, "--no-lb", "--layers", "1", data=rewrite_data(config={"drift": True}))
+    assert "no optimal floor and ceiling" in result.out
+    report = json.loads((tmp_path / "plots" / "tiny_metrics.json").read_text())
+    assert report["filter_circle_accuracy"] is None and report["errors"][0]["optimal_mse"] is None
+    assert report["levels"][0]["probe_accuracy"] > 0
+
+
+def test_windows_longer_than_the_validation_part_have_measures_but_no_error(run, tmp_path):
+    long = save_model(tmp_path / "long.pt", tiny_model(), seq_len=2000)
+    result, _ = run(*QUICK, "--no-lb", "--layers", "1", checkpoints=[long])
+    assert "no validation MSE: the validation part has 300 steps" in result.out
+    assert json.loads((tmp_path / "plots" / "long_metrics.json").read_text())["errors"] == []
+
+
+def test_an_older_checkpoint_that_names_no_windows_takes_the_defaults_and_says_so(capsys):
+    assert ev.window_settings({"seq_len": 64, "stride": 8}, "old.pt") == (64, 8, 0.1)
+    assert "old.pt doesn't name its val_fraction (taken: 0.1)" in capsys.readouterr().out
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--layers", "3"], "layers 1…2"), (["--layers", "0"], "counted from 1"), (["--layers", "in"], "counted from 1"),
+    (["--layers", ""], "counted from 1"), (["--umap-neighbors", "1"], "2 or more"),
+    (["--umap-points", "30"], "must be more than --umap-neighbors"), (["--umap-points", "0"], "above 0"),
+    (["--lb-points", "100"], "use more --lb-points"), (["--pca", "0"], "above 0"), (["--pca", "-3"], "above 0"),
+    (["--umap-neighbors", "4000", "--umap-points", "5000"], "too few for --umap-neighbors"),
+    (["--data-dir", "nowhere"], "not found"), (["--device", "tpu"], "no device"), (["--checkpoint"], "expected"),
+    (["--checkpoint", "none.pt"], "not found"), (["--checkpoint", __file__], "no checkpoint or is damaged"),
+])
+def test_bad_input_is_refused_and_leaves_files_alone(refused, shared_data, tiny_checkpoint, tmp_path, flags, words):
+    plots = tmp_path / "plots"
+    plots.mkdir()
+    (plots / "tiny_metrics.json").write_text("precious")
+    assert words in refused("evaluate_representations", "--checkpoint", tiny_checkpoint, "--data-dir", shared_data,
+                            "--save-dir", plots, "--device", "cpu", *flags)
+    assert names_in(plots) == {"tiny_metrics.json"} and (plots / "tiny_metrics.json").read_text() == "precious"
+
+
+def overflowing(folder):
+    model = tiny_model()
+    model.input_proj.weight.data.fill_(1e38)
+    return save_model(folder / "bad.pt", model)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (overflowing, "layer 1 holds NaN"),
+    (lambda folder: save_model(folder / "bad.pt", tiny_model(feature_dim=5)), "predicts 5 features"),
+    (lambda folder: save_model(folder / "bad.pt", tiny_model(), seq_len=1), "make no windows"),
+    (lambda folder: save_model(folder / "bad.pt", tiny_model(), stride="64"), "make no windows"),
+    (lambda folder: save_model(folder / "bad.pt", tiny_model(), val_fraction=1.0), "make no windows"),
+])
+def test_a_checkpoint_that_does_not_serve_is_refused(refused, shared_data, tmp_path, make, words):
+    assert words in refused("evaluate_representations", "--checkpoint", make(tmp_path), "--data-dir", shared_data,
+                            "--save-dir", tmp_path / "plots", "--layers", "1", *QUICK)
+    assert not list(tmp_path.glob("plots/*"))
+
+
+def test_the_same_name_twice_and_a_folder_that_is_a_file_are_refused(refused, shared_data, tiny_checkpoint, tmp_path):
+    flags = ["--data-dir", shared_data, *QUICK]
+    assert "both write" in refused("evaluate_representations", "--checkpoint", tiny_checkpoint, tiny_checkpoint, *flags)
+    (tmp_path / "file").write_text("precious")
+    assert "can't write to folder" in refused("evaluate_representations", "--checkpoint", tiny_checkpoint, "--save-dir",
+                                              tmp_path / "file", *flags)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_umap_process_that_dies_ends_with_one_line(refused, shared_data, tiny_checkpoint, tmp_path, monkeypatch):
+    def broken(*_):
+        future = Future()
+        future.set_exception(BrokenProcessPool())
+        return future
+
+    monkeypatch.setattr(ev, "submit", broken)
+    assert "fewer --umap-points" in refused("evaluate_representations", "--checkpoint", tiny_checkpoint, "--data-dir",
+                                            shared_data, "--save-dir", tmp_path / "plots", "--no-lb", "--layers", "1")
+    assert "tiny_umap.png" not in names_in(tmp_path / "plots")
