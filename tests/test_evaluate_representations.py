@@ -480,6 +480,11 @@ def test_levels_velocity_and_pca_have_files_of_their_own(run, shared_data, tmp_p
     change = np.diff(dataset.load_series(shared_data).X.astype(np.float64), axis=0)
     C = np.cov(change.T, bias=True)
     assert report["levels"][0]["effective_rank"] == pytest.approx(np.trace(C)**2 / np.trace(C @ C), rel=1e-4)
+    rows = np.random.default_rng(42).permutation(len(change))[:2000]
+    states = dataset.load_series(shared_data).states[1:]  # a change belongs to the step that it leads to
+    run(*QUICK, "--no-lb", "--layers", "input", "--velocity", "--umap-points", 2000)
+    report = json.loads((tmp_path / "plots" / "tiny_velocity_metrics.json").read_text())
+    assert report["levels"][0]["silhouette"] == pytest.approx(ev.silhouette(change[rows], states[rows]), rel=1e-5)
     _, files = run(*QUICK, "--no-lb", "--layers", "output", "--pca", 20)
     assert {"tiny_pca20_summary.png", "tiny_pca20_metrics.json"} <= files and "tiny_metrics.json" not in files
 
@@ -506,20 +511,20 @@ def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, 
     drawn, draw = [], ev.umap_figure
     monkeypatch.setattr(ev, "umap_embedding", lambda points, graph, n_neighbors, seed: points[:, :2])
     monkeypatch.setattr(ev, "umap_figure", lambda *given: drawn.append(given) or draw(*given))
-    flags = ["--umap-points", 90, "--no-lb", "--device", "cpu"]
+    flags = ["--umap-points", 1500, "--no-lb", "--device", "cpu"]
     _, files = run(*flags)
     assert "tiny_umap.png" in files and len(drawn) == 1
     embeddings, titles, states, n_circles, _ = drawn[0]
     assert len(embeddings) == len(titles) == 4 and n_circles == 4
     series = dataset.load_series(shared_data)
-    rows = np.random.default_rng(42).permutation(series.n_steps)[:90]
+    rows = np.random.default_rng(42).permutation(series.n_steps)[:1500]
     np.testing.assert_array_equal(states, series.states[rows])
     np.testing.assert_array_equal(embeddings[0], series.X[rows, :2])
 
     _, files = run(*flags, "--per-layer", "--velocity")
     assert {f"tiny_velocity_umap_{level}.png" for level in ("input", "layer1", "layer2", "output")} <= files
     assert "tiny_velocity_umap.png" not in files
-    rows = np.random.default_rng(42).permutation(series.n_steps - 1)[:90]
+    rows = np.random.default_rng(42).permutation(series.n_steps - 1)[:1500]
     np.testing.assert_array_equal(drawn[1][2], series.states[rows + 1])
     np.testing.assert_allclose(drawn[1][0][0], (series.X[rows + 1] - series.X[rows])[:, :2], atol=1e-5)
 
