@@ -12,7 +12,9 @@ Examples:
 """
 
 import argparse
+import contextlib
 import csv
+import datetime
 import json
 import math
 import os
@@ -100,7 +102,7 @@ def build_parser():
                        help="only print this checkpoint's record and its validation loss "
                             "(default: that of --checkpoint)")
     files.add_argument("--log-dir", type=Path, metavar="DIR",
-                       help="also write TensorBoard scalars here (default: not written)")
+                       help="also write scalars and figures for TensorBoard here (default: not written)")
     return parser
 
 
@@ -131,8 +133,20 @@ def default_name(parser, args):
     return "_".join(parts) + ".pt"
 
 
+def parse_command_line():
+    """parse_args, but under torchrun, which gives all processes the same flags, rank 0 alone answers a bad one."""
+    if os.environ.get("RANK", "0") == "0":
+        return parse_args()
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            return parse_args()
+    except SystemExit:
+        time.sleep(5)  # torchrun ends all with the first that fails: that must be the one that says why
+        raise
+
+
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
+    ARGS = parse_command_line()  # before the slow imports: --help and a bad flag answer at once
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -155,6 +169,8 @@ WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
 CONTRASTIVE_ANCHORS = 1024  # anchors a layer and step: enough for a steady InfoNCE, few enough to cost nothing
 SAVE_EVERY_SECONDS = 20  # between two saves of the last and the best state; also saved at every kind of end
+STOP_CHECK_STEPS = 10  # steps of several GPUs between two agreements whether to stop: each waits for the device
+PROCESS_TIMEOUT = datetime.timedelta(hours=2)  # the others wait while rank 0 computes the floor and evaluates
 WARM_UP_CALLS = 3  # calls before a CUDA graph is captured: kernels compile and buffers settle in them
 
 
@@ -162,12 +178,18 @@ WARM_UP_CALLS = 3  # calls before a CUDA graph is captured: kernels compile and 
 # Losses
 
 
+def at_least_float32(x):
+    """Half precision as float32, wider numbers as they are: what is summed over many steps."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def horizon_mse(predictions, target):
     """The mean squared error of each horizon, (n_horizons,): predictions["k"][:, t] against target[:, t + k].
 
     predictions: {str(k): (batch, time, feature_dim)}; target (batch, time, feature_dim).
     """
-    return torch.stack([F.mse_loss(p[:, :-int(k)].float(), target[:, int(k):]) for k, p in predictions.items()])
+    return torch.stack([F.mse_loss(at_least_float32(p[:, :-int(k)]), target[:, int(k):])
+                        for k, p in predictions.items()])
 
 
 def slowness_loss(outputs):
@@ -178,7 +200,7 @@ def slowness_loss(outputs):
     """
     losses = []
     for h in outputs:
-        h = h.float()
+        h = at_least_float32(h)
         losses.append((h[:, 1:] - h[:, :-1]).square().mean() / (h.var(dim=(0, 1)).mean() + 1e-6))
     return torch.stack(losses).mean()
 
@@ -191,7 +213,7 @@ def contrastive_loss(outputs, temperature, n_negatives):
     """
     losses = []
     for h in outputs:
-        h = F.normalize(h.float(), dim=-1)
+        h = F.normalize(at_least_float32(h), dim=-1)
         batch, time, _ = h.shape
         n = min(CONTRASTIVE_ANCHORS, batch * (time - 1))
         rows = torch.randint(batch, (n,), device=h.device)
@@ -287,19 +309,24 @@ def make_loss(args):
     return loss_of
 
 
-def make_step(model, loss_of, optimizer, totals):
-    """One optimisation step on windows x. Adds [loss, mse…, 1 if the loss is finite] to `totals` on the device: no
-    number travels to the host in a step."""
+def make_step(model, loss_of, optimizer, totals, share=1.0, world=1):
+    """One optimisation step on windows x, this process's `share` of the global batch.
+
+    Adds [loss, mse…, 1 if all losses were finite so far] to `totals` on the device: no number travels to the host in
+    a step.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(x):
         optimizer.zero_grad(set_to_none=True)
         loss, mse = loss_of(model, x)
-        loss.backward()
+        # The processes' gradients are averaged: weighted by its share, each window counts the same on all of them.
+        (loss * (share * world)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
         optimizer.step()
-        loss = loss.detach()
-        totals.add_(torch.cat([loss[None], mse, loss.isfinite()[None].to(loss.dtype)]))
+        totals[:-1].add_(torch.cat([loss.detach()[None], mse]) * share)
+        # Once a loss isn't finite the sum never is again: the count stops at the first bad step.
+        totals[-1].add_(totals[0].isfinite())
 
     return step
 
@@ -337,8 +364,9 @@ def captured(function, example, state, device):
     return replay
 
 
-def epoch_batches(train_starts, boundary, args, epoch, world=1):
-    """The window starts of an epoch, (steps, batch) int64: shuffled, jittered, the same for the same seed and epoch.
+def epoch_batches(train_starts, boundary, args, epoch):
+    """The window starts of an epoch, (steps, batch) int64: shuffled, jittered, the same for the same seed and epoch,
+    however many processes share them.
 
     All steps have the same size, so that one compiled or captured step serves them all; where the windows don't
     divide evenly, the last step is filled up with the epoch's first windows.
@@ -346,7 +374,7 @@ def epoch_batches(train_starts, boundary, args, epoch, world=1):
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.from_numpy(train_starts)[torch.randperm(len(train_starts), generator=generator)]
     steps = math.ceil(len(order) / args.batch_size)
-    size = math.ceil(math.ceil(len(order) / steps) / world) * world
+    size = math.ceil(len(order) / steps)
     order = order.repeat(math.ceil(steps * size / len(order)))[:steps * size]
     return dataset.jittered(order, boundary, args.seq_len, args.stride, generator).view(steps, size)
 
@@ -409,8 +437,9 @@ def start_log(path, columns, rows):
     cli.write_text(path, ",".join(columns) + "\n" + "".join(log_row(columns, row) for row in rows))
 
 
-def run_record(args, device, model):
+def run_record(args, device, model, world=1):
     """What a reader needs to repeat the run: command, commit, versions, device, seed."""
+    import numba
     import scipy
 
     try:
@@ -419,12 +448,47 @@ def run_record(args, device, model):
         commit = described.stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
-    return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "git_commit": commit,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seed": args.seed,
+    launcher = ["python"]
+    if world > 1:
+        launcher = ["torchrun", f"--nnodes={os.environ.get('GROUP_WORLD_SIZE', 1)}",
+                    f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', world)}"]
+    return {"command": shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]), "git_commit": commit,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seed": args.seed, "processes": world,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "scan": model.backend_for(device), "parameters": sum(p.numel() for p in model.parameters()),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                         "scipy": scipy.__version__}}
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+                         "numpy": np.__version__, "scipy": scipy.__version__, "numba": numba.__version__}}
+
+
+def read_record(path):
+    """NAME_run.json as a dict, or None when it is missing or damaged: a record is no reason to refuse a checkpoint."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def write_record(path, record, resumed_at=None):
+    """The record of the run's first start; each --resume is added to its list "resumed" with the step it began at."""
+    old = read_record(path) if resumed_at is not None else None
+    if old is not None:
+        earlier = old.get("resumed")
+        resumed = [*(earlier if isinstance(earlier, list) else []), {"step": resumed_at, **record}]
+        record = {**old, "resumed": resumed}
+    cli.write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def print_record(path):
+    record = read_record(path)
+    if record is None:
+        print(f"no readable record of the run at {path}")
+        return
+    resumed = record.pop("resumed", [])
+    for key, value in record.items():
+        print(f"{key:12} {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+    for again in resumed if isinstance(resumed, list) else []:
+        print(f"{'resumed':12} {', '.join(f'{k} {v}' for k, v in again.items()) if isinstance(again, dict) else again}")
 
 
 def refuse_taken(files):
@@ -553,15 +617,59 @@ class Stop:
 
 def join_processes(device_name):
     """(rank, world, device): under torchrun one of several processes, otherwise (0, 1, --device)."""
-    if "RANK" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, cli.pick_device(device_name)
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = cli.pick_device(device_name)
-    if device.type == "cuda":
-        device = cli.pick_device(f"cuda:{local}")
-        torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    try:
+        if missing:
+            raise cli.UserError(f"WORLD_SIZE is set but {', '.join(missing)} not; start several processes by torchrun")
+        device = cli.pick_device(device_name)
+        if device.type == "cuda":
+            if here > torch.cuda.device_count():
+                raise cli.UserError(f"{here} processes on a machine with {torch.cuda.device_count()} GPUs; start one "
+                                    f"a GPU: torchrun --nproc-per-node={torch.cuda.device_count()}")
+            device = torch.device("cuda", local)
+            torch.cuda.set_device(device)
+    except cli.UserError:
+        if local > 0:
+            sys.exit(cli.EXIT_BAD_INPUT)  # the machine's first process says it
+        raise
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PROCESS_TIMEOUT)
     return distributed.get_rank(), distributed.get_world_size(), device
+
+
+@contextlib.contextmanager
+def together(rank, world):
+    """A UserError in this block, on whichever process, ends them all, and rank 0 says it.
+
+    Otherwise the others would wait for ever in their next collective for one that has left. So all processes enter
+    the block, and nothing in it waits for another process after something that may fail.
+    """
+    error = None
+    try:
+        yield
+    except cli.UserError as raised:
+        error = raised
+    if world > 1:
+        lines = [None] * world
+        distributed.all_gather_object(lines, error and str(error))
+        failed = [r for r in range(world) if lines[r] is not None]
+        if failed and rank > 0:
+            sys.exit(cli.EXIT_BAD_INPUT)
+        if failed and failed[0] > 0:
+            error = cli.UserError(f"process {failed[0]} of 0…{world - 1}: {lines[failed[0]]}")
+    if error is not None:
+        raise error
+
+
+def sum_totals(totals, world):
+    """Sum the totals of make_step over the processes; of the counts of good steps the smallest is what all had."""
+    if world > 1:
+        good = totals[-1:].clone()
+        distributed.all_reduce(totals)
+        distributed.all_reduce(good, distributed.ReduceOp.MIN)
+        totals[-1:] = good
 
 
 def build_model(args, feature_dim):
@@ -597,10 +705,7 @@ def print_evaluation(args):
     model.use_scan(args.scan, device)
     series = dataset.load_series(args.data_dir)
     dataset.check_fits_model(series, model, path)
-    record_file = run_files(path)["record"]
-    if record_file.is_file():
-        for key, value in json.loads(record_file.read_text(encoding="utf-8")).items():
-            print(f"{key:12} {value}")
+    print_record(run_files(path)["record"])
     size = {name: saved[name] if name in saved and name not in args.given else getattr(args, name)
             for name in ("seq_len", "stride", "val_fraction", "batch_size")}
     _, val_starts, _ = dataset.split_windows(series.n_steps, size["seq_len"], size["stride"], size["val_fraction"])
@@ -624,54 +729,68 @@ def print_evaluation(args):
 
 def main(args):
     if args.eval is not None:
-        print_evaluation(args)
+        if os.environ.get("RANK", "0") == "0":
+            print_evaluation(args)
         return
     stop = Stop()
     rank, world, device = join_processes(args.device)
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 alone speaks
     try:
-        if rank > 0:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - rank 0 alone speaks
         train(args, stop, rank, world, device)
-    finally:
-        if world > 1:
-            distributed.destroy_process_group()
+    except RuntimeError as error:
+        if world == 1 or not (isinstance(error, distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise cli.UserError(f"process {rank} of 0…{world - 1} lost the others: one of them has ended") from None
+    except (cli.UserError, SystemExit):  # on all processes alike
+        leave_processes()
+        raise
+    leave_processes()
 
 
 def train(args, stop, rank, world, device):
     files, saved = run_files(args.checkpoint), None
-    if args.resume:
-        saved = read_checkpoint(files["last"])
-        args = flags_for_resume(args, saved["args"])
-    elif rank == 0:
-        refuse_taken(files)
-        cli.output_folder(args.checkpoint.parent)
-    flags = {key: value for key, value in vars(args).items() if key != "given"}
+    with together(rank, world):
+        if args.log_dir is not None:
+            summary_writer_class()
+        if args.resume:
+            saved = read_checkpoint(files["last"])
+            args = flags_for_resume(args, saved["args"])
+        elif rank == 0:
+            refuse_taken(files)
+            cli.output_folder(args.checkpoint.parent)
+        flags = {key: value for key, value in vars(args).items() if key != "given"}
 
-    # Data
-    series = dataset.load_series(args.data_dir)
-    fingerprint = zlib.crc32(series.X)
-    if saved is not None and saved["data_crc32"] != fingerprint:
-        raise cli.UserError(f"--resume: {args.data_dir} is not the data that {files['last']} was trained on; "
-                            "give the right --data-dir")
-    train_starts, val_starts, boundary = dataset.split_windows(
-        series.n_steps, args.seq_len, args.stride, args.val_fraction)
-    resident = dataset.fits_on(device, series.X.nbytes)
-    X = torch.from_numpy(series.X)
-    X = X.to(device) if resident else X
-    if args.num_workers and resident:
-        print(f"--num-workers {args.num_workers} is not used: the series fits on {device}")
+        # Data
+        series = dataset.load_series(args.data_dir)
+        fingerprint = zlib.crc32(series.X)
+        if saved is not None and saved["data_crc32"] != fingerprint:
+            raise cli.UserError(f"--resume: {args.data_dir} is not the data that {files['last']} was trained on; "
+                                "give the right --data-dir")
+        train_starts, val_starts, boundary = dataset.split_windows(
+            series.n_steps, args.seq_len, args.stride, args.val_fraction)
+        resident = dataset.fits_on(device, series.X.nbytes)
+        X = torch.from_numpy(series.X)
+        X = X.to(device) if resident else X
+        if args.num_workers and resident:
+            print(f"--num-workers {args.num_workers} is not used: the series fits on {device}")
+        steps_an_epoch, batch = epoch_batches(train_starts, boundary, args, 0).shape
+        if batch < world:
+            raise cli.UserError(f"{world} processes can't share steps of {batch} windows; start fewer, or use a larger "
+                                "--batch-size or more data")
+
+        # Model and optimiser
+        model = build_model(args, series.feature_dim).to(device).use_scan(args.scan, device)
+        optimizer = build_optimizer(
+            parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
+        if saved is not None:
+            model.load_state_dict(saved["model_state_dict"])
+            optimizer.load_state_dict({"state": saved["optimizer_state_dict"]["state"],
+                                       "param_groups": optimizer.state_dict()["param_groups"]})
 
     def fetch(starts):
         return dataset.gather(X, starts, args.seq_len).to(device)
 
-    # Model and optimiser
-    model = build_model(args, series.feature_dim).to(device).use_scan(args.scan, device)
-    optimizer = build_optimizer(
-        parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
-    if saved is not None:
-        model.load_state_dict(saved["model_state_dict"])
-        optimizer.load_state_dict({"state": saved["optimizer_state_dict"]["state"],
-                                   "param_groups": optimizer.state_dict()["param_groups"]})
     horizons = horizons_up_to(args.max_horizon)
     use_compile = device.type == "cuda" and not args.no_compile
     runner = torch.compile(model) if use_compile else model
@@ -679,10 +798,9 @@ def train(args, stop, rank, world, device):
         runner = torch.nn.parallel.DistributedDataParallel(
             runner, device_ids=[device] if device.type == "cuda" else None)
     totals = torch.zeros(2 + len(horizons), device=device)
-    step = make_step(runner, make_loss(args), optimizer, totals)
+    part = torch.arange(batch).tensor_split(world)[rank]  # this process's windows of each step
+    step = make_step(runner, make_loss(args), optimizer, totals, len(part) / batch, world)
 
-    batches = epoch_batches(train_starts, boundary, args, 0, world)
-    steps_an_epoch, batch = batches.shape
     total_steps, warmup_steps = args.epochs * steps_an_epoch, round(args.warmup_epochs * steps_an_epoch)
     val_on_device = torch.from_numpy(val_starts).to(X.device)
     train_on_device = torch.from_numpy(train_starts).to(X.device)
@@ -690,8 +808,9 @@ def train(args, stop, rank, world, device):
           + (f", {world} processes" if world > 1 else ""))
     print(f"{len(train_starts)} training windows in {steps_an_epoch} steps of {batch}, {len(val_starts)} validation "
           f"windows of {args.seq_len} steps from step {boundary} on")
-    floor, message = floors(series, val_starts, args.seq_len, horizons) if rank == 0 else ({}, "")
-    print(message)
+    if warmup_steps > total_steps:
+        print(f"--warmup-epochs {args.warmup_epochs:g} is longer than the run: the learning rate rises to "
+              f"{lr_at(total_steps - 1, args.lr, warmup_steps, total_steps):.3g}, not to --lr {args.lr:g}")
 
     def run_step(starts):
         step(fetch(starts))
@@ -703,7 +822,7 @@ def train(args, stop, rank, world, device):
     if graphs:
         # One launch a step in place of hundreds: on a GPU a small model is bound by launches, not by arithmetic.
         model.train()
-        run_step = captured(run_step, batches[0].to(device), lambda: [
+        run_step = captured(run_step, torch.zeros(batch, dtype=torch.int64, device=device), lambda: [
             *model.parameters(), totals, *(t for s in optimizer.state.values() for t in s.values())], device)
         model.eval()
         evaluate_train = captured(run_evaluation, train_on_device, list, device) if not args.no_train_eval else None
@@ -718,13 +837,10 @@ def train(args, stop, rank, world, device):
         global_step, best_loss = saved["step"], saved["best_loss"]
         val_loss, train_loss = saved["val_loss"], saved["train_loss"]
         totals.copy_(saved["totals"])
+        if rank > 0:
+            totals[:-1] = 0  # they are summed over the processes
         rows = read_log(files["log"], columns, saved["epoch"])
         print(f"resumed at epoch {saved['epoch']}, step {global_step}")
-    if rank == 0:
-        start_log(files["log"], columns, rows)
-        record = run_record(args, device, model)
-        cli.write_text(files["record"], json.dumps(record, indent=2) + "\n")
-    writer = tensorboard_writer(args.log_dir, stem(args.checkpoint)) if args.log_dir and rank == 0 else None
 
     def save_best():
         if best is not None and rank == 0:
@@ -738,8 +854,31 @@ def train(args, stop, rank, world, device):
                             args=flags, step=global_step, totals=totals.cpu(), best_loss=best_loss,
                             data_crc32=fingerprint)
 
-    if saved is None:
-        save_last()  # from here on the name is taken, and --resume works
+    def check_finite(epoch, good, finite):
+        """Raise UserError when fewer than all steps of this epoch had a finite loss, `good` of them, or when what
+        they led to isn't `finite`."""
+        if finite and good == global_step - epoch * steps_an_epoch:
+            return
+        save_best()
+        bad = min(epoch * steps_an_epoch + round(good), global_step - 1)
+        kept, at = (files["best"], "the lowest validation loss") if files["best"].exists() else (
+            files["last"], f"the state {'at the start' if last_good == 0 else f'after step {last_good}'}")
+        raise cli.UserError(f"the loss became NaN or infinite at step {bad + 1} (epoch {epoch + 1}, learning rate "
+                            f"{lr_at(bad, args.lr, warmup_steps, total_steps):.3g}); the last good checkpoint is "
+                            f"{kept} ({at}); start anew with a smaller --lr")
+
+    floor, writer = {}, None
+    with together(rank, world):
+        if rank == 0:
+            floor, message = floors(series, val_starts, args.seq_len, horizons)
+            print(message)
+            start_log(files["log"], columns, rows)
+            write_record(files["record"], run_record(args, device, model, world), global_step if args.resume else None)
+            if args.log_dir is not None:
+                writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), global_step // steps_an_epoch)
+            if saved is None:
+                save_last()  # from here on the name is taken, and --resume works
+    last_good = global_step
     bar = tqdm(total=total_steps, initial=global_step, unit="step", disable=rank > 0 or not sys.stderr.isatty(),
                mininterval=0.5, dynamic_ncols=True)
     last_save = last_print = started = time.perf_counter()
@@ -747,8 +886,8 @@ def train(args, stop, rank, world, device):
 
     # The loop
     for epoch in range(global_step // steps_an_epoch, args.epochs):
-        batches = epoch_batches(train_starts, boundary, args, epoch, world)
-        mine = batches.view(steps_an_epoch, world, -1)[:, rank].to(X.device)
+        batches = epoch_batches(train_starts, boundary, args, epoch)
+        mine = batches[:, part].to(X.device)
         first = global_step - epoch * steps_an_epoch
         loader = None if resident else dataset.host_batches(
             series.X, mine[first:].tolist(), args.seq_len, device, args.num_workers)
@@ -764,61 +903,65 @@ def train(args, stop, rank, world, device):
                 step(next(loader))
             global_step += 1
             bar.update()
-            if stop.signal is not None and world == 1 and i + 1 < steps_an_epoch:
+            if i + 1 < steps_an_epoch and should_stop(stop, world, device, i + 1):
                 break
-        if global_step == (epoch + 1) * steps_an_epoch:
-            model.eval()
-            val = run_evaluation(val_on_device) if rank == 0 else torch.zeros(len(horizons), device=device)
-            train_eval = evaluate_train(train_on_device).mean() if rank == 0 and not args.no_train_eval else val[0]
-            # The epoch's only wait for the device.
-            numbers = torch.cat([totals / steps_an_epoch, val, train_eval[None]]).tolist()
-            train_loss, train_mse, finite = numbers[0], numbers[1:1 + len(horizons)], numbers[1 + len(horizons)]
-            val_mse, train_eval = numbers[2 + len(horizons):-1], numbers[-1]
-            val_loss = sum(val_mse) / len(val_mse)
-            if finite < 1 or not math.isfinite(val_loss):
-                save_best()
-                bad = epoch * steps_an_epoch + round(finite * steps_an_epoch)
-                kept = files["best"] if files["best"].exists() else files["last"]
-                raise cli.UserError(
-                    f"the loss became NaN or infinite at step {bad} (epoch {epoch + 1}, learning rate "
-                    f"{lr_at(bad, args.lr, warmup_steps, total_steps):.3g}); the last good checkpoint is {kept}; "
-                    "start anew with a smaller --lr")
-            totals.zero_()
-            row = {"epoch": epoch + 1, "step": global_step, "lr": lr,
-                   "seconds": round(seconds_before + time.perf_counter() - started, 3),
-                   "train_loss": train_loss, "val_loss": val_loss, "train_eval_mse": train_eval}
-            for h, k in enumerate(horizons):
-                row |= {f"train_mse_{k}": train_mse[h], f"val_mse_{k}": val_mse[h], f"floor_mse_{k}": floor.get(k),
-                        f"excess_percent_{k}": excess_percent(val_mse[h], floor.get(k))}
-            rows.append(row)
-            if rank == 0:
-                append_row(files["log"], columns, row)
-            if val_loss < best_loss:
-                best_loss = val_loss
-                best = {"epoch": epoch + 1, "model_state_dict": snapshot(model.state_dict()),
-                        "optimizer_state_dict": snapshot(optimizer.state_dict()), "train_loss": train_loss,
-                        "val_loss": val_loss}
-            if writer is not None:
-                for name in columns[2:]:
-                    if row.get(name) is not None:
-                        writer.add_scalar(name, row[name], epoch + 1)
-            line = progress_line(row, args.epochs, horizons)
-            bar.set_postfix_str(line)
-            if bar.disable and (epoch + 1 == args.epochs or epoch == 0 or time.perf_counter() - last_print > 10):
-                print(line, flush=True)
-                last_print = time.perf_counter()
-        if should_stop(stop, world, device):
-            save_last()
+        with together(rank, world):
+            if global_step == (epoch + 1) * steps_an_epoch:
+                model.eval()
+                sum_totals(totals, world)
+                val = run_evaluation(val_on_device) if rank == 0 else torch.zeros(len(horizons), device=device)
+                train_eval = evaluate_train(train_on_device).mean() if rank == 0 and not args.no_train_eval else val[0]
+                numbers = torch.cat([totals, val, train_eval[None]])
+                if world > 1:
+                    distributed.broadcast(numbers, 0)
+                numbers = numbers.tolist()  # the epoch's only wait for the device
+                train_loss, *train_mse = (total / steps_an_epoch for total in numbers[:1 + len(horizons)])
+                good, *val_mse, train_eval = numbers[1 + len(horizons):]
+                val_loss = sum(val_mse) / len(val_mse)
+                check_finite(epoch, good, math.isfinite(val_loss))
+                totals.zero_()
+                row = {"epoch": epoch + 1, "step": global_step, "lr": lr,
+                       "seconds": round(seconds_before + time.perf_counter() - started, 3),
+                       "train_loss": train_loss, "val_loss": val_loss, "train_eval_mse": train_eval}
+                for h, k in enumerate(horizons):
+                    row |= {f"train_mse_{k}": train_mse[h], f"val_mse_{k}": val_mse[h], f"floor_mse_{k}": floor.get(k),
+                            f"excess_percent_{k}": excess_percent(val_mse[h], floor.get(k))}
+                rows.append(row)
+                if rank == 0:
+                    append_row(files["log"], columns, row)
+                if val_loss < best_loss:
+                    best_loss = val_loss
+                    best = {"epoch": epoch + 1, "model_state_dict": snapshot(model.state_dict()),
+                            "optimizer_state_dict": snapshot(optimizer.state_dict()), "train_loss": train_loss,
+                            "val_loss": val_loss}
+                if writer is not None:
+                    for name in columns[2:]:
+                        if row.get(name) is not None:
+                            writer.add_scalar(name, row[name], epoch + 1)
+                    writer.flush()
+                line = progress_line(row, args.epochs, horizons)
+                bar.set_postfix_str(line)
+                if bar.disable and (epoch + 1 == args.epochs or epoch == 0 or time.perf_counter() - last_print > 10):
+                    print(line, flush=True)
+                    last_print = time.perf_counter()
+        stopping = should_stop(stop, world, device)
+        with together(rank, world):
+            if stopping and global_step < (epoch + 1) * steps_an_epoch:
+                sum_totals(totals, world)
+                # What is saved must be worth resuming.
+                check_finite(epoch, totals[-1].item(), all(p.isfinite().all() for p in model.parameters()))
+            if stopping or time.perf_counter() - last_save > SAVE_EVERY_SECONDS:
+                save_last()
+                best, last_save, last_good = None, time.perf_counter(), global_step
+        if stopping:
             bar.close()
             print(f"stopped after step {global_step} of {total_steps}; {files['last']} is saved, go on with --resume")
             sys.exit(cli.EXIT_INTERRUPTED)
-        if time.perf_counter() - last_save > SAVE_EVERY_SECONDS:
-            save_last()
-            best, last_save = None, time.perf_counter()
     bar.close()
-    save_last()
-    if rank == 0:
-        finish(args, files, rows, horizons, series, fetch, val_starts, device, writer)
+    with together(rank, world):
+        save_last()
+        if rank == 0:
+            finish(args, files, rows, horizons, series, fetch, val_starts, device, writer)
 
 
 def progress_line(row, epochs, horizons):
@@ -836,21 +979,45 @@ def append_row(path, columns, row):
         raise cli.UserError(f"can't write {path}: {error.strerror}; free some space and go on with --resume") from None
 
 
-def should_stop(stop, world, device):
-    """Whether any process was asked to stop; all of them must agree, or the others would wait for ever."""
+def should_stop(stop, world, device, step=0):
+    """Whether any process was asked to stop; all of them must agree, or the others would wait for ever. Within an
+    epoch several GPUs ask each other only now and then."""
     if world == 1:
         return stop.signal is not None
+    if device.type == "cuda" and step % STOP_CHECK_STEPS:
+        return False
     flag = torch.tensor(float(stop.signal is not None), device=device)
     distributed.all_reduce(flag, distributed.ReduceOp.MAX)
     return flag.item() > 0
 
 
-def tensorboard_writer(log_dir, name):
+def leave_processes():
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def summary_writer_class():
+    """TensorBoard's writer. Raises UserError when tensorboard isn't installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise cli.UserError("--log-dir needs tensorboard; install it with: pip install tensorboard") from None
-    return SummaryWriter(str(log_dir / name))
+    return SummaryWriter
+
+
+def tensorboard_writer(log_dir, name, epoch):
+    """A writer to log_dir/name; of an earlier writer's epochs those after `epoch` are no longer shown."""
+    folder = cli.output_folder(log_dir / name)
+    return summary_writer_class()(str(folder), purge_step=epoch + 1)
+
+
+def add_figures(writer, files, step):
+    """The figures that were written to files, as TensorBoard images."""
+    import matplotlib.image
+
+    for role, path in files.items():
+        if path.suffix == ".png":
+            writer.add_image(role, matplotlib.image.imread(path)[:, :, :3], step, dataformats="HWC")
 
 
 def finish(args, files, rows, horizons, series, fetch, val_starts, device, writer):
@@ -869,6 +1036,7 @@ def finish(args, files, rows, horizons, series, fetch, val_starts, device, write
                         series.states[end - shown:end], series.n_circles, end - shown,
                         f"{name}: next-step prediction, validation window {i}")
     if writer is not None:
+        add_figures(writer, files, rows[-1]["epoch"])
         writer.close()
     best = min(rows, key=lambda row: row["val_loss"])
     print(f"best: {progress_line(best, args.epochs, horizons)}")
