@@ -13,7 +13,6 @@ Examples:
 
 import argparse
 import contextlib
-import csv
 import datetime
 import json
 import math
@@ -24,7 +23,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import cli
@@ -48,7 +46,8 @@ def build_parser():
     data.add_argument("--val-fraction", type=cli.fraction, default=0.1, metavar="F",
                       help="part of the series, at its end, kept for validation")
     data.add_argument("--num-workers", type=cli.non_negative_int, default=0, metavar="N",
-                      help="loader processes for a series that does not fit on the device; unused otherwise")
+                      help="loader processes for a series that is read from its file (--uncompressed) or does not "
+                           "fit on the device; unused otherwise")
     model = parser.add_argument_group("model")
     model.add_argument("--d-model", type=cli.positive_int, default=128, metavar="N", help="width of the model")
     model.add_argument("--n-layers", type=cli.positive_int, default=7, metavar="N", help="Mamba layers")
@@ -420,16 +419,22 @@ def log_row(columns, values):
 
 
 def read_log(path, columns, last_epoch):
-    """The complete rows of a log up to an epoch, as dicts: what an interrupted run wrote later is dropped."""
-    rows = []
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if None in row.values() or None in row or not row["epoch"].isdigit() or list(row) != columns:
-                    continue
-                if int(row["epoch"]) <= last_epoch:
-                    rows.append({k: (int(v) if k in ("epoch", "step") else float(v)) if v else None
-                                 for k, v in row.items()})
+    """The whole rows of a log up to an epoch, as dicts: what an interrupted run wrote later is dropped."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    header, *lines = [line.split(",") for line in text.split("\n")[:-1]] or [[]]
+    needed = [name for name in columns if not name.startswith(("floor_", "excess_", "train_eval_"))]
+    rows, epoch = [], 0
+    for cells in lines if set(needed) <= set(header) else []:
+        try:
+            row = {name: (int(cell) if name in ("epoch", "step") else float(cell)) if cell else None
+                   for name, cell in zip(header, cells, strict=True)}
+        except ValueError:
+            continue
+        if None not in [row[name] for name in needed] and epoch < row["epoch"] <= last_epoch:
+            rows.append(row)
+            epoch = row["epoch"]
+    if len(rows) < last_epoch:
+        print(f"{path} has whole rows of {len(rows)} of the {last_epoch} epochs so far; the curves lack the others")
     return rows
 
 
@@ -492,10 +497,71 @@ def print_record(path):
 
 
 def refuse_taken(files):
+    go_on = "go on with it by --resume, " if files["last"].exists() else ""
     for path in files.values():
         if path.exists():
-            raise cli.UserError(f"{path} exists already; go on with it by --resume, choose another --checkpoint name, "
-                                "or remove the old run's files")
+            raise cli.UserError(f"{path} exists already; {go_on}choose another --checkpoint name, or remove the old "
+                                "run's files")
+
+
+def read_last(path):
+    """NAME_last.pt: (its dict, its model, its flags). Raises UserError when a run can't go on from it."""
+    if not path.is_file():
+        raise cli.UserError(f"--resume: {path} not found, so there is no run to go on with; leave --resume out to "
+                            "start it")
+    saved, (model, args) = read_checkpoint(path), load_checkpoint(path)
+    kinds = {"epoch": int, "step": int, "best_loss": float, "data_crc32": int, "totals": torch.Tensor,
+             "optimizer_state_dict": dict}
+    bad = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+    bad += [name for name in ("train_loss", "val_loss") if not isinstance(saved.get(name), float | None)]
+    if bad:
+        raise cli.UserError(f"--resume: {path} lacks a valid {bad[0]}: it is no last state of a run; start it anew")
+    flags = valid_flags(args, path)
+    block, head = model.layers[0].mamba, model.output_heads["1"]
+    sizes = {"d_model": model.d_model, "n_layers": model.n_layers, "d_state": block.d_state, "d_conv": block.d_conv,
+             "expand": block.d_inner // model.d_model, "d_ff": head[0].out_features, "max_horizon": model.horizons[-1]}
+    for name, size in sizes.items():
+        if flags[name] != size:
+            raise cli.UserError(f"--resume: {path} is damaged: its {name} is {flags[name]}, that of its weights "
+                                f"{size}; start the run anew")
+    return saved, model, flags
+
+
+def valid_flags(saved, path, names=None):
+    """The flags (all, or those in names) that a checkpoint's args hold, each as the command line would take it; one
+    that came later has its default. Raises UserError."""
+    flags = {}
+    for action in build_parser()._actions:
+        name = action.dest
+        if name == "help" or (names is not None and name not in names):
+            continue
+        value, kind = saved.get(name, action.default), action.type or str
+        try:
+            if value is not action.default and action.nargs != "?":
+                valid = isinstance(value, bool) if action.nargs == 0 else kind(str(value)) in (value, Path(str(value)))
+                if not valid or (action.choices and value not in action.choices):
+                    raise ValueError
+        except (ValueError, TypeError, argparse.ArgumentTypeError):
+            raise cli.UserError(f"{path} is damaged or no checkpoint of this script: its args hold no valid "
+                                f"{name}") from None
+        flags[name] = value
+    return flags
+
+
+def check_optimizer_state(saved, optimizer, path):
+    """Raise UserError unless a checkpoint's optimiser state is empty at step 0 or fits every parameter."""
+    state = saved["optimizer_state_dict"].get("state")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fits = isinstance(state, dict) and (state.keys() == set(range(len(parameters))) or saved["step"] == len(state) == 0)
+    for i, parameter in enumerate(parameters if fits and state else []):
+        entry = state[i] if isinstance(state[i], dict) else {}
+        shapes = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        fits = fits and entry.keys() == shapes.keys() and all(
+            isinstance(t, torch.Tensor) and t.layout == torch.strided and t.shape == shapes[name]
+            and t.is_floating_point() and t.is_contiguous() and bool(t.isfinite().all()) for name, t in entry.items())
+    if not fits:
+        raise cli.UserError(f"--resume: {path} is damaged: its optimiser state does not fit its weights; start the run "
+                            "anew")
 
 
 def flags_for_resume(args, saved):
@@ -706,16 +772,16 @@ def print_evaluation(args):
     series = dataset.load_series(args.data_dir)
     dataset.check_fits_model(series, model, path)
     print_record(run_files(path)["record"])
-    size = {name: saved[name] if name in saved and name not in args.given else getattr(args, name)
-            for name in ("seq_len", "stride", "val_fraction", "batch_size")}
+    names = ("seq_len", "stride", "val_fraction", "batch_size")
+    size = {name: getattr(args, name) if name in args.given else value
+            for name, value in valid_flags(saved, path, names).items()}
     _, val_starts, _ = dataset.split_windows(series.n_steps, size["seq_len"], size["stride"], size["val_fraction"])
     if size["seq_len"] <= model.horizons[-1]:
         raise cli.UserError(f"--seq-len {size['seq_len']} must be longer than the largest horizon, "
                             f"{model.horizons[-1]}")
-    X = torch.from_numpy(series.X)
 
     def fetch(starts):
-        return dataset.gather(X, starts, size["seq_len"]).to(device)
+        return dataset.gather(series.X, starts, size["seq_len"]).to(device)
 
     mse = evaluate(model, fetch, torch.from_numpy(val_starts), size["batch_size"], not args.no_amp).tolist()
     floor, message = floors(series, val_starts, size["seq_len"], model.horizons)
@@ -754,37 +820,45 @@ def train(args, stop, rank, world, device):
         if args.log_dir is not None:
             summary_writer_class()
         if args.resume:
-            saved = read_checkpoint(files["last"])
-            args = flags_for_resume(args, saved["args"])
+            saved, restored, saved_flags = read_last(files["last"])
+            args = flags_for_resume(args, saved_flags)
         elif rank == 0:
             refuse_taken(files)
+        if rank == 0:
             cli.output_folder(args.checkpoint.parent)
         flags = {key: value for key, value in vars(args).items() if key != "given"}
 
         # Data
         series = dataset.load_series(args.data_dir)
-        fingerprint = zlib.crc32(series.X)
+        fingerprint = dataset.crc32(series.X)
         if saved is not None and saved["data_crc32"] != fingerprint:
             raise cli.UserError(f"--resume: {args.data_dir} is not the data that {files['last']} was trained on; "
                                 "give the right --data-dir")
         train_starts, val_starts, boundary = dataset.split_windows(
             series.n_steps, args.seq_len, args.stride, args.val_fraction)
-        resident = dataset.fits_on(device, series.X.nbytes)
-        X = torch.from_numpy(series.X)
-        X = X.to(device) if resident else X
+        resident = dataset.fits_on(device, series.X)
+        X = dataset.to_device(series.X, device) if resident else series.X
+        home = device if resident else torch.device("cpu")  # where windows are cut out of X
         if args.num_workers and resident:
             print(f"--num-workers {args.num_workers} is not used: the series fits on {device}")
+        if args.seq_len <= args.max_horizon:
+            raise cli.UserError(f"--seq-len {args.seq_len} must be longer than the largest horizon, {args.max_horizon}")
         steps_an_epoch, batch = epoch_batches(train_starts, boundary, args, 0).shape
         if batch < world:
-            raise cli.UserError(f"{world} processes can't share steps of {batch} windows; start fewer, or use a larger "
-                                "--batch-size or more data")
+            raise cli.UserError(f"more processes ({world}) than windows in a step ({batch}); start fewer, or use a "
+                                "larger --batch-size or more data")
 
         # Model and optimiser
         model = build_model(args, series.feature_dim).to(device).use_scan(args.scan, device)
         optimizer = build_optimizer(
             parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
+        totals = torch.zeros(2 + len(model.horizons), device=device)
         if saved is not None:
-            model.load_state_dict(saved["model_state_dict"])
+            check_optimizer_state(saved, optimizer, files["last"])
+            if saved["totals"].shape != totals.shape or not 0 <= saved["epoch"] == saved["step"] // steps_an_epoch:
+                raise cli.UserError(f"--resume: {files['last']} is damaged: its step, epoch and totals do not fit; "
+                                    "start the run anew")
+            model.load_state_dict(restored.state_dict())
             optimizer.load_state_dict({"state": saved["optimizer_state_dict"]["state"],
                                        "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -797,13 +871,12 @@ def train(args, stop, rank, world, device):
     if world > 1:
         runner = torch.nn.parallel.DistributedDataParallel(
             runner, device_ids=[device] if device.type == "cuda" else None)
-    totals = torch.zeros(2 + len(horizons), device=device)
     part = torch.arange(batch).tensor_split(world)[rank]  # this process's windows of each step
     step = make_step(runner, make_loss(args), optimizer, totals, len(part) / batch, world)
 
     total_steps, warmup_steps = args.epochs * steps_an_epoch, round(args.warmup_epochs * steps_an_epoch)
-    val_on_device = torch.from_numpy(val_starts).to(X.device)
-    train_on_device = torch.from_numpy(train_starts).to(X.device)
+    val_on_device = torch.from_numpy(val_starts).to(home)
+    train_on_device = torch.from_numpy(train_starts).to(home)
     print(f"{args.checkpoint}: {sum(p.numel() for p in model.parameters()):,} parameters on {device}"
           + (f", {world} processes" if world > 1 else ""))
     print(f"{len(train_starts)} training windows in {steps_an_epoch} steps of {batch}, {len(val_starts)} validation "
@@ -872,12 +945,12 @@ def train(args, stop, rank, world, device):
         if rank == 0:
             floor, message = floors(series, val_starts, args.seq_len, horizons)
             print(message)
-            start_log(files["log"], columns, rows)
-            write_record(files["record"], run_record(args, device, model, world), global_step if args.resume else None)
             if args.log_dir is not None:
                 writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), global_step // steps_an_epoch)
             if saved is None:
-                save_last()  # from here on the name is taken, and --resume works
+                save_last()  # the run's first file: from here on the name is taken, and --resume works
+            start_log(files["log"], columns, rows)
+            write_record(files["record"], run_record(args, device, model, world), global_step if args.resume else None)
     last_good = global_step
     bar = tqdm(total=total_steps, initial=global_step, unit="step", disable=rank > 0 or not sys.stderr.isatty(),
                mininterval=0.5, dynamic_ncols=True)
@@ -887,7 +960,7 @@ def train(args, stop, rank, world, device):
     # The loop
     for epoch in range(global_step // steps_an_epoch, args.epochs):
         batches = epoch_batches(train_starts, boundary, args, epoch)
-        mine = batches[:, part].to(X.device)
+        mine = batches[:, part].to(home)
         first = global_step - epoch * steps_an_epoch
         loader = None if resident else dataset.host_batches(
             series.X, mine[first:].tolist(), args.seq_len, device, args.num_workers)
@@ -1023,6 +1096,9 @@ def add_figures(writer, files, step):
 def finish(args, files, rows, horizons, series, fetch, val_starts, device, writer):
     """The figures, from the best weights."""
     name = stem(args.checkpoint)
+    if not rows:
+        raise cli.UserError(f"{files['log']} is lost or damaged, and the run has no epoch left to train: its curve "
+                            f"can't be drawn; {files['best']} is unharmed")
     draw_loss(files["loss"], rows, horizons, name)
     model, _ = load_checkpoint(files["best"], device)
     model.use_scan(args.scan, device)
