@@ -21,6 +21,8 @@ class UserError(Exception):
 
 def run(main, args):
     """Run a script's `main(args)` and turn what the user can mend into one line on stderr and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without our signs, a file's odd name: no reason to end
     try:
         main(args)
         sys.stdout.flush()  # here, where a full disk or a reader that has left can still be told of

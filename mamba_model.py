@@ -6,8 +6,8 @@ between a linear input and one small head a horizon. `save_checkpoint` and `load
 out of a `.pt` file.
 """
 
+import io
 import math
-import pickle
 import re
 import warnings
 import zipfile
@@ -26,6 +26,7 @@ from selective_scan import (
     selective_scan_step,
 )
 
+LARGEST_INT = 2**62  # larger flags are damage: they would leave int64
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the initial step sizes, as in mamba_ssm.Mamba
 
 
@@ -222,7 +223,7 @@ def model_from_state_dict(state_dict, dropout=0.1):
     """Build the model whose shapes these tensors have and load them.
 
     The sizes come from the tensors, not from the flags beside them: a file can't ask for more memory than it fills.
-    Raises KeyError, ValueError or RuntimeError when the tensors don't make up a model.
+    Raises some exception (which one depends on where it shows) when the tensors don't make up a model.
     """
     state_dict = modern_keys(state_dict)
     for key, value in state_dict.items():
@@ -230,19 +231,23 @@ def model_from_state_dict(state_dict, dropout=0.1):
             raise ValueError(f"{key} is not a tensor of floating-point numbers")
         if value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise ValueError(f"{key} declares more numbers than the file holds")
+        if value.numel() == 0:
+            raise ValueError(f"{key} is empty")
         if not torch.isfinite(value).all():
             raise ValueError(f"{key} holds NaN or infinity")
     d_model, feature_dim = state_dict["input_proj.weight"].shape
     d_inner, d_state = state_dict["layers.0.mamba.A_log"].shape
     n_layers = len({m[1] for key in state_dict if (m := re.match(r"layers\.(\d+)\.", key))})
-    max_horizon = max(int(m[1]) for key in state_dict if (m := re.match(r"output_heads\.(\d+)\.", key)))
+    horizons = sorted({int(m[1]) for key in state_dict if (m := re.match(r"output_heads\.(\d+)\.", key))})
+    if horizons != horizons_up_to(horizons[-1]):
+        raise ValueError(f"there are heads for the horizons {horizons}")
     if d_inner % d_model:
         raise ValueError(f"d_inner {d_inner} is no multiple of d_model {d_model}")
     # On the meta device the model takes no memory until it takes over the file's tensors.
     with torch.device("meta"):
         model = CausalTimeSeriesMamba(
             feature_dim, d_model, n_layers, d_state, state_dict["layers.0.mamba.conv1d.weight"].shape[-1],
-            d_inner // d_model, state_dict["output_heads.1.0.weight"].shape[0], dropout, max_horizon)
+            d_inner // d_model, state_dict["output_heads.1.0.weight"].shape[0], dropout, horizons[-1])
     model.load_state_dict({key: value.float().contiguous() for key, value in state_dict.items()}, assign=True)
     return model.requires_grad_()
 
@@ -256,16 +261,35 @@ def read_checkpoint(path, device="cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a foreign file is said once, below
+            check_archive(path)
             checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError, TypeError,
-            AttributeError, IndexError, OSError, UnicodeDecodeError, AssertionError, ImportError, OverflowError) as e:
-        raise user_error_at(path, f"is no checkpoint or is damaged ({reason(e)}); train it anew or give another "
+    except torch.OutOfMemoryError:
+        raise  # the GPU's, which says nothing against the file
+    except Exception as error:  # zipfile and torch let out whatever they stumble over in a hostile file
+        raise user_error_at(path, f"is no checkpoint or is damaged ({reason(error)}); train it anew or give another "
                                 "--checkpoint") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
         raise user_error_at(path, "is no checkpoint of this project (no model_state_dict); give another --checkpoint")
-    if not isinstance(checkpoint.get("args", {}), dict):
+    args = checkpoint.get("args", {})
+    if not isinstance(args, dict):
         raise user_error_at(path, "is no checkpoint of this project (args is not a dict); give another --checkpoint")
+    epoch = checkpoint.get("epoch", 0)
+    if not isinstance(epoch, int) or any(isinstance(n, int) and abs(n) > LARGEST_INT for n in (epoch, *args.values())):
+        raise user_error_at(path, "is no checkpoint of this project (its epoch or a number in its args is not "
+                                "possible); give another --checkpoint")
     return checkpoint
+
+
+def check_archive(path):
+    """Raise ValueError or BadZipFile unless the file is an archive as torch.save writes it, uncompressed.
+
+    So the sizes in it can be believed before memory is taken: no member is larger than the file.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
+                raise ValueError(f"{info.filename} declares more bytes than the file holds")
 
 
 def user_error_at(path, message):
@@ -291,7 +315,9 @@ def load_checkpoint(path, device="cpu"):
     try:
         model = model_from_state_dict(checkpoint["model_state_dict"],
                                       dropout if isinstance(dropout, float) and 0 <= dropout < 1 else 0.1)
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise user_error_at(path, f"does not hold a CausalTimeSeriesMamba ({reason(error)}); "
                                 "give another --checkpoint") from None
     return model.to(device).eval(), args
@@ -300,10 +326,11 @@ def load_checkpoint(path, device="cpu"):
 def save_checkpoint(path, epoch, model_state_dict, optimizer_state_dict, train_loss, val_loss, args, **resume):
     """Write a checkpoint, whole or not at all. `args` a plain dict of all flags; `resume` what resuming needs."""
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
+    content = io.BytesIO()  # in memory first: on a full disk torch's own writer ends in a RuntimeError
+    torch.save({"epoch": epoch, "model_state_dict": model_state_dict, "optimizer_state_dict": optimizer_state_dict,
+                "train_loss": train_loss, "val_loss": val_loss, "args": plain, **resume}, content)
     with cli.writing(path) as part:
-        torch.save({"epoch": epoch, "model_state_dict": model_state_dict,
-                    "optimizer_state_dict": optimizer_state_dict, "train_loss": train_loss, "val_loss": val_loss,
-                    "args": plain, **resume}, part)
+        part.write_bytes(content.getbuffer())
 
 
 def stem(checkpoint):

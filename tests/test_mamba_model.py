@@ -30,11 +30,12 @@ def test_parameter_names_are_those_of_mamba_ssm():
     block = {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias",
              "A_log", "D", "out_proj.weight"}
     heads = {f"output_heads.{k}.{i}.{p}" for k in (1, 2, 4, 6) for i in (0, 2) for p in ("weight", "bias")}
-    assert set(keys) == ({f"layers.0.mamba.{name}" for name in block} | heads
-                         | {f"{n}.{p}" for n in ("input_proj", "final_norm", "layers.0.norm") for p in ("weight", "bias")})
+    others = {f"{n}.{p}" for n in ("input_proj", "final_norm", "layers.0.norm") for p in ("weight", "bias")}
+    assert set(keys) == {f"layers.0.mamba.{name}" for name in block} | heads | others
 
 
-@pytest.mark.parametrize("max_horizon, horizons", [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (64, [1, 2, 4, 8, 16, 32, 64])])
+@pytest.mark.parametrize("max_horizon, horizons", [
+    (1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (64, [1, 2, 4, 8, 16, 32, 64])])
 def test_horizons(max_horizon, horizons):
     assert mamba_model.horizons_up_to(max_horizon) == horizons
 
@@ -165,7 +166,8 @@ class Bomb:
         return (pytest.fail, ("pickled code was run",))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps(Bomb()), pickle.dumps({"a": 1}), b"PK\x03\x04" + b"\0" * 90])
+@pytest.mark.parametrize("content", [
+    b"", b"hello", pickle.dumps(Bomb()), pickle.dumps({"a": 1}), b"PK\x03\x04" + b"\0" * 90])
 def test_files_that_are_no_checkpoint(tmp_path, content):
     (tmp_path / "bad.pt").write_bytes(content)
     with pytest.raises(cli.UserError, match="no checkpoint"):
