@@ -131,9 +131,9 @@ def block_signals(model, x):
 
 def window_signals(model, X, start, seq_len):
     """block_signals of the window of X (n_steps, feature_dim) that begins at `start`, as arrays (seq_len, channels)."""
-    x = torch.from_numpy(X[start:start + seq_len]).to(next(model.parameters()).device)
+    x = dataset.gather(X, [start], seq_len).to(next(model.parameters()).device)
     return [{name: signal[0].cpu().numpy() for name, signal in layer.items()}
-            for layer in block_signals(model, x[None])]
+            for layer in block_signals(model, x)]
 
 
 def signals_at(model, X, starts, seq_len, steps, layers):
@@ -360,7 +360,7 @@ def draw_umaps(args, model, series, starts, seq_len, folder):
     prefix = f"{name}_gates" + ("" if args.layer is None else f"_layer{args.layer}")
     for signal in SIGNALS:
         embeddings, titles = [], []
-        for layer in tqdm(layers, desc=f"UMAP of {signal}", unit="layer", leave=False):
+        for layer in tqdm(layers, desc=f"UMAP of {signal}", unit="layer", leave=False, disable=None):
             values = points[layer][signal]
             embeddings.append(umap_embedding(standardise(values), args.seed))
             titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
