@@ -295,12 +295,16 @@ def generate(config, block_values=BLOCK_VALUES):
 
 
 def save(series, data_dir):
-    """Write data.npz, then config.json, each whole or not at all."""
-    with cli.writing(data_dir / "data.npz") as part:
-        np.savez_compressed(part, X=series.X, states=series.states, thetas=series.thetas,
-                            transition_matrix=series.transition_matrix, radii=series.radii,
-                            entry_angles=series.entry_angles, periods=series.periods, planes=series.planes)
-    cli.write_text(data_dir / "config.json", json.dumps(series.config, indent=2) + "\n")
+    """Write data.npz, then config.json, each whole or not at all and never beside an older other."""
+    config = data_dir / "config.json"
+    with cli.writing(config) as config_part:
+        config_part.write_text(json.dumps(series.config, indent=2) + "\n", encoding="utf-8")
+        with cli.writing(data_dir / "data.npz") as part:
+            np.savez_compressed(part, X=series.X, states=series.states, thetas=series.thetas,
+                                transition_matrix=series.transition_matrix, radii=series.radii,
+                                entry_angles=series.entry_angles, periods=series.periods, planes=series.planes)
+            # A run killed between the two leaves data without a config.json, which says so, not with an older one's.
+            config.unlink(missing_ok=True)
     print(f"wrote {data_dir / 'data.npz'} and config.json: {series.n_steps:,} steps x {series.feature_dim} features")
 
 
