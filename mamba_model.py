@@ -100,12 +100,21 @@ class MambaBlock(nn.Module):
         return {"conv": u, "delta": F.softplus(self.dt_proj(delta)), "z": z, "B": B, "C": C}
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that keeps its input's type: in an autocast region the plain one goes through float32 tensors, three
+    passes over memory in place of one. Its statistics are float32 either way."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 class MambaLayer(nn.Module):
     """Pre-norm residual layer: x + dropout(MambaBlock(LayerNorm(x)))."""
 
     def __init__(self, d_model, d_state, d_conv, expand, dropout):
         super().__init__()
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = LayerNorm(d_model)
         self.mamba = MambaBlock(d_model, d_state, d_conv, expand)
         self.dropout = nn.Dropout(dropout)
 
@@ -142,7 +151,7 @@ class CausalTimeSeriesMamba(nn.Module):
         self.input_proj = nn.Linear(feature_dim, d_model)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(MambaLayer(d_model, d_state, d_conv, expand, dropout) for _ in range(n_layers))
-        self.final_norm = nn.LayerNorm(d_model)
+        self.final_norm = LayerNorm(d_model)
         self.output_heads = nn.ModuleDict({
             str(k): nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, feature_dim))
             for k in self.horizons})

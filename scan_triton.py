@@ -11,8 +11,9 @@ a few channels of one sequence and walks time in order, its state in registers: 
 there are too few of them (a batch of 1 to 8), time is split as well: each split's end state from zero first, then the
 carry over the splits, then every split on its own from its right start. The backward pass mirrors this.
 
-The forward pass saves the state before every `CHUNK`-th step; the backward pass recomputes the states in between,
-a few steps at a time, and holds those in registers. The reduction of dB and dC over channels goes through one
+The forward pass saves the state before every `CHUNK`-th step. The backward pass runs each chunk forward once more,
+writing down the state every few steps, and then walks it back; the states of these few steps are made again and held
+in registers. The reduction of dB and dC over channels goes through one
 partial sum a program, so results do not depend on the order in which programs finish.
 
 Arithmetic and state are float32. Inputs are float32, bfloat16 or float16; float64 is refused: use another back end.
@@ -42,13 +43,13 @@ class Tile(NamedTuple):
     max_registers: int | None = None
 
 
-FORWARD = Tile(channels=16, warps=1, steps=8)
-BACKWARD = Tile(channels=16, warps=1, steps=4)
+FORWARD = Tile(channels=16, warps=1, steps=4)
+BACKWARD = Tile(channels=32, warps=2, steps=4)
 CONV_FORWARD = Tile(channels=128, warps=4, steps=16)
 CONV_BACKWARD = Tile(channels=64, warps=1, steps=8)
 CONV_BLOCKS = 8  # blocks of steps a program of the convolution's backward pass goes through
 CARRY_BLOCK = 32
-CHUNK = 16  # steps between saved states; a multiple of the steps of every tile
+CHUNK = 32  # steps between saved states; a multiple of the steps of every tile
 MAX_STATE = 256
 MAX_SPLITS = 64
 WARPS_TO_FILL = 12  # warps a multiprocessor should have before time is left whole
@@ -321,7 +322,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy, u, delta, z, B, C, A, D, delta_bias, states, starts, du, ddelta, dz, dBC, dA, dD, ddelta_bias,
+    dy, u, delta, z, B, C, A, D, delta_bias, states, starts, scratch, du, ddelta, dz, dBC, dA, dD, ddelta_bias,
     dy_batch, u_batch, delta_batch, z_batch, B_batch, C_batch, dz_batch, n_batch, time, n_groups, n_splits, split_len,
     DY_STEP: tl.constexpr, U_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr, B_STEP: tl.constexpr,
     C_STEP: tl.constexpr, DZ_STEP: tl.constexpr,
@@ -329,8 +330,8 @@ def _backward_kernel(
     ALIGN: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, HAS_STARTS: tl.constexpr,
     LANES: tl.constexpr, SPLIT_SUM: tl.constexpr,
 ):  # fmt: skip
-    """Walks blocks of STEPS steps from the last to the first. ga is exp(dt_{t+1} A) times the gradient of h_{t+1}: what
-    step t receives from later steps; `starts` holds it for the end of each split."""
+    """Walks chunks, and in them blocks of STEPS steps, from the last to the first. ga is exp(dt_{t+1} A) times the
+    gradient of h_{t+1}: what step t receives from later steps; `starts` holds it for the end of each split."""
     batch, split, group, start, end = _place(n_groups, n_splits, split_len, time)
     c, mask_c = _inside(group * CH, D_INNER, CH)
     n, mask_n = _inside(0, N_STATE, N)
@@ -358,67 +359,77 @@ def _backward_kernel(
     dA_sum = tl.zeros([CH, N], tl.float32)
     dD_sum = tl.zeros([STEPS, CH], tl.float32)
     dbias_sum = tl.zeros([STEPS, CH], tl.float32)
-    blocks = tl.cdiv(end - start, STEPS)
-    for i in range(0, blocks):
-        first = start + (blocks - 1 - i) * STEPS
-        chunk = first // CHUNK
-        row = tl.cast(chunk, tl.int64) * (D_INNER * N_STATE)
+    # States between the saved ones: written while a chunk is run again, read on the way back. Small enough for the L2.
+    scratch += tl.cast(tl.program_id(0), tl.int64) * (CHUNK // STEPS) * (CH * N)
+    place = tl.arange(0, CH)[:, None] * N + n[None, :]
+    chunks = tl.cdiv(end - start, CHUNK)
+    for i in range(0, chunks):
+        chunk_start = start + (chunks - 1 - i) * CHUNK
+        last_block = (tl.minimum(chunk_start + CHUNK, end) - chunk_start - 1) // STEPS
+        row = tl.cast(chunk_start // CHUNK, tl.int64) * (D_INNER * N_STATE)
         h = tl.load(states + row + state, mask=mask, other=0.0).to(tl.float32)
-        # From the saved state to this block: the first blocks of a chunk are run again for each later one.
-        for again in range(chunk * CHUNK, first, STEPS):
+        tl.store(scratch + place, h)
+        for block in range(0, last_block):
+            first = chunk_start + block * STEPS
             tile = tl.full([STEPS, CH], True, tl.int1) & mask_c[None, :]
-            u_tile = _load_tile(u, c, tile, again, 0.0, U_STEP, STEPS)
-            dt, _ = _softplus_sigmoid(_load_tile(delta, c, tile, again, 0.0, DELTA_STEP, STEPS) + bias[None, :])
-            Bs = _load_rows(B, n, mask_n, again, end, B_STEP, ALIGN, STEPS, True)
+            u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
+            dt, _ = _softplus_sigmoid(_load_tile(delta, c, tile, first, 0.0, DELTA_STEP, STEPS) + bias[None, :])
+            Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, True)
             rows = _rows_of_two(dt, dt * u_tile)
             for k in tl.static_range(STEPS):
                 h = tl.exp2(rows[k][:, None] * a2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
-        tile = _before(first, end, STEPS, EVEN)[:, None] & mask_c[None, :]
-        u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
-        z_tile = _load_tile(z, c, tile, first, 0.0, Z_STEP, STEPS)
-        dy_tile = _load_tile(dy, c, tile, first, 0.0, DY_STEP, STEPS)
-        x = _load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :]
-        Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, EVEN)
-        Cs = _load_rows(C, n, mask_n, first, end, C_STEP, ALIGN, STEPS, EVEN)
-        dt, slope = _softplus_sigmoid(x)
-        gate = _sigmoid(z_tile)
-        dyg = dy_tile * z_tile * gate  # the gradient of y before the gate
-        rows, dygs = _rows_of_two(dt, dt * u_tile), _rows(dyg)
-        hs, decays = (h,), ()
-        for k in tl.static_range(STEPS):
-            decay = tl.exp2(rows[k][:, None] * a2)
-            hs += (decay * hs[k] + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :],)
-            decays += (decay,)
-        Ch, gB, gaAh = (), (), ()
-        dBs, dCs = (), ()
-        for j in tl.static_range(STEPS):
-            B_k = Bs[STEPS - 1 - j].to(tl.float32)[None, :]
-            C_k = Cs[STEPS - 1 - j].to(tl.float32)[None, :]
-            dt_k, dyg_k = rows[STEPS - 1 - j][:, None], dygs[STEPS - 1 - j][:, None]
-            g = ga + dyg_k * C_k
-            Ch = (tl.sum(hs[STEPS - j] * C_k, 1),) + Ch
-            gB = (tl.sum(g * B_k, 1),) + gB
-            dBs = (g * rows[2 * STEPS - 1 - j][:, None],) + dBs
-            dCs = (hs[STEPS - j] * dyg_k,) + dCs
-            ga = g * decays[STEPS - 1 - j]
-            gah = ga * hs[STEPS - 1 - j]
-            dA_sum += gah * dt_k
-            gaAh = (tl.sum(gah * a2, 1),) + gaAh
-            if not SPLIT_SUM:
-                row = dBC + tl.cast(first + (STEPS - 1 - j), tl.int64) * (2 * N_STATE) + n
-                tl.store(row, tl.sum(dBs[0], 0), mask=mask_n & (first + (STEPS - 1 - j) < end))
-                tl.store(row + N_STATE, tl.sum(dCs[0], 0), mask=mask_n & (first + (STEPS - 1 - j) < end))
-        if SPLIT_SUM:
-            _store_sums(dBC, dBs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
-            _store_sums(dBC + N_STATE, dCs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
-        gB_tile = _stack(gB, STEPS)
-        ddelta_tile = (u_tile * gB_tile + LN2 * _stack(gaAh, STEPS)) * slope
-        dz_tile = dy_tile * (_stack(Ch, STEPS) + skip[None, :] * u_tile) * gate * (1.0 + z_tile * (1.0 - gate))
-        dD_sum += dyg * u_tile
-        dbias_sum += ddelta_tile
-        _store_tile(du, dt * gB_tile + skip[None, :] * dyg, c, tile, first, D_INNER, STEPS)
-        _store_tile(ddelta, ddelta_tile, c, tile, first, D_INNER, STEPS)
-        _store_tile(dz, dz_tile, c, tile, first, DZ_STEP, STEPS)
+            tl.store(scratch + (block + 1) * (CH * N) + place, h)
+        tl.debug_barrier()  # what is loaded next may be what another thread has stored
+        for back in range(0, last_block + 1):
+            first = chunk_start + (last_block - back) * STEPS
+            h = tl.load(scratch + (last_block - back) * (CH * N) + place)
+            tile = _before(first, end, STEPS, EVEN)[:, None] & mask_c[None, :]
+            u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
+            z_tile = _load_tile(z, c, tile, first, 0.0, Z_STEP, STEPS)
+            dy_tile = _load_tile(dy, c, tile, first, 0.0, DY_STEP, STEPS)
+            x = _load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :]
+            Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, EVEN)
+            Cs = _load_rows(C, n, mask_n, first, end, C_STEP, ALIGN, STEPS, EVEN)
+            dt, slope = _softplus_sigmoid(x)
+            gate = _sigmoid(z_tile)
+            dyg = dy_tile * z_tile * gate  # the gradient of y before the gate
+            rows, dygs = _rows_of_two(dt, dt * u_tile), _rows(dyg)
+            hs, decays = (h,), ()
+            for k in tl.static_range(STEPS):
+                decay = tl.exp2(rows[k][:, None] * a2)
+                hs += (decay * hs[k] + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :],)
+                decays += (decay,)
+            Ch, gB, gaAh = (), (), ()
+            dBs, dCs = (), ()
+            for j in tl.static_range(STEPS):
+                B_k = Bs[STEPS - 1 - j].to(tl.float32)[None, :]
+                C_k = Cs[STEPS - 1 - j].to(tl.float32)[None, :]
+                dt_k, dyg_k = rows[STEPS - 1 - j][:, None], dygs[STEPS - 1 - j][:, None]
+                g = ga + dyg_k * C_k
+                Ch = (tl.sum(hs[STEPS - j] * C_k, 1),) + Ch
+                gB = (tl.sum(g * B_k, 1),) + gB
+                dBs = (g * rows[2 * STEPS - 1 - j][:, None],) + dBs
+                dCs = (hs[STEPS - j] * dyg_k,) + dCs
+                ga = g * decays[STEPS - 1 - j]
+                gah = ga * hs[STEPS - 1 - j]
+                dA_sum += gah * dt_k
+                gaAh = (tl.sum(gah * a2, 1),) + gaAh
+                if not SPLIT_SUM:
+                    row = dBC + tl.cast(first + (STEPS - 1 - j), tl.int64) * (2 * N_STATE) + n
+                    tl.store(row, tl.sum(dBs[0], 0), mask=mask_n & (first + (STEPS - 1 - j) < end))
+                    tl.store(row + N_STATE, tl.sum(dCs[0], 0), mask=mask_n & (first + (STEPS - 1 - j) < end))
+            if SPLIT_SUM:
+                _store_sums(dBC, dBs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
+                _store_sums(dBC + N_STATE, dCs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
+            gB_tile = _stack(gB, STEPS)
+            ddelta_tile = (u_tile * gB_tile + LN2 * _stack(gaAh, STEPS)) * slope
+            dz_tile = dy_tile * (_stack(Ch, STEPS) + skip[None, :] * u_tile) * gate * (1.0 + z_tile * (1.0 - gate))
+            dD_sum += dyg * u_tile
+            dbias_sum += ddelta_tile
+            _store_tile(du, dt * gB_tile + skip[None, :] * dyg, c, tile, first, D_INNER, STEPS)
+            _store_tile(ddelta, ddelta_tile, c, tile, first, D_INNER, STEPS)
+            _store_tile(dz, dz_tile, c, tile, first, DZ_STEP, STEPS)
+        tl.debug_barrier()  # the next chunk writes over what is loaded here
     tl.store(dA + split_row * N_STATE + state, dA_sum, mask=mask)
     tl.store(dD + split_row + c, tl.sum(dD_sum, 0), mask=mask_c)
     tl.store(ddelta_bias + split_row + c, tl.sum(dbias_sum, 0), mask=mask_c)
@@ -680,10 +691,13 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     dD = torch.empty((batch * splits, d_inner), **f32)
     ddelta_bias = torch.empty_like(dD)
     constants = _constants(A, time, tile, B, C)
+    blocks = groups * splits * batch * (CHUNK // tile.steps)
+    scratch = torch.empty((blocks, constants["CH"], constants["N"]), **f32)
     with _on(u):
         starts = _split_starts(dy, delta, z, C, A, delta_bias, None, cut, constants, reverse=True)
         _backward_kernel[(groups * splits * batch,)](
-            dy, u, delta, z, B, C, A, D, delta_bias, chunk_states, starts, du, ddelta, dz, dBC, dA, dD, ddelta_bias,
+            dy, u, delta, z, B, C, A, D, delta_bias, chunk_states, starts, scratch, du, ddelta, dz, dBC, dA, dD,
+            ddelta_bias,
             dy.stride(0), u.stride(0), delta.stride(0), z.stride(0), B.stride(0), C.stride(0), dz.stride(0),
             batch, time, groups, splits, split_len,
             DY_STEP=dy.stride(1), U_STEP=u.stride(1), DELTA_STEP=delta.stride(1), Z_STEP=z.stride(1),

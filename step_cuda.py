@@ -98,14 +98,16 @@ def _into(residual, scale, shift, weight, conv_state, conv_weight, conv_bias, u,
     if block < half:
         past = conv_state + (sample * d_inner + channel) * (TAPS - 1)
         pre = tl.load(conv_bias + channel, here, other=0.0)
-        pre += x * tl.load(conv_weight + channel * TAPS + TAPS - 1, here, other=0.0)
+        window = ()
         for k in tl.static_range(TAPS - 1):
-            old = tl.load(past + k, here, other=0.0)
-            pre += old * tl.load(conv_weight + channel * TAPS + k, here, other=0.0)
-            if k > 0:
-                tl.store(past + k - 1, old, here)
-        if TAPS > 1:
-            tl.store(past + TAPS - 2, x, here)
+            window += (tl.load(past + k, here, other=0.0),)
+            pre += window[k] * tl.load(conv_weight + channel * TAPS + k, here, other=0.0)
+        window += (x,)
+        pre += x * tl.load(conv_weight + channel * TAPS + TAPS - 1, here, other=0.0)
+        # Every warp loads the whole of so short a vector: none may store before the last one has loaded.
+        tl.debug_barrier()
+        for k in tl.static_range(TAPS - 1):
+            tl.store(past + k, window[k + 1], here)
         tl.store(u + sample * d_inner + channel, _silu(pre), here)
     else:
         tl.store(gate + sample * d_inner + channel, _silu(x), here)
@@ -132,6 +134,7 @@ def _recur(u, gate, x_proj, dt_proj, dt_bias, A, D, h, y, d_inner: tl.constexpr,
     dt = _softplus(dt + tl.sum(dt_weight * low_rank[None, :], 1))
     u_here = tl.load(u + channel, here, other=0.0)
     state = tl.exp2(dt[:, None] * decay * LOG2E) * state + (dt * u_here)[:, None] * B[None, :]
+    tl.debug_barrier()  # as in _into
     tl.store(h + sample * d_inner * d_state + cell, state, inside)
     out = tl.sum(state * C[None, :], 1) + tl.load(D + channel, here, other=0.0) * u_here
     out *= tl.load(gate + sample * d_inner + channel, here, other=0.0)
@@ -150,6 +153,7 @@ def _back(y, weight, residual, clock, burst, hidden, layer, n_layers, d_model, d
     out += _matvec(weight, rows, d_model, y + sample * d_inner, d_inner, R, K)
     noise = hidden + ((row * n_layers + layer) * n_samples + sample) * d_model
     out += tl.load(noise + rows, here & (row >= 0), other=0.0)
+    tl.debug_barrier()  # as in _into
     tl.store(residual + sample * d_model + rows, out, here)
 
 
@@ -178,7 +182,7 @@ def _head_out(wide, weight, bias, prediction, clock, d_ff: tl.constexpr, n_featu
 
 
 def allocate(model, n):
-    """The buffers that the kernels of a step share, for n samples."""
+    """The tensors of a step's kernels beside the weights, for n samples: a replayed graph keeps none of them alive."""
     device = model.input_proj.weight.device
     d_inner, d_model = model.layers[0].mamba.d_inner, model.d_model
 
@@ -191,6 +195,7 @@ def allocate(model, n):
         "burst": zeros(SEGMENT, dtype=torch.int32) - 1, "hidden": zeros(SEGMENT, model.n_layers, n, d_model),
         "residual": zeros(n, d_model), "u": zeros(n, d_inner), "gate": zeros(n, d_inner), "y": zeros(n, d_inner),
         "wide": zeros(n, model.output_heads["1"][0].out_features),
+        "A": [-torch.exp(layer.mamba.A_log.detach()) for layer in model.layers],
     }
 
 
@@ -199,7 +204,6 @@ def step_launcher(model, b, n):
     block, d_model = model.layers[0].mamba, model.d_model
     d_inner, d_state, dt_rank = block.d_inner, block.d_state, block.dt_rank
     head_in, _, head_out = model.output_heads["1"]
-    decays = [-torch.exp(layer.mamba.A_log.detach()) for layer in model.layers]
     power = triton.next_power_of_2
     K = power(d_model)
 
@@ -213,7 +217,7 @@ def step_launcher(model, b, n):
         _enter[grid(d_model)](
             b["prediction"], b["noise"], b["predictions"], b["clock"], model.input_proj.weight, model.input_proj.bias,
             b["residual"], n, model.feature_dim, d_model, R=ROWS, F=power(model.feature_dim))
-        for i, (layer, A, (conv_state, h)) in enumerate(zip(model.layers, decays, b["states"], strict=True)):
+        for i, (layer, A, (conv_state, h)) in enumerate(zip(model.layers, b["A"], b["states"], strict=True)):
             m = layer.mamba
             _into[grid(d_inner, 2)](
                 b["residual"], layer.norm.weight, layer.norm.bias, m.in_proj.weight, conv_state, m.conv1d.weight,
