@@ -1,9 +1,13 @@
 """The data: one loader that checks it, sliding windows, and a validation split that leaks nothing.
 
-Everything that reads `data/data.npz` and `data/config.json` goes through `load_series`.
+Everything that reads `data/data.npz` and `data/config.json` goes through `load_series`. A file written with
+--uncompressed is mapped, not loaded: what works on it passes through it in `blocks` or takes windows by `gather`, and
+then never holds more of it in memory than one block or batch.
 """
 
 import json
+import mmap
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -15,6 +19,14 @@ from cli import UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
 DEFLATE_MAX_RATIO = 1032  # no DEFLATE stream expands by more (zlib's technical notes)
+LARGEST_VALUE = 1e30  # data units; its square is still far from the end of float64
+# The numbers of config.json that are used, and how large they may be.
+CONFIG_NUMBERS = {"noise_std": LARGEST_VALUE, "center_walk_std": LARGEST_VALUE, "dwell_mean": 1.7e308,
+                  "dwell_std": 1.7e308}
+LONGEST_PERIOD = 2**40  # steps; far beyond any series, and exact in float64
+BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the cache
+MAPPED = {"X.npy": "=f4", "states.npy": "=i8", "thetas.npy": "=f8"}  # as long as the series: the types they map as
+LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name and its extra field
 
 
 @dataclass
@@ -24,6 +36,7 @@ class Series:
     X (n_steps, feature_dim) float32; states (n_steps,) int64, the circle of each step; thetas (n_steps,) float64,
     radians in [0, 2π); transition_matrix (K, K); radii (K,); entry_angles (K,) radians; periods (K,) int64, steps a
     revolution; planes (K, 2, feature_dim), orthonormal pairs, or None in older files; config: the generator's flags.
+    X, states and thetas are read-only views of the file where it was written with --uncompressed.
     """
 
     X: np.ndarray
@@ -52,33 +65,35 @@ class Series:
 def load_series(data_dir):
     """Read and check `data_dir/data.npz` and `data_dir/config.json`; returns a Series.
 
-    Raises UserError when a file is missing or damaged, an array is missing, has a wrong shape or type, or holds NaN
-    or infinity. Nothing is unpickled.
+    X, states and thetas of a file written with --uncompressed are mapped: memory holds what is used of them. Raises
+    UserError when a file is missing or damaged, an array is missing, has a wrong shape or type, or holds NaN or
+    infinity. Nothing is unpickled.
     """
     data_dir = Path(data_dir)
     path, remedy = data_dir / "data.npz", REMEDY.format(data_dir)
     if not path.is_file():
         raise UserError(f"{path} not found; {remedy}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = {name: read_member(archive, name + ".npy") for name in
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            arrays = {name: read_member(archive, file, name + ".npy") for name in
                       ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods")}
             has_planes = "planes.npy" in archive.namelist()
-            planes = read_member(archive, "planes.npy") if has_planes else None
+            planes = read_member(archive, file, "planes.npy") if has_planes else None
     except KeyError as error:
         raise UserError(f"{path} lacks the array {one_line(error.args[0])}; {remedy}") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError,
-            RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}); {remedy}") from None
+    except MemoryError:
+        raise  # the sizes were checked: the data are that large
+    except Exception as error:  # zipfile and numpy let out whatever they stumble over in a hostile file
+        raise UserError(f"{path} is damaged ({one_line(error) or type(error).__name__}); {remedy}") from None
     series = Series(**arrays, planes=planes, config=load_config(data_dir))
     problem = find_problem(series)
     if problem:
         raise UserError(f"{path}: {problem}; {remedy}")
     series.X = np.ascontiguousarray(series.X, dtype=np.float32)
-    series.states = series.states.astype(np.int64)
+    series.states = series.states.astype(np.int64, copy=False)
     series.periods = series.periods.astype(np.int64)
     for name in ("thetas", "transition_matrix", "radii", "entry_angles"):
-        setattr(series, name, getattr(series, name).astype(np.float64))
+        setattr(series, name, getattr(series, name).astype(np.float64, copy=False))
     if planes is not None:
         series.planes = planes.astype(np.float64)
     return series
@@ -95,13 +110,19 @@ def load_config(data_dir):
         raise UserError(f"{path} is damaged ({one_line(error)}); {REMEDY.format(data_dir)}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} does not hold a JSON object; {REMEDY.format(data_dir)}")
+    for name, largest in CONFIG_NUMBERS.items():
+        value = config.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
+            raise UserError(f"{path}: {name} must be a number from 0 to {largest:g}; {REMEDY.format(data_dir)}")
     return config
 
 
-def read_member(archive, name):
+def read_member(archive, file, name):
     """One array of an npz, its header checked against the bytes that are really there before memory is taken.
 
-    Raises KeyError when it isn't there, ValueError when the header can't be trusted.
+    archive: the zipfile.ZipFile of the open `file`. An array that is stored as it is used (see MAPPED) is mapped
+    read-only in place of being read. Raises KeyError when it isn't there, ValueError or BadZipFile when the bytes
+    can't be trusted.
     """
     try:
         info = archive.getinfo(name)
@@ -109,32 +130,111 @@ def read_member(archive, name):
         raise KeyError(name.removesuffix(".npy")) from None
     if info.file_size > max(info.compress_size, 1) * DEFLATE_MAX_RATIO:
         raise ValueError(f"{name} declares more bytes than it can hold")
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                       (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read_header is None:
-            raise ValueError(f"{name} has an unknown npy version {version}")
-        shape, fortran_order, dtype = read_header(file)
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds pickled objects, which are never read")
-        if dtype.kind not in "fiu":
-            raise ValueError(f"{name} holds {dtype}, not numbers")
+    if info.header_offset + LOCAL_HEADER + info.compress_size > os.fstat(file.fileno()).st_size:
+        raise ValueError(f"{name} declares more bytes than the file has")
+    with archive.open(info) as member:
+        shape, fortran_order, dtype = read_npy_header(member, name)
         count = 1
         for size in shape:
             count *= size
-        if file.tell() + count * dtype.itemsize != info.file_size:
+        header = member.tell()
+        if header + count * dtype.itemsize != info.file_size:
             raise ValueError(f"{name} declares the shape {shape}, which its size does not fit")
+        if info.compress_type == zipfile.ZIP_STORED and dtype == MAPPED.get(name) and not fortran_order:
+            values = map_values(file, info, header)
+            if values.ctypes.data % dtype.itemsize == 0:  # as the generator writes it; np.savez leaves that to chance
+                return values.view(dtype).reshape(shape)
         array = np.empty(count, dtype)
         target = memoryview(array.view(np.uint8))
         filled = 0
         while filled < len(target):
-            got = file.readinto(target[filled:])
+            got = member.readinto(target[filled:])
             if not got:
                 raise EOFError(f"{name} ends early")
             filled += got
-        file.read(1)  # reaches the member's end, where zipfile checks the CRC
+        member.read(1)  # reaches the member's end, where zipfile checks the CRC
     return array.reshape(shape, order="F" if fortran_order else "C")
+
+
+def read_npy_header(member, name):
+    """(shape, fortran_order, dtype) of an npy file open at its beginning. Raises ValueError for what isn't numbers."""
+    version = np.lib.format.read_magic(member)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                   (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read_header is None:
+        raise ValueError(f"{name} has an unknown npy version {version}")
+    shape, fortran_order, dtype = read_header(member)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects, which are never read")
+    if dtype.kind not in "fiu":
+        raise ValueError(f"{name} holds {dtype}, not numbers")
+    return shape, fortran_order, dtype
+
+
+# ---------------------------------------------------------------------------------------------- mapped from the file
+
+
+def map_values(file, info, header):
+    """The bytes of a stored zip member from byte `header` on, mapped read-only: (n,) uint8.
+
+    The CRC is taken over the mapped bytes themselves, so what is used is what was checked. Raises ValueError or
+    BadZipFile where they aren't a whole member of the file.
+    """
+    if info.compress_size != info.file_size:
+        raise ValueError(f"{info.filename} is stored, yet {info.file_size} bytes take {info.compress_size}")
+    whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    local = whole[info.header_offset:info.header_offset + LOCAL_HEADER]
+    lengths = local[26:30].view("<u2").tolist()  # of the name and of the extra field, which the values follow
+    first = info.header_offset + LOCAL_HEADER + sum(lengths)
+    member = whole[first:first + info.file_size]
+    if len(member) != info.file_size or crc32(member) != info.CRC:
+        raise zipfile.BadZipFile(f"bad CRC-32 for {info.filename}")
+    return member[header:]
+
+
+def mapping_of(array):
+    """The mmap.mmap that the values of an array lie in, or None when they are in memory."""
+    while isinstance(array, np.ndarray):
+        array = array.base
+    # np.frombuffer keeps its buffer as a memoryview.
+    array = array.obj if isinstance(array, memoryview) else array
+    return array if isinstance(array, mmap.mmap) else None
+
+
+def release(array):
+    """Take the pages of a mapped array out of this process's memory; they are read again when used again.
+
+    array: whole rows of a mapped array; one in memory is left alone. The values stay in the system's file cache as
+    long as there is room.
+    """
+    mapping = mapping_of(array)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = array.ctypes.data - np.frombuffer(mapping, np.uint8, 1).ctypes.data
+    page = first - first % mmap.PAGESIZE
+    mapping.madvise(mmap.MADV_DONTNEED, page, first + array.nbytes - page)
+
+
+def blocks(array, n_bytes=BLOCK_BYTES):
+    """The array in consecutive blocks of rows, about n_bytes each; a mapped block leaves memory when the next comes."""
+    rows = max(1, n_bytes * len(array) // max(array.nbytes, 1))
+    for first in range(0, len(array), rows):
+        block = array[first:first + rows]
+        yield block
+        release(block)
+
+
+def crc32(array):
+    """The CRC-32 of an array's values in C order: the same for a mapped and a compressed file."""
+    value = 0
+    for block in blocks(array):
+        value = zlib.crc32(block, value)
+    return value
+
+
+def all_finite(array):
+    """Whether every value is finite; no mask as large as the array."""
+    return all(np.isfinite(block).all() for block in blocks(array))
 
 
 def find_problem(series):
@@ -156,23 +256,24 @@ def find_problem(series):
             return f"{name} must hold whole numbers, not {getattr(series, name).dtype}"
     if not all_finite(X):
         return "X holds NaN or infinity"
+    if X.dtype.itemsize > 4 and any(abs(block).max() > LARGEST_VALUE for block in blocks(X)):
+        return "X holds values too large for float32"
     for name in ("thetas", "transition_matrix", "radii", "entry_angles", "planes"):
         values = getattr(series, name)
-        if values is not None and not np.isfinite(values).all():
+        if values is not None and not all_finite(values):
             return f"{name} holds NaN or infinity"
-    if series.states.min() < 0 or series.states.max() >= K:
+    if any(block.min() < 0 or block.max() >= K for block in blocks(series.states)):
         return f"states must lie in 0…{K - 1}"
-    if series.periods.min() < 1:
-        return "periods must be 1 or more"
+    if series.periods.min() < 1 or series.periods.max() > LONGEST_PERIOD:
+        return f"periods must be 1…{LONGEST_PERIOD}"
+    if series.radii.min() <= 0 or series.radii.max() > LARGEST_VALUE:
+        return f"radii must be above 0 and no more than {LARGEST_VALUE:g}"
+    if series.planes is not None and abs(series.planes).max() > 1.001:
+        return "planes must be pairs of unit vectors"
     P = series.transition_matrix
     if P.min() < 0 or not np.allclose(P.sum(axis=1), 1, atol=1e-6):
         return "the rows of transition_matrix must be probabilities that sum to 1"
     return None
-
-
-def all_finite(X, block=1 << 20):
-    """Whether every value is finite, block by block: no mask as large as X."""
-    return all(np.isfinite(X[i:i + block]).all() for i in range(0, len(X), block))
 
 
 def check_fits_model(series, model, checkpoint):
@@ -223,22 +324,50 @@ def jittered(starts, last, seq_len, stride, generator):
 
 
 def gather(X, starts, seq_len):
-    """The windows X[start : start + seq_len] in one indexing call: (n, seq_len, feature_dim), on X's device."""
+    """The windows X[start : start + seq_len]: a tensor (n, seq_len, feature_dim).
+
+    X: a tensor, from which they are taken by one indexing call on its device, or an array in host memory or mapped
+    from the file, which gives a tensor on the CPU. starts: (n,) int64; for a tensor X, a tensor on its device.
+    """
     import torch
 
-    return X[starts[:, None] + torch.arange(seq_len, device=starts.device)]
+    if isinstance(X, torch.Tensor):
+        return X[starts[:, None] + torch.arange(seq_len, device=starts.device)]
+    windows = [X[start:start + seq_len] for start in torch.as_tensor(starts).tolist()]
+    copy = torch.from_numpy(np.stack(windows))
+    for window in windows:
+        release(window)
+    return copy
 
 
-def fits_on(device, n_bytes):
-    """Whether a series of n_bytes may live on the device: always in the CPU's own memory (it is there already),
-    on a GPU when it takes no more than a third of the free memory."""
+def fits_on(device, X):
+    """Whether the series X may live on the device as a tensor.
+
+    On a CPU always, where it is already, but for one that is mapped; on a GPU when it takes no more than a third of
+    the free memory.
+    """
     import torch
 
-    return device.type == "cpu" or n_bytes < torch.cuda.mem_get_info(device)[0] / 3
+    if device.type == "cpu":
+        return mapping_of(X) is None
+    return X.nbytes < torch.cuda.mem_get_info(device)[0] / 3
+
+
+def to_device(X, device):
+    """The series X as a tensor on the device; a mapped one travels block by block."""
+    import torch
+
+    if mapping_of(X) is None:
+        return torch.from_numpy(X).to(device)
+    tensor, first = torch.empty(X.shape, device=device), 0
+    for block in blocks(X):
+        tensor[first:first + len(block)] = torch.from_numpy(block.copy())
+        first += len(block)
+    return tensor
 
 
 class HostWindows:
-    """Windows of a series in host memory, for a torch DataLoader: one item is one batch of window starts."""
+    """Windows of a series in host memory or mapped, for a torch DataLoader: one item is one batch of window starts."""
 
     def __init__(self, X, batches, seq_len):
         self.X, self.batches, self.seq_len = X, batches, seq_len
@@ -247,9 +376,7 @@ class HostWindows:
         return len(self.batches)
 
     def __getitem__(self, i):
-        import torch
-
-        return torch.from_numpy(np.stack([self.X[s:s + self.seq_len] for s in self.batches[i]]))
+        return gather(self.X, self.batches[i], self.seq_len)
 
 
 def host_batches(X, batches, seq_len, device, num_workers):

@@ -185,7 +185,7 @@ def representations(model, X, seq_len, depths, velocity=False):
     device = next(model.parameters()).device
     backend = model.backend_for(device)
     starts, length = overlapping_windows(len(X), seq_len)
-    h = dataset.gather(torch.from_numpy(X), torch.tensor(starts), length)
+    h = dataset.gather(X, starts, length)
     steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers),
              lambda x: model.output_heads["1"](model.final_norm(x))]
     for depth in range(max(depths) + 1):
@@ -206,7 +206,7 @@ def validation_mse(model, X, starts, seq_len):
     device = next(model.parameters()).device
     sums = dict.fromkeys(model.horizons, 0.0)
     for part in torch.from_numpy(starts).split(max(1, STEPS_IN_BATCH[device.type] // seq_len)):
-        x = dataset.gather(torch.from_numpy(X), part, seq_len).to(device)
+        x = dataset.gather(X, part, seq_len).to(device)
         for key, prediction in model(x).items():
             k = int(key)
             sums[k] += len(part) * (prediction[:, :-k] - x[:, k:]).square().mean(dtype=torch.float64).item()

@@ -61,6 +61,8 @@ import dataset  # noqa: E402
 
 BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
 MOST_REVOLUTIONS = 10_000  # work a step grows with it
+MOST_STATES = 5_000_000  # phases times revolutions: memory grows with it
+LEAST_NOISE = 1e-30  # below, the variance leaves float64
 RAREST = 1e-15  # a dwell law ends where fewer than this share of the visits would last longer
 NEGLIGIBLE = -45.0  # exp(-45) < 3e-20: adding it to a sum that holds a 1 changes nothing in float64
 
@@ -106,12 +108,16 @@ def process_from_series(series):
     if drifting:
         raise cli.UserError(f"these data were made with {' and '.join(drifting)}: the exact filter knows only fixed "
                             "circles; use data made without --drift and --center-walk-std")
-    if noise_std == 0:
-        raise cli.UserError("these data have noise_std 0, where the filter's likelihoods are not defined; "
+    if noise_std < LEAST_NOISE:
+        raise cli.UserError(f"these data have noise_std {noise_std:g}, where the filter's likelihoods are not defined; "
                             "use data with --noise-std above 0")
     if (dwell_mean + 9 * dwell_std) / series.periods.min() > MOST_REVOLUTIONS:
         raise cli.UserError(f"a visit may last more than {MOST_REVOLUTIONS} revolutions, too many for the "
                             "exact filter; use data with longer periods or shorter visits")
+    phases, revolutions = int(series.periods.sum()), (dwell_mean + 9 * dwell_std) / series.periods.min() + 1
+    if phases * revolutions > MOST_STATES:
+        raise cli.UserError(f"the circles have {phases} phases, and a visit may last {revolutions:.0f} revolutions: "
+                            "too many states for the exact filter; use data with shorter periods")
     laws = [revolution_law(period, dwell_mean, dwell_std) for period in series.periods]
     return Process(
         radii=series.radii, entry_angles=series.entry_angles, periods=series.periods,
@@ -568,15 +574,17 @@ def window_mse(process, series, starts, seq_len, horizons=(1,)):
     t + k lies in the window: the targets of the model's own loss. starts: (n,) first steps.
     """
     horizons = check_window(series, starts, seq_len, horizons)
-    plane, baseline, _ = in_planes(process, series.X)
     tab, maps = tables(process), prediction_map(process, horizons)
 
     def window_errors(start):
-        rows = slice(start, start + seq_len)
-        run, X = start_run(process, seq_len, "stationary", max(horizons)), series.X[rows]
-        blocks = filter_blocks(process, tab, maps, run, plane[rows], baseline[rows], horizons)
+        X = series.X[start:start + seq_len]
+        plane, baseline, _ = in_planes(process, X)
+        run = start_run(process, seq_len, "stationary", max(horizons))
+        blocks = filter_blocks(process, tab, maps, run, plane, baseline, horizons)
         prediction = np.concatenate([block[-1] for block in blocks])
-        return [np.mean((X[k:] - prediction[:seq_len - k, h])**2) for h, k in enumerate(horizons)]
+        errors = [np.mean((X[k:] - prediction[:seq_len - k, h])**2) for h, k in enumerate(horizons)]
+        dataset.release(X)
+        return errors
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
         errors = np.mean(list(pool.map(window_errors, np.asarray(starts).tolist())), axis=0)
