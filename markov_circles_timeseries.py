@@ -4,6 +4,9 @@ Writes DIR/data.npz and DIR/config.json (see data/README.md) and, beside them, t
 transition_matrix.png, periods.png, sample_window_{0,1,2}.png and umap.png. The same flags give the same data,
 byte for byte; a longer series with the same seed begins with the shorter one.
 
+A series larger than memory is written with --uncompressed: data.npz grows block by block while the series is drawn,
+with the same values in it, and every script then reads the parts it needs straight from the file.
+
 Examples:
   python markov_circles_timeseries.py
   python markov_circles_timeseries.py --data-dir data/drift --n-steps 1000000 --drift --drift-rate 0.5 --no-umap
@@ -53,6 +56,8 @@ def parse_args(argv=None):
                           help="standard deviation, a step and feature, of the random walk of the common centre")
     files = p.add_argument_group("files")
     cli.add_data_dir(files)
+    files.add_argument("--uncompressed", action="store_true",
+                       help="store data.npz uncompressed and write it while it is drawn: for series larger than memory")
     files.add_argument("--no-umap", action="store_true", help="skip the UMAP figure, by far the slowest part")
     cli.add_seed(series)
     args = p.parse_args(argv)
@@ -65,7 +70,7 @@ def parse_args(argv=None):
 
 def config_of(args):
     """The flags that shape the data, as the dict that config.json holds."""
-    config = {name: value for name, value in vars(args).items() if name not in ("data_dir", "no_umap")}
+    config = {name: value for name, value in vars(args).items() if name not in ("data_dir", "no_umap", "uncompressed")}
     if config["subspace_dim"] is None:
         config["subspace_dim"] = config["ambient_dim"]
     return config
@@ -99,21 +104,26 @@ def check_config(config):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
+import contextlib  # noqa: E402
 import json  # noqa: E402
+import struct  # noqa: E402
 import warnings  # noqa: E402
+import zipfile  # noqa: E402
 from bisect import bisect_right  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import numpy as np  # noqa: E402
 
 import figures  # noqa: E402
-from dataset import Series  # noqa: E402
+from dataset import Series, blocks, load_series  # noqa: E402
 from estimate_dimension import distinct, knn, levina_bickel  # noqa: E402
 
 BLOCK_VALUES = 2**17  # values of X filled at a time: the temporaries stay in the cache
 VISITS_A_ROUND = 1024
 N_SAMPLE_WINDOWS, SAMPLE_WINDOW = 3, 1000
 FIRST_STEPS = 5000
+MOST_BARS, TIME_BINS = 2000, 1000  # visits drawn as bars each; beyond, the stretches of time whose shares are drawn
+ALIGNMENT = 64  # bytes; where the values of an uncompressed array begin in the file, as in an npy file
 FEW_CIRCLES = 12  # up to here each circle gets its tick and each probability its number
 UMAP_POINTS, UMAP_NEIGHBORS, DIMENSION_K = 5000, 15, 20
 
@@ -258,62 +268,145 @@ def walk(center, n, std, rng):
     return path[:-1], path[-1]
 
 
-def generate(config, block_values=BLOCK_VALUES):
-    """Draw a series; returns a dataset.Series. config: the keys of config.json.
+def draw_circles_and_visits(config):
+    """What a series is drawn from: (Process, Visits, the random generators of noise, tilts and walk).
 
-    X is filled block by block, so that the memory taken is that of the series; the size of a block changes no value.
     Circles, visits, noise and each variant have random streams of their own: the same seed visits the same circles
     with and without noise, drift or a walking centre. Raises UserError when the flags contradict each other.
     """
     check_config(config)
-    n_steps, dim = config["n_steps"], config["ambient_dim"]
-    X = np.empty((n_steps, dim), np.float32)
-    states, thetas = np.empty(n_steps, np.int64), np.empty(n_steps)
-    circle_rng, visit_rng, noise_rng, tilt_rng, walk_rng = np.random.default_rng(config["seed"]).spawn(5)
+    circle_rng, visit_rng, *rngs = np.random.default_rng(config["seed"]).spawn(5)
     process = make_process(config, circle_rng)
-    visits = draw_visits(process, config, visit_rng)
+    return process, draw_visits(process, config, visit_rng), rngs
+
+
+def parts(config, block_values=BLOCK_VALUES):
+    """The steps of the series as consecutive slices, block_values values of X in each."""
+    n_steps, block = config["n_steps"], max(1, block_values // config["ambient_dim"])
+    return (slice(first, min(first + block, n_steps)) for first in range(0, n_steps, block))
+
+
+def hidden_states(process, visits, part):
+    """Of each step in the slice `part`: its circle, its phase, its visit and how many steps into it, (n,) each."""
+    visit, step = locate(visits, part.start, part.stop)
+    circle = visits.circles[visit]
+    return circle, phases(process, circle, step), visit, step
+
+
+def draw_points(config, process, visits, rngs, block_values=BLOCK_VALUES):
+    """Draw X block by block; yields (part, X[part]). The size of a block changes no value."""
+    noise_rng, tilt_rng, walk_rng = rngs
     axes = draw_tilt_axes(process, visits, tilt_rng) if config["drift"] else None
+    dim = config["ambient_dim"]
     center = np.zeros(dim)
-    block = max(1, block_values // dim)
-    for first in range(0, n_steps, block):
-        part = slice(first, min(first + block, n_steps))
-        visit, step = locate(visits, part.start, part.stop)
-        states[part] = visits.circles[visit]
-        thetas[part] = phases(process, states[part], step)
-        noise_rng.standard_normal(out=X[part], dtype=np.float32)
-        X[part] *= np.float32(config["noise_std"])
-        points = circle_points(process, states[part], thetas[part])
+    for part in parts(config, block_values):
+        circle, theta, visit, step = hidden_states(process, visits, part)
+        X = noise_rng.standard_normal((len(circle), dim), dtype=np.float32)
+        X *= np.float32(config["noise_std"])
+        points = circle_points(process, circle, theta)
         if config["drift"]:
-            add_tilt(points, process, visits, axes, visit, step, thetas[part], config["drift_rate"])
+            add_tilt(points, process, visits, axes, visit, step, theta, config["drift_rate"])
         if config["center_walk_std"] > 0:
             path, center = walk(center, len(points), config["center_walk_std"], walk_rng)
             points += path
-        X[part] += points
+        X += points
+        yield part, X
+
+
+def generate(config, block_values=BLOCK_VALUES):
+    """Draw a series; returns a dataset.Series. config: the keys of config.json.
+
+    The memory taken is that of the series. Raises UserError when the flags contradict each other.
+    """
+    check_config(config)
+    n_steps = config["n_steps"]
+    X = np.empty((n_steps, config["ambient_dim"]), np.float32)
+    states, thetas = np.empty(n_steps, np.int64), np.empty(n_steps)
+    process, visits, rngs = draw_circles_and_visits(config)
+    for part, points in draw_points(config, process, visits, rngs, block_values):
+        X[part] = points
+        states[part], thetas[part], _, _ = hidden_states(process, visits, part)
     return Series(X=X, states=states, thetas=thetas, transition_matrix=process.transition_matrix,
                   radii=process.radii, entry_angles=process.entry_angles, periods=process.periods,
                   planes=process.planes, config=dict(config))
 
 
-def save(series, data_dir):
-    """Write data.npz, then config.json, each whole or not at all and never beside an older other."""
-    config = data_dir / "config.json"
-    with cli.writing(config) as config_part:
-        config_part.write_text(json.dumps(series.config, indent=2) + "\n", encoding="utf-8")
+# ------------------------------------------------------------------------------------------------------- the files
+
+@contextlib.contextmanager
+def writing_data(config, data_dir):
+    """Give the path to write data.npz to; it and config.json appear whole or not at all, and never beside an older
+    other."""
+    config_file = data_dir / "config.json"
+    with cli.writing(config_file) as config_part:
+        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         with cli.writing(data_dir / "data.npz") as part:
-            np.savez_compressed(part, X=series.X, states=series.states, thetas=series.thetas,
-                                transition_matrix=series.transition_matrix, radii=series.radii,
-                                entry_angles=series.entry_angles, periods=series.periods, planes=series.planes)
+            yield part
             # A run killed between the two leaves data without a config.json, which says so, not with an older one's.
-            config.unlink(missing_ok=True)
-    print(f"wrote {data_dir / 'data.npz'} and config.json: {series.n_steps:,} steps x {series.feature_dim} features")
+            config_file.unlink(missing_ok=True)
+    print(f"wrote {data_dir / 'data.npz'} and config.json: {config['n_steps']:,} steps x {config['ambient_dim']} "
+          "features")
+
+
+def save(series, data_dir):
+    """Write a series as one compressed data.npz, and its config.json."""
+    with writing_data(series.config, data_dir) as part:
+        np.savez_compressed(part, X=series.X, states=series.states, thetas=series.thetas,
+                            transition_matrix=series.transition_matrix, radii=series.radii,
+                            entry_angles=series.entry_angles, periods=series.periods, planes=series.planes)
+
+
+def save_uncompressed(config, data_dir, block_values=BLOCK_VALUES):
+    """Draw a series straight into an uncompressed data.npz, and write its config.json.
+
+    The values are those of `generate`; the memory taken is that of the visits and a block. A zip takes one member
+    after the other, so circles and phases are worked out from the visits once more for each: cheap beside the noise.
+    """
+    process, visits, rngs = draw_circles_and_visits(config)
+    n_steps, dim = config["n_steps"], config["ambient_dim"]
+
+    def hidden(i):
+        return (hidden_states(process, visits, part)[i] for part in parts(config, block_values))
+
+    with writing_data(config, data_dir) as path, open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        points = draw_points(config, process, visits, rngs, block_values)
+        write_member(archive, file, "X", (n_steps, dim), np.float32, (X for _, X in points))
+        write_member(archive, file, "states", (n_steps,), np.int64, hidden(0))
+        write_member(archive, file, "thetas", (n_steps,), np.float64, hidden(1))
+        for name in ("transition_matrix", "radii", "entry_angles", "periods", "planes"):
+            values = getattr(process, name)
+            write_member(archive, file, name, values.shape, values.dtype, [values])
+
+
+def write_member(archive, file, name, shape, dtype, values):
+    """Add an array to the zip archive being written to `file`, uncompressed, from consecutive blocks of its rows.
+
+    The npy header is padded so that the values begin at a multiple of ALIGNMENT in the file and can be used where
+    they lie. Format: numpy.lib.format, version 1.0.
+    """
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    text = repr({"descr": descr, "fortran_order": False, "shape": shape}).encode("latin1")
+    magic = np.lib.format.magic(1, 0)
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        length = len(text) + 1
+        length += -(file.tell() + len(magic) + 2 + length) % ALIGNMENT
+        member.write(magic + struct.pack("<H", length) + text.ljust(length - 1) + b"\n")
+        for block in values:
+            member.write(np.ascontiguousarray(block, dtype))
 
 
 # ---------------------------------------------------------------------------------------------------- the summary
 
 def runs(states):
     """The visits of a state sequence: circles (n,), first steps (n,) and lengths (n,) in steps."""
-    starts = np.concatenate([[0], np.flatnonzero(states[1:] != states[:-1]) + 1])
-    return states[starts], starts, np.diff(starts, append=len(states))
+    circles, starts, first, before = [], [], 0, -1
+    for block in blocks(states):
+        begins = np.flatnonzero(np.diff(block, prepend=before))
+        circles.append(block[begins])
+        starts.append(first + begins)
+        first, before = first + len(block), block[-1]
+    starts = np.concatenate(starts)
+    return np.concatenate(circles), starts, np.diff(starts, append=first)
 
 
 def visit_statistics(series):
@@ -323,10 +416,25 @@ def visit_statistics(series):
     """
     K = series.n_circles
     circles, _, lengths = runs(series.states)
+    n_steps = np.zeros(K, np.int64)
+    np.add.at(n_steps, circles, lengths)
     dwells = [lengths[:-1][circles[:-1] == i] for i in range(K)]
-    return (np.bincount(series.states, minlength=K), np.bincount(circles, minlength=K),
+    return (n_steps, np.bincount(circles, minlength=K),
             np.array([d.mean() if len(d) else np.nan for d in dwells]),
             np.array([d.std(ddof=1) if len(d) > 1 else np.nan for d in dwells]))
+
+
+def time_shares(visits, n_circles, n_bins):
+    """The share of each of n_bins equal stretches of time that is spent on each circle: (n_bins, n_circles).
+
+    visits: circles, first steps and lengths of all visits, as from `runs`.
+    """
+    circles, starts, lengths = visits
+    ends = np.append(starts, starts[-1] + lengths[-1])
+    edges = np.linspace(0, ends[-1], n_bins + 1)
+    spent = [np.interp(edges, ends, np.concatenate([[0], np.cumsum(np.where(circles == i, lengths, 0))]))
+             for i in range(n_circles)]
+    return np.diff(spent).T / np.diff(edges)[:, None]
 
 
 def summary_table(series, statistics):
@@ -349,7 +457,18 @@ def plot_visit_bars(ax, visits, n_steps, n_circles):
         ax.set_yticks(range(n_circles))
 
 
+def plot_time_shares(fig, ax, shares, n_steps):
+    n_bins, n_circles = shares.shape
+    image = ax.imshow(shares.T, aspect="auto", origin="lower", interpolation="nearest", cmap="Greys",
+                      extent=(0, n_steps, -0.5, n_circles - 0.5))
+    fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, label=f"share of {n_steps / n_bins:,.0f} steps")
+    ax.set(ylabel="circle")
+    if n_circles <= FEW_CIRCLES:
+        ax.set_yticks(range(n_circles))
+
+
 def plot_state_sequence(series):
+    visits = runs(series.states)
     n = min(FIRST_STEPS, series.n_steps)
     fig, axes = figures.new_figure(3, 1, panel=(10, 2.2), height_ratios=[1, 6, 6])
     strip, start, whole = axes[:, 0]
@@ -357,7 +476,11 @@ def plot_state_sequence(series):
     strip.set_xlim(0, n)
     strip.set_title(f"The first {n:,} steps", loc="left")
     plot_visit_bars(start, runs(series.states[:n]), n, series.n_circles)
-    plot_visit_bars(whole, runs(series.states), series.n_steps, series.n_circles)
+    if len(visits[0]) <= MOST_BARS:
+        plot_visit_bars(whole, visits, series.n_steps, series.n_circles)
+    else:
+        shares = time_shares(visits, series.n_circles, min(TIME_BINS, series.n_steps))
+        plot_time_shares(fig, whole, shares, series.n_steps)
     whole.set_title(f"All {series.n_steps:,} steps", loc="left")
     for ax in (start, whole):
         ax.set_xlabel("time step")
@@ -456,8 +579,12 @@ def make_umap(series, data_dir):
 
 def main(args):
     data_dir = cli.output_folder(args.data_dir)
-    series = generate(config_of(args))
-    save(series, data_dir)
+    if args.uncompressed:
+        save_uncompressed(config_of(args), data_dir)
+        series = load_series(data_dir)
+    else:
+        series = generate(config_of(args))
+        save(series, data_dir)
     statistics = visit_statistics(series)
     print(summary_table(series, statistics))
     make_figures(series, statistics, data_dir)
