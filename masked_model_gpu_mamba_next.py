@@ -485,15 +485,19 @@ def write_record(path, record, resumed_at=None):
 
 
 def print_record(path):
+    """The record, a line an entry, and a line for each time the run was resumed."""
     record = read_record(path)
     if record is None:
         print(f"no readable record of the run at {path}")
         return
     resumed = record.pop("resumed", [])
     for key, value in record.items():
-        print(f"{key:12} {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+        parts = [f"{k} {v}" for k, v in value.items() if v is not None] if isinstance(value, dict) else [str(value)]
+        print(f"{key:12} {', '.join(parts)}")
     for again in resumed if isinstance(resumed, list) else []:
-        print(f"{'resumed':12} {', '.join(f'{k} {v}' for k, v in again.items()) if isinstance(again, dict) else again}")
+        if isinstance(again, dict):
+            print(f"{'resumed':12} at step {again.get('step')}, {again.get('started')}, commit "
+                  f"{again.get('git_commit')}, on {again.get('device')}: {again.get('command')}")
 
 
 def refuse_taken(files):
@@ -706,8 +710,8 @@ def join_processes(device_name):
 
 
 @contextlib.contextmanager
-def together(rank, world):
-    """A UserError in this block, on whichever process, ends them all, and rank 0 says it.
+def together(rank, world, bar=None):
+    """A UserError in this block, on whichever process, ends them all, and rank 0 says it below the progress bar.
 
     Otherwise the others would wait for ever in their next collective for one that has left. So all processes enter
     the block, and nothing in it waits for another process after something that may fail.
@@ -717,6 +721,8 @@ def together(rank, world):
         yield
     except cli.UserError as raised:
         error = raised
+        if bar is not None:
+            bar.close()
     if world > 1:
         lines = [None] * world
         distributed.all_gather_object(lines, error and str(error))
@@ -978,7 +984,7 @@ def train(args, stop, rank, world, device):
             bar.update()
             if i + 1 < steps_an_epoch and should_stop(stop, world, device, i + 1):
                 break
-        with together(rank, world):
+        with together(rank, world, bar):
             if global_step == (epoch + 1) * steps_an_epoch:
                 model.eval()
                 sum_totals(totals, world)
@@ -1018,7 +1024,7 @@ def train(args, stop, rank, world, device):
                     print(line, flush=True)
                     last_print = time.perf_counter()
         stopping = should_stop(stop, world, device)
-        with together(rank, world):
+        with together(rank, world, bar):
             if stopping and global_step < (epoch + 1) * steps_an_epoch:
                 sum_totals(totals, world)
                 # What is saved must be worth resuming.
