@@ -517,7 +517,7 @@ def read_last(path):
     kinds = {"epoch": int, "step": int, "best_loss": float, "data_crc32": int, "totals": torch.Tensor,
              "optimizer_state_dict": dict}
     bad = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
-    bad += [name for name in ("train_loss", "val_loss") if not isinstance(saved.get(name), float | None)]
+    bad += [name for name in ("train_loss", "val_loss") if not isinstance(saved.get(name, ""), float | None)]
     if bad:
         raise cli.UserError(f"--resume: {path} lacks a valid {bad[0]}: it is no last state of a run; start it anew")
     flags = valid_flags(args, path)
