@@ -243,10 +243,17 @@ class Limits:
     def __init__(self, device, quick):
         self.device, self.quick = device, quick
 
-    def fastest(self, function, calls=10):
-        """Seconds of a call: the best of a few rounds, since a limit is what nothing else disturbs."""
+    def fastest(self, function):
+        """Seconds of a call: the best of many short rounds, since a limit is what nothing else disturbs."""
         function()
-        return min(timed(lambda: [function() for _ in range(calls)], self.device, calls)() for _ in range(3))
+        once = timed(function, self.device)()
+        calls = max(1, min(50, int(2e-3 / max(once, 1e-9))))
+        run = timed(lambda: [function() for _ in range(calls)], self.device, calls)
+        best, started = once, time.perf_counter()
+        for i in itertools.count(1):
+            best = min(best, run())
+            if i >= 5 and time.perf_counter() - started > (0.01 if self.quick else 0.3):
+                return best
 
     def gemms(self, shapes, dtype, passes):
         """Seconds of the matrix products (m, k) @ (k, n); the backward pass has two of each."""
@@ -264,7 +271,7 @@ class Limits:
         """Bytes a second, read and written, of a copy too large for any cache."""
         n = 2**16 if self.quick else 2**28 if self.device.type == "cuda" else 2**26
         source, target = torch.ones(n, device=self.device), torch.empty(n, device=self.device)
-        return 8 * n / self.fastest(lambda: target.copy_(source), 3)
+        return 8 * n / self.fastest(lambda: target.copy_(source))
 
     def reading(self, n_bytes):
         """Seconds to read n_bytes once from where that many bytes stay: the cache, if it holds them."""
@@ -278,7 +285,7 @@ class Limits:
             return exps_in_registers(self.fastest, self.device)
         x = torch.rand(2**12 if self.quick else 2**18)
         out = torch.empty_like(x)
-        return len(x) / self.fastest(lambda: torch.exp(x, out=out), 50)
+        return len(x) / self.fastest(lambda: torch.exp(x, out=out))
 
     def text(self):
         """The rates that were used, in words."""
@@ -905,7 +912,7 @@ def measure_data(bench):
     found = interleaved({"ours": timed(lambda: circles.generate(config), cpu),
                          "loop": timed(lambda: generate_by_step(config), cpu)}, bench.repeats)
     rng, noise = np.random.default_rng(0), np.empty((n, config["ambient_dim"]), np.float32)
-    limit = bench.limits.fastest(lambda: rng.standard_normal(out=noise, dtype=np.float32), 1)
+    limit = bench.limits.fastest(lambda: rng.standard_normal(out=noise, dtype=np.float32))
     lines = [compared("generate()", found["ours"], "loop over time", found["loop"], limit=limit)]
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--no-umap", "--n-steps", str(n), "--data-dir", folder]
@@ -950,7 +957,7 @@ def measure_dimension(bench):
     found = interleaved({"ours": timed(lambda: estimate_dimension.levina_bickel(points, KS), cpu),
                          "queries": timed(lambda: dimension_by_query(points, KS), cpu)}, bench.repeats)
     x, part_of = torch.from_numpy(points), 2**10
-    limit = -(-n // part_of) * bench.limits.fastest(lambda: x[:part_of] @ x.T, 1)
+    limit = -(-n // part_of) * bench.limits.fastest(lambda: x[:part_of] @ x.T)
     lines = [compared(f"k = {', '.join(map(str, KS))}", found["ours"], f"{len(KS)} queries", found["queries"],
                       limit=limit)]
     worst = max(abs(ours[k] / plain[k] - 1) for k in KS)
