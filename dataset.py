@@ -84,7 +84,7 @@ def load_series(data_dir):
     except MemoryError:
         raise  # the sizes were checked: the data are that large
     except Exception as error:  # zipfile and numpy let out whatever they stumble over in a hostile file
-        raise UserError(f"{path} is damaged ({one_line(error) or type(error).__name__}); {remedy}") from None
+        raise UserError(f"{path} is damaged ({one_line(error)[:200] or type(error).__name__}); {remedy}") from None
     series = Series(**arrays, planes=planes, config=load_config(data_dir))
     problem = find_problem(series)
     if problem:
@@ -163,7 +163,10 @@ def read_npy_header(member, name):
                    (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if read_header is None:
         raise ValueError(f"{name} has an unknown npy version {version}")
-    shape, fortran_order, dtype = read_header(member)
+    try:
+        shape, fortran_order, dtype = read_header(member)
+    except Exception as error:  # a MemoryError too: Python's parser lets one out at deep nesting
+        raise ValueError(f"{name} has a damaged header ({one_line(error)[:100]})") from None
     if dtype.hasobject:
         raise ValueError(f"{name} holds pickled objects, which are never read")
     if dtype.kind not in "fiu":

@@ -61,7 +61,7 @@ import dataset  # noqa: E402
 
 BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
 MOST_REVOLUTIONS = 10_000  # work a step grows with it
-MOST_STATES = 5_000_000  # phases times revolutions: memory grows with it
+MOST_STATES = 1_000_000  # phases times revolutions: memory grows with it
 LEAST_NOISE = 1e-30  # below, the variance leaves float64
 RAREST = 1e-15  # a dwell law ends where fewer than this share of the visits would last longer
 NEGLIGIBLE = -45.0  # exp(-45) < 3e-20: adding it to a sum that holds a 1 changes nothing in float64
