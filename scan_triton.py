@@ -13,8 +13,8 @@ carry over the splits, then every split on its own from its right start. The bac
 
 The forward pass saves the state before every `CHUNK`-th step. The backward pass runs each chunk forward once more,
 writing down the state every few steps, and then walks it back; the states of these few steps are made again and held
-in registers. The reduction of dB and dC over channels goes through one
-partial sum a program, so results do not depend on the order in which programs finish.
+in registers. The reduction of dB and dC over channels goes through one partial sum a program, so results do not depend
+on the order in which programs finish.
 
 Arithmetic and state are float32. Inputs are float32, bfloat16 or float16; float64 is refused: use another back end.
 Shapes: u, delta, z, y (batch, time, d_inner); B, C (batch, time, N); A (d_inner, N); D, delta_bias (d_inner,). Views
@@ -39,8 +39,6 @@ class Tile(NamedTuple):
     channels: int
     warps: int
     steps: int
-    split_sum: bool = True
-    max_registers: int | None = None
 
 
 FORWARD = Tile(channels=16, warps=1, steps=4)
@@ -49,7 +47,7 @@ CONV_FORWARD = Tile(channels=128, warps=4, steps=16)
 CONV_BACKWARD = Tile(channels=64, warps=1, steps=8)
 CONV_BLOCKS = 8  # blocks of steps a program of the convolution's backward pass goes through
 CARRY_BLOCK = 32
-CHUNK = 32  # steps between saved states; a multiple of the steps of every tile
+CHUNK = 16  # steps between saved states; a multiple of the steps of every tile
 MAX_STATE = 256
 MAX_SPLITS = 64
 WARPS_TO_FILL = 12  # warps a multiprocessor should have before time is left whole
@@ -328,7 +326,7 @@ def _backward_kernel(
     C_STEP: tl.constexpr, DZ_STEP: tl.constexpr,
     D_INNER: tl.constexpr, N_STATE: tl.constexpr, N: tl.constexpr, CH: tl.constexpr, STEPS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, HAS_STARTS: tl.constexpr,
-    LANES: tl.constexpr, SPLIT_SUM: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
     """Walks chunks, and in them blocks of STEPS steps, from the last to the first. ga is exp(dt_{t+1} A) times the
     gradient of h_{t+1}: what step t receives from later steps; `starts` holds it for the end of each split."""
@@ -414,13 +412,8 @@ def _backward_kernel(
                 gah = ga * hs[STEPS - 1 - j]
                 dA_sum += gah * dt_k
                 gaAh = (tl.sum(gah * a2, 1),) + gaAh
-                if not SPLIT_SUM:
-                    row = dBC + tl.cast(first + (STEPS - 1 - j), tl.int64) * (2 * N_STATE) + n
-                    tl.store(row, tl.sum(dBs[0], 0), mask=mask_n & (first + (STEPS - 1 - j) < end))
-                    tl.store(row + N_STATE, tl.sum(dCs[0], 0), mask=mask_n & (first + (STEPS - 1 - j) < end))
-            if SPLIT_SUM:
                 _store_sums(dBC, dBs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
-                _store_sums(dBC + N_STATE, dCs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
+            _store_sums(dBC + N_STATE, dCs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
             gB_tile = _stack(gB, STEPS)
             ddelta_tile = (u_tile * gB_tile + LN2 * _stack(gaAh, STEPS)) * slope
             dz_tile = dy_tile * (_stack(Ch, STEPS) + skip[None, :] * u_tile) * gate * (1.0 + z_tile * (1.0 - gate))
@@ -481,8 +474,8 @@ def _sum_groups_kernel(
     dC_sum = tl.zeros([ROWS, N], tl.float32)
     for group in range(0, n_groups):
         at = dBC + (tl.cast(group, tl.int64) * n_rows + row)[:, None] * (2 * N_STATE) + n[None, :]
-        dB_sum += tl.load(at, mask=mask, other=0.0)
-        dC_sum += tl.load(at + N_STATE, mask=mask, other=0.0)
+        dB_sum += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        dC_sum += tl.load(at + N_STATE, mask=mask, other=0.0).to(tl.float32)
     b, t = row // time, row % time
     tl.store(dB + (b * dB_batch + t * dB_step)[:, None] + n[None, :], dB_sum.to(dB.dtype.element_ty), mask=mask)
     tl.store(dC + (b * dC_batch + t * dC_step)[:, None] + n[None, :], dC_sum.to(dC.dtype.element_ty), mask=mask)
@@ -606,8 +599,7 @@ def _constants(A, time, tile, *rows):
     # The largest power of two that divides the row strides: how wide a load may be.
     align = math.gcd(16, *(stride for tensor in rows for stride in tensor.stride()[:-1]))
     return {"D_INNER": d_inner, "N_STATE": n_state, "N": triton.next_power_of_2(n_state), "CH": tile.channels,
-            "STEPS": tile.steps, "ALIGN": align, "EVEN": time % tile.steps == 0, "num_warps": tile.warps,
-            "maxnreg": tile.max_registers}  # fmt: skip
+            "STEPS": tile.steps, "ALIGN": align, "EVEN": time % tile.steps == 0, "num_warps": tile.warps}  # fmt: skip
 
 
 def _lanes(tile, states, N):
@@ -643,7 +635,8 @@ def chunk_states_shape(batch, time, d_inner, n_state):
 
 
 def chunk_states_dtype(dtype):
-    """Their type for inputs of type `dtype`: bfloat16 inputs are rounded as coarsely themselves, else float32."""
+    """Their type, and that of the partial sums of dB and dC, for inputs of type `dtype`: bfloat16 inputs are rounded as
+    coarsely themselves, else float32."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
@@ -686,7 +679,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     ddelta = torch.empty_like(du)
     f32 = {"dtype": torch.float32, "device": u.device}
-    dBC = torch.empty((groups, batch, time, 2 * n_state), **f32)
+    dBC = torch.empty((groups, batch, time, 2 * n_state), dtype=chunk_states_dtype(u.dtype), device=u.device)
     dA = torch.empty((batch * splits, *A.shape), **f32)
     dD = torch.empty((batch * splits, d_inner), **f32)
     ddelta_bias = torch.empty_like(dD)
@@ -703,7 +696,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
             DY_STEP=dy.stride(1), U_STEP=u.stride(1), DELTA_STEP=delta.stride(1), Z_STEP=z.stride(1),
             B_STEP=B.stride(1), C_STEP=C.stride(1), DZ_STEP=dz.stride(1),
             CHUNK=CHUNK, HAS_STARTS=starts is not None, LANES=_lanes(tile, chunk_states, constants["N"]),
-            SPLIT_SUM=tile.split_sum, **constants,
+            **constants,
         )  # fmt: skip
         rows = max(1, 512 // constants["N"])
         _sum_groups_kernel[(triton.cdiv(batch * time, rows),)](
