@@ -974,12 +974,14 @@ def train(args, stop, rank, world, device):
         for i in range(first, steps_an_epoch):
             lr = lr_at(global_step, args.lr, warmup_steps, total_steps)
             set_lr(optimizer, lr)
-            # Every step has its own seed: a run resumed in mid-epoch draws the same dropout.
+            x = next(loader) if loader is not None else None
+            # Every step has its own seed: a run resumed in mid-epoch draws the same dropout. (A loader draws a seed
+            # for its processes when it starts: so after it.)
             torch.manual_seed(((args.seed * 1_000_003 + global_step) * 1_009 + rank) % 2**63)
             if loader is None:
                 run_step(mine[i])
             else:
-                step(next(loader))
+                step(x)
             global_step += 1
             bar.update()
             if i + 1 < steps_an_epoch and should_stop(stop, world, device, i + 1):

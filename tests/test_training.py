@@ -5,11 +5,15 @@ import itertools
 import json
 import math
 import signal
+import sys
 import threading
+import types
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_DATA
 
 import dataset
 import masked_model_gpu_mamba_next as training
@@ -243,6 +247,34 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, shared_data, tmp_p
     assert strip == [[row[c] for c in row if c != "seconds"] for row in rows(tmp_path / "part_log.csv")]
 
 
+@pytest.fixture(scope="module")
+def mapped_data(shared_data, tmp_path_factory):
+    """The small series as one that is read from its file."""
+    import markov_circles_timeseries as generator
+
+    folder = tmp_path_factory.mktemp("mapped")
+    generator.main(generator.parse_args([*TINY_DATA, "--uncompressed", "--data-dir", str(folder)]))
+    assert dataset.mapping_of(dataset.load_series(folder).X) is not None
+    return folder
+
+
+def test_loader_processes_change_nothing(script, shared_data, mapped_data, tmp_path, monkeypatch):
+    """Nor does where the data live, nor an interruption in mid-epoch: the same windows, the same dropout."""
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "memory.pt", "--num-workers", "2"))
+    result = script("masked_model_gpu_mamba_next", *flags(mapped_data, tmp_path / "mapped.pt"))
+    assert result.code == 0, result.err
+    interrupt_after(monkeypatch, 4)
+    result = script("masked_model_gpu_mamba_next", *flags(mapped_data, tmp_path / "workers.pt", "--num-workers", "2"))
+    assert "stopped after step 4" in result.out and "not used" not in result.out
+    monkeypatch.undo()
+    result = script("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "workers.pt")
+    assert result.code == 0, result.err
+    expected = weights(tmp_path / "memory_last.pt")
+    for name in ("mapped", "workers"):
+        found = weights(tmp_path / f"{name}_last.pt")
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+
+
 def test_resume_refuses_other_flags_and_other_data(script, refused, shared_data, data_dir, rewrite_data, tmp_path):
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
     resume = ("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt")
@@ -271,9 +303,158 @@ def test_default_names_keep_ablations_apart():
 
 def test_divergence_names_step_rate_and_checkpoint(refused, shared_data, tmp_path):
     line = refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--lr", "1e30"))
-    assert "NaN or infinite at step" in line and "learning rate" in line and "a" in line
+    assert "NaN or infinite at step" in line and "learning rate" in line
+    assert f"the last good checkpoint is {tmp_path / 'a_last.pt'} (the state at the start)" in line
     model, _ = load_checkpoint(tmp_path / "a_last.pt", "cpu")
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def poison_step(monkeypatch, bad, then=lambda: None):
+    """Make the weights NaN by the update of step `bad`, counted from 1: the loss is NaN from the next one on."""
+    original, count = training.set_lr, [0]
+
+    def set_lr(optimizer, lr):
+        count[0] += 1
+        original(optimizer, float("nan") if count[0] == bad else lr)
+        if count[0] == bad + 1:
+            then()
+
+    monkeypatch.setattr(training, "set_lr", set_lr)
+
+
+@pytest.mark.parametrize("saved_each_epoch", [True, False])
+def test_the_last_good_checkpoint_is_good(script, refused, shared_data, tmp_path, monkeypatch, saved_each_epoch):
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0 if saved_each_epoch else 1000)
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "good.pt", "--lr", "0.01"))
+    poison_step(monkeypatch, 4)  # the first of the second epoch's three
+    line = refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "bad.pt", "--lr", "0.01"))
+    rate = training.lr_at(4, 0.01, 3, 9)
+    assert f"at step 5 (epoch 2, learning rate {rate:.3g})" in line and f"{tmp_path / 'bad.pt'} (" in line
+    bad = torch.load(tmp_path / "bad.pt", weights_only=True)
+    assert bad["epoch"] == 1 and bad["val_loss"] == float(rows(tmp_path / "good_log.csv")[0]["val_loss"])
+    assert all(value.isfinite().all() for value in bad["model_state_dict"].values())
+    last = torch.load(tmp_path / "bad_last.pt", weights_only=True)
+    assert last["step"] == (3 if saved_each_epoch else 0)
+    assert all(value.isfinite().all() for value in last["model_state_dict"].values())
+
+
+@pytest.mark.parametrize("steps_later", [0, 1])
+def test_an_interruption_does_not_save_what_diverged(refused, shared_data, tmp_path, monkeypatch, steps_later):
+    """Neither when the loss is NaN already, nor when only the weights are."""
+    poison_step(monkeypatch, 1, (lambda: signal.raise_signal(signal.SIGINT)) if steps_later else lambda: None)
+    if not steps_later:
+        interrupt_after(monkeypatch, 1)
+    line = refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
+    assert f"at step {1 + steps_later} (epoch 1" in line
+    last = torch.load(tmp_path / "a_last.pt", weights_only=True)
+    assert last["step"] == 0 and all(value.isfinite().all() for value in last["model_state_dict"].values())
+
+
+def test_divergence_after_resuming_in_mid_epoch(script, refused, shared_data, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 4)
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
+    monkeypatch.undo()
+    poison_step(monkeypatch, 1)
+    line = refused("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt")
+    assert "at step 6 (epoch 2" in line and str(tmp_path / "a.pt") in line
+
+
+def test_the_count_of_good_steps_ends_at_the_first_bad_one():
+    """Even when a later loss is finite again."""
+    parameter = torch.nn.Parameter(torch.ones(()))
+    losses = iter([1.0, float("inf"), 2.0, 3.0])
+    totals = torch.zeros(3)
+    step = training.make_step(None, lambda model, x: (parameter * 0 + next(losses), torch.ones(1)),
+                              torch.optim.SGD([parameter], 0.1), totals)
+    for _ in range(4):
+        step(None)
+    assert totals[-1] == 1 and not totals[0].isfinite()
+
+
+# ---- following a run
+
+
+class WriterStub:
+    """What the script uses of torch.utils.tensorboard.SummaryWriter, remembered."""
+
+    def __init__(self, log_dir, purge_step=None):
+        self.log_dir, self.purge_step, self.scalars, self.images, self.closed = log_dir, purge_step, [], {}, False
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+    def add_image(self, tag, image, step, dataformats):
+        self.images[tag] = (image, step, dataformats)
+
+    def flush(self):
+        pass
+
+    def close(self):
+        self.closed = True
+
+
+def test_log_dir_has_every_curve_and_figure(script, shared_data, tmp_path, monkeypatch):
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(WriterStub(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=make))
+    argv = flags(shared_data, tmp_path / "a.pt", "--log-dir", str(tmp_path / "logs"), "--max-horizon", "2")
+    assert script("masked_model_gpu_mamba_next", *argv).code == 0
+    writer, = made
+    assert writer.log_dir == str(tmp_path / "logs" / "a") and writer.closed
+    log = rows(tmp_path / "a_log.csv")
+    expected = {(name, float(row[name]), int(row["epoch"])) for row in log for name in row
+                if name not in ("epoch", "step")}
+    assert set(writer.scalars) == expected and len(writer.scalars) == len(expected)
+    assert writer.images.keys() == {"loss", "prediction_0", "prediction_1", "prediction_2"}
+    for tag, (image, step, dataformats) in writer.images.items():
+        assert step == 3 and dataformats == "HWC"
+        assert np.array_equal(image, matplotlib.image.imread(tmp_path / f"a_{tag}.png")[..., :3])
+    script("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt", "--epochs", "4")
+    assert made[1].purge_step == 4 and {step for _, _, step in made[1].scalars} == {4}
+
+
+def test_log_dir_without_tensorboard_takes_nothing(refused, shared_data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    argv = flags(shared_data, tmp_path / "out" / "a.pt", "--log-dir", str(tmp_path / "logs"))
+    assert "pip install tensorboard" in refused("masked_model_gpu_mamba_next", *argv)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_csv_alone_redraws_the_curves(script, shared_data, tmp_path):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--max-horizon", "2"))
+    log = training.read_log(tmp_path / "a_log.csv", training.log_columns([1, 2], True), 3)
+    training.draw_loss(tmp_path / "again.png", log, [1, 2], "a")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a_loss.png").read_bytes()
+
+
+def test_the_record_keeps_every_start(script, shared_data, tmp_path):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--seed", "5"))
+    first = json.loads((tmp_path / "a_run.json").read_text())
+    assert first["seed"] == 5 and first["versions"]["torch"] == torch.__version__ and "cpu" in first["device"]
+    assert first["git_commit"] is None or len(first["git_commit"]) >= 12
+    for epochs in ("4", "5"):
+        script("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt", "--epochs", epochs)
+    record = json.loads((tmp_path / "a_run.json").read_text())
+    resumed = record.pop("resumed")
+    assert record == first and [again["step"] for again in resumed] == [9, 12]
+    assert [again["command"].endswith(f"--epochs {n}") for again, n in zip(resumed, (4, 5), strict=True)] == [True] * 2
+    out = script("masked_model_gpu_mamba_next", "--eval", tmp_path / "a.pt", "--data-dir", shared_data).out
+    for text in (first["command"], first["started"], f"torch {torch.__version__}", first["device"], "at step 12",
+                 resumed[1]["command"]):
+        assert text in out
+
+
+def test_a_warm_up_longer_than_the_run_is_said(script, shared_data, tmp_path):
+    result = script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--warmup-epochs", "6"))
+    assert "longer than the run: the learning rate rises to 0.0005, not to --lr 0.001" in result.out
+    assert float(rows(tmp_path / "a_log.csv")[-1]["lr"]) == pytest.approx(0.0005)
+
+
+# ---- bad input
 
 
 @pytest.mark.parametrize("more, message", [
