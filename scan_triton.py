@@ -412,7 +412,7 @@ def _backward_kernel(
                 gah = ga * hs[STEPS - 1 - j]
                 dA_sum += gah * dt_k
                 gaAh = (tl.sum(gah * a2, 1),) + gaAh
-                _store_sums(dBC, dBs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
+            _store_sums(dBC, dBs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
             _store_sums(dBC + N_STATE, dCs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
             gB_tile = _stack(gB, STEPS)
             ddelta_tile = (u_tile * gB_tile + LN2 * _stack(gaAh, STEPS)) * slope
