@@ -26,6 +26,8 @@ CONFIG_NUMBERS = {"noise_std": LARGEST_VALUE, "center_walk_std": LARGEST_VALUE, 
 LONGEST_PERIOD = 2**40  # steps; far beyond any series, and exact in float64
 BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the cache
 MAPPED = {"X.npy": "=f4", "states.npy": "=i8", "thetas.npy": "=f8"}  # as long as the series: the types they map as
+PAGES_AROUND = 1 << 21  # bytes, aligned, that the system may map at a time when one of them is touched: a huge page
+ROWS_PICKED = 256  # at a time; each may bring PAGES_AROUND into memory
 LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name and its extra field
 
 
@@ -214,8 +216,9 @@ def release(array):
     if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
         return
     first = array.ctypes.data - np.frombuffer(mapping, np.uint8, 1).ctypes.data
-    page = first - first % mmap.PAGESIZE
-    mapping.madvise(mmap.MADV_DONTNEED, page, first + array.nbytes - page)
+    last = first + array.nbytes + -(first + array.nbytes) % PAGES_AROUND
+    first -= first % PAGES_AROUND
+    mapping.madvise(mmap.MADV_DONTNEED, first, min(last, len(mapping)) - first)
 
 
 def blocks(array, n_bytes=BLOCK_BYTES):
@@ -225,6 +228,16 @@ def blocks(array, n_bytes=BLOCK_BYTES):
         block = array[first:first + rows]
         yield block
         release(block)
+
+
+def pick(array, rows):
+    """array[rows] for row numbers anywhere in a long array: a mapped one leaves memory again on the way."""
+    picked = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    for first in range(0, len(rows), ROWS_PICKED):
+        part = slice(first, first + ROWS_PICKED)
+        picked[part] = array[rows[part]]
+        release(array)
+    return picked
 
 
 def crc32(array):

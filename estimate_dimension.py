@@ -153,14 +153,14 @@ def plot_dimension(entries, ks, ambient_dim, title):
 
 def main(args):
     import figures
-    from dataset import load_series
+    from dataset import load_series, pick
 
     save_dir = cli.output_folder(args.save_dir)
     series = load_series(args.data_dir)
     ks = sorted(set(args.k))
     n = min(args.points, series.n_steps)
     steps = np.random.default_rng(args.seed).choice(series.n_steps, n, replace=False)
-    entries = dimension_by_circle(series.X[steps], series.states[steps], series.n_circles, ks)
+    entries = dimension_by_circle(pick(series.X, steps), pick(series.states, steps), series.n_circles, ks)
     n_distinct = entries[0]["distinct"]
     if n_distinct <= ks[-1]:
         raise cli.UserError(f"--k {ks[-1]} needs {ks[-1] + 1} different points, and there are {n_distinct}; "

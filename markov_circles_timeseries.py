@@ -115,7 +115,7 @@ from dataclasses import dataclass  # noqa: E402
 import numpy as np  # noqa: E402
 
 import figures  # noqa: E402
-from dataset import Series, blocks, load_series  # noqa: E402
+from dataset import Series, blocks, load_series, pick  # noqa: E402
 from estimate_dimension import distinct, knn, levina_bickel  # noqa: E402
 
 BLOCK_VALUES = 2**17  # values of X filled at a time: the temporaries stay in the cache
@@ -568,12 +568,12 @@ def make_umap(series, data_dir):
     seed = series.config["seed"]
     rng = np.random.default_rng(seed)
     steps = rng.choice(series.n_steps, min(UMAP_POINTS, series.n_steps), replace=False)
-    points = series.X[steps]
+    points = pick(series.X, steps)
     if len(distinct(points)) <= DIMENSION_K:
         raise cli.UserError(f"umap.png needs more than {DIMENSION_K} different points; the data are written, and "
                             "--no-umap leaves this figure out")
     dimension = levina_bickel(points, [DIMENSION_K])[DIMENSION_K]
-    fig = plot_umap(embed(points, seed), series.states[steps], steps, series.n_circles, dimension)
+    fig = plot_umap(embed(points, seed), pick(series.states, steps), steps, series.n_circles, dimension)
     figures.save(fig, data_dir / "umap.png")
 
 
