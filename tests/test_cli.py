@@ -1,0 +1,138 @@
+"""The edges that all scripts share: errors as one line, whole files, left-overs of killed runs."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def ended(tmp_path, body, shell="{}", **more):
+    """Run a main(args) with this body by cli.run in a process of its own; `shell` says where its output goes."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import cli, os, sys\ndef main(args):\n{textwrap.indent(body, '    ')}\ncli.run(main, None)\n")
+    command = shell.format(f"{sys.executable} {script}")
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **more.pop("env", {})})
+
+
+@pytest.mark.parametrize("body, code, message", [
+    ("raise cli.UserError('two\\nlines')", 2, "error: two lines"),
+    ("raise KeyboardInterrupt", 130, "error: interrupted"),
+    ("raise MemoryError", 2, "error: out of memory"),
+    ("raise RuntimeError('CUDA out of memory. Tried')", 2, "error: out of memory on the device"),
+    ("open('/no/such/file')", 2, "error: can't read or write /no/such/file: No such file"),
+    ("print('\\u2013 \\ud800')", 0, "")])
+def test_how_a_script_ends(tmp_path, body, code, message):
+    result = ended(tmp_path, body, env={"PYTHONIOENCODING": "ascii"})
+    assert result.returncode == code and result.stderr.startswith(message)
+    assert result.stderr.count("\n") == (code != 0) and "Traceback" not in result.stderr
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
+    assert "Traceback" in ended(tmp_path, "raise RuntimeError('a bug')").stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("body", ["print('x')", "print('x' * 10**6)", "print('x'); raise cli.UserError('y')"])
+def test_stdout_on_a_full_disk(tmp_path, body):
+    result = ended(tmp_path, body, "{} > /dev/full")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("body", ["print('x')", "print('x\\n' * 10**6)"])
+def test_a_reader_that_leaves(tmp_path, body):
+    assert ended(tmp_path, f"import time\ntime.sleep(0.3)\n{body}", "{} | true").stderr == ""
+
+
+# ---- whole files
+
+
+def test_writing_replaces_only_at_a_good_end(tmp_path):
+    path = tmp_path / "a.txt"
+    cli.write_text(path, "old")
+    with pytest.raises(ZeroDivisionError), cli.writing(path) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(cli.UserError, match=r"can't write .*a\.txt: No space left on device; free some space"), \
+            cli.writing(path) as part:
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    with cli.writing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old" and part.parent == tmp_path and part.suffix == ".txt"
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_writing_into_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(cli.UserError, match="No such file"), cli.writing(tmp_path / "gone" / "a.txt") as part:
+        part.write_text("x")
+    with pytest.raises(cli.UserError, match="can't write to folder"):
+        cli.output_folder("/dev/null/x")
+
+
+def test_left_overs_of_dead_processes_are_removed(tmp_path):
+    child = subprocess.run([sys.executable, "-c", textwrap.dedent(f"""
+        import cli, os, pathlib, signal
+        with cli.writing(pathlib.Path({str(tmp_path / 'series.v2.npz')!r})) as part:
+            part.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        """)], env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert child.returncode == -9
+    dead, = tmp_path.iterdir()
+    assert dead.name.startswith(".series.v2.") and dead.suffix == ".npz"
+    number = dead.name.split(".")[-3]
+    keep = [tmp_path / name for name in (
+        dead.name.replace(f".{number}.", f".{os.getpid()}."),  # of a process that is still at it
+        dead.name.replace(f".{number}.", f".{10**30}."), dead.name.replace(cli._host(), "another-machine"),
+        "series.npz", ".hidden", ".x.part.npz")]
+    for path in keep:
+        path.touch()
+    cli.output_folder(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(keep)
+
+
+def test_output_folder_is_made(tmp_path):
+    assert cli.output_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+# ---- flags
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (cli.positive_int, ["1", "1" + "0" * 20], ["0", "-1", "1.5", "", "x", "nan", "9" * 5000]),
+    (cli.non_negative_int, ["0"], ["-1", "0.0"]),
+    (cli.positive_float, ["1e-9", "3"], ["0", "nan", "inf", "-1", "1e999"]),
+    (cli.non_negative_float, ["0"], ["-1e-9", "nan"]),
+    (cli.fraction, ["0.5"], ["0", "1", "nan"]),
+    (cli.probability, ["0", "0.99"], ["1", "-0.1"]),
+    (cli.seed, ["0", "4294967295"], ["4294967296", "-1", "1e3"])])
+def test_numbers(kind, good, bad):
+    for text in good:
+        assert kind(text) == float(text)
+    for text in bad:
+        with pytest.raises(Exception, match="is not"):
+            kind(text)
+
+
+def test_a_flag_is_one_line_and_never_abbreviated(capsys):
+    parser = cli.parser("What it does.\n\nExamples:\n  python x.py")
+    cli.add_seed(parser)
+    for argv in (["--see", "1"], ["--seed", "x"], ["--seed", "4294967296"]):
+        with pytest.raises(SystemExit) as end:
+            parser.parse_args(argv)
+        err = capsys.readouterr().err
+        assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "--help" in err
+
+
+def test_table():
+    assert cli.table(["name", "value"], [["a", 1], ["long", 22]]) == (
+        "name  value\n----  -----\na         1\nlong     22")
