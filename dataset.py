@@ -142,7 +142,8 @@ def read_member(archive, file, name):
         header = member.tell()
         if header + count * dtype.itemsize != info.file_size:
             raise ValueError(f"{name} declares the shape {shape}, which its size does not fit")
-        if info.compress_type == zipfile.ZIP_STORED and dtype == MAPPED.get(name) and not fortran_order:
+        mappable = name in MAPPED and dtype == MAPPED[name] and not fortran_order
+        if mappable and info.compress_type == zipfile.ZIP_STORED:
             values = map_values(file, info, header)
             if values.ctypes.data % dtype.itemsize == 0:  # as the generator writes it; np.savez leaves that to chance
                 return values.view(dtype).reshape(shape)

@@ -3,14 +3,22 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_DATA
 
 import cli
 import dataset
+import markov_circles_timeseries as generator
+
+ARRAYS = ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes")
+LONG = ("X", "states", "thetas")
 
 
 def test_loads_what_the_generator_wrote(shared_data):
@@ -152,3 +160,200 @@ def test_windows_that_do_not_fit():
         dataset.split_windows(100, 101, 10, 0.1)
     with pytest.raises(cli.UserError, match="validation part has 10 steps"):
         dataset.split_windows(100, 20, 10, 0.1)
+
+
+# ---- mapped from an uncompressed file
+
+
+@pytest.fixture(scope="session")
+def shared_uncompressed(tmp_path_factory):
+    """The series of shared_data in an uncompressed file; tests must not write to it."""
+    folder = tmp_path_factory.mktemp("uncompressed")
+    generator.main(generator.parse_args([*TINY_DATA, "--uncompressed", "--data-dir", str(folder)]))
+    return folder
+
+
+@pytest.fixture
+def uncompressed(shared_uncompressed, tmp_path):
+    """A test's own copy of shared_uncompressed."""
+    folder = tmp_path / "uncompressed"
+    folder.mkdir()
+    for name in ("data.npz", "config.json"):
+        (folder / name).write_bytes((shared_uncompressed / name).read_bytes())
+    return folder
+
+
+def test_both_forms_hold_the_same_series(shared_data, shared_uncompressed):
+    compressed, mapped = dataset.load_series(shared_data), dataset.load_series(shared_uncompressed)
+    for name in ARRAYS:
+        a, b = getattr(compressed, name), getattr(mapped, name)
+        assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+        assert dataset.mapping_of(a) is None and (dataset.mapping_of(b) is not None) == (name in LONG)
+    assert compressed.config == mapped.config
+    assert dataset.crc32(compressed.X) == dataset.crc32(mapped.X)
+    with np.load(shared_uncompressed / "data.npz", allow_pickle=False) as file:  # NumPy reads it as well
+        for name in ARRAYS:
+            np.testing.assert_array_equal(file[name], getattr(compressed, name))
+    with pytest.raises(ValueError, match="read-only"):
+        mapped.X[0] = 0
+
+
+def test_a_mapped_series_survives_its_file_being_replaced(uncompressed, shared_data):
+    series = dataset.load_series(uncompressed)
+    other = [*TINY_DATA, "--seed", "8", "--uncompressed", "--data-dir", str(uncompressed)]
+    generator.save_uncompressed(generator.config_of(generator.parse_args(other)), uncompressed)
+    np.testing.assert_array_equal(series.X, dataset.load_series(shared_data).X)
+
+
+def test_uncompressed_files_of_numpy_load(rewrite_data, shared_data):
+    series, expected = dataset.load_series(rewrite_data()), dataset.load_series(shared_data)
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(series, name), getattr(expected, name))
+
+
+def test_blocks_are_the_array():
+    for shape in ((1000, 3), (7,), (5, 10_000), (1, 1)):
+        array = np.random.default_rng(0).standard_normal(shape)
+        parts = list(dataset.blocks(array, 4096))
+        np.testing.assert_array_equal(np.concatenate(parts), array)
+        assert all(part.nbytes <= max(4096, array[0].nbytes) for part in parts)
+
+
+def test_windows_and_rows_of_a_mapped_series(shared_data, shared_uncompressed):
+    X, mapped = (dataset.load_series(folder).X for folder in (shared_data, shared_uncompressed))
+    starts = torch.tensor([0, 2000, 17, 2900])
+    expected = dataset.gather(torch.from_numpy(X), starts, 100)
+    assert torch.equal(dataset.gather(mapped, starts, 100), expected)
+    assert torch.equal(dataset.gather(mapped, starts.numpy(), 100), expected)
+    batches = dataset.host_batches(mapped, [[0, 2000], [17, 2900]], 100, torch.device("cpu"), 1)
+    assert torch.equal(torch.cat(list(batches)), expected)
+    cpu = torch.device("cpu")
+    assert dataset.fits_on(cpu, X) and not dataset.fits_on(cpu, mapped)
+    assert torch.equal(dataset.to_device(mapped, cpu), torch.from_numpy(X))
+    rows = np.random.default_rng(0).integers(0, len(X), 1000)
+    np.testing.assert_array_equal(dataset.pick(mapped, rows), X[rows])
+
+
+def write_arrays(folder, arrays):
+    """An uncompressed data.npz as the generator writes it, with any arrays."""
+    with open(folder / "data.npz", "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        for name, values in arrays.items():
+            generator.write_member(archive, file, name, values.shape, values.dtype, [values])
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("X", np.nan, "X holds NaN or infinity"), ("thetas", np.inf, "thetas holds NaN"), ("states", 4, "must lie in 0…3"),
+    ("states", -1, "must lie in 0…3")])
+def test_bad_values_in_a_mapped_series(uncompressed, shared_data, name, value, message):
+    series = dataset.load_series(shared_data)
+    arrays = {key: getattr(series, key).copy() for key in ARRAYS}
+    write_arrays(uncompressed, arrays)
+    assert dataset.mapping_of(dataset.load_series(uncompressed).X) is not None
+    arrays[name][-1] = value
+    write_arrays(uncompressed, arrays)
+    with pytest.raises(cli.UserError, match=message):
+        dataset.load_series(uncompressed)
+
+
+def test_a_flipped_byte_is_refused_or_does_not_matter(uncompressed, shared_data):
+    path, expected = uncompressed / "data.npz", dataset.load_series(shared_data)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+        headers = [info.header_offset for info in archive.infolist()]
+    places = [*range(0, len(content), 1999), *range(directory, len(content), 7)]
+    places += [place for header in headers for place in range(header, header + 256, 11)]
+    refused = 0
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x55]) + content[place + 1:])
+        try:
+            series = dataset.load_series(uncompressed)
+        except cli.UserError:
+            refused += 1
+        else:
+            for name in ARRAYS[:-1]:
+                np.testing.assert_array_equal(getattr(series, name), getattr(expected, name))
+    assert refused > 0.6 * len(places)
+
+
+def test_a_truncated_uncompressed_file_is_refused(uncompressed):
+    path = uncompressed / "data.npz"
+    content = path.read_bytes()
+    for kept in (10, 100, len(content) // 2, len(content) - 1000, len(content) - 1):
+        path.write_bytes(content[:kept])
+        with pytest.raises(cli.UserError, match="damaged"):
+            dataset.load_series(uncompressed)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("header_offset", 10**15), ("header_offset", 64), ("header_offset", 10**5), ("CRC", 1), ("file_size", 10**12),
+    ("compress_size", 5), ("file_size", 1000)])
+def test_a_directory_that_lies_is_refused(uncompressed, field, value):
+    path = uncompressed / "data.npz"
+    archive = zipfile.ZipFile(path, "a")
+    setattr(archive.getinfo("states.npy"), field, value)
+    archive._didModify = True  # close() writes the directory anew
+    archive.close()
+    with pytest.raises(cli.UserError, match="damaged"):
+        dataset.load_series(uncompressed)
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        info = archive.getinfo("states.npy")
+        with pytest.raises((ValueError, zipfile.BadZipFile)):  # were zipfile to believe it
+            dataset.map_values(file, info, 128)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_a_long_series_takes_little_memory(tmp_path):
+    """3 million steps x 16 features, 240 MB: drawn, checked, summed up and cut into every window in 64 MB more than
+    a short series takes."""
+    program = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+import dataset
+import markov_circles_timeseries as mc
+
+def peak():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+def work(n_steps):
+    mc.main(mc.parse_args(["--no-umap", "--uncompressed", "--n-steps", str(n_steps), "--ambient-dim", "16",
+                           "--data-dir", sys.argv[1]]))
+    series = dataset.load_series(sys.argv[1])
+    dataset.crc32(series.X)
+    dataset.pick(series.states, np.arange(0, n_steps, n_steps // 3000))
+    batches = torch.arange(0, n_steps - 1000, 1000).split(8)
+    return sum(float(w[0, 0, 0]) for w in dataset.host_batches(series.X, batches, 1000, torch.device("cpu"), 0))
+
+work(30_000)
+before = peak()
+work(3_000_000)
+print("grown by", peak() - before, "MB")
+"""
+    result = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=300,
+                            cwd=Path(dataset.__file__).parent)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "data.npz").stat().st_size > 240e6
+    assert float(result.stdout.split("grown by")[1].split()[0]) < 64
+
+
+def test_training_on_either_form_ends_the_same(script, shared_data, shared_uncompressed, tmp_path):
+    flags = ["--d-model", 16, "--n-layers", 1, "--d-state", 4, "--d-ff", 16, "--seq-len", 64, "--stride", 128,
+             "--batch-size", 8, "--epochs", 2, "--warmup-epochs", 1, "--device", "cpu"]
+    runs = {"a": (shared_data, []), "b": (shared_uncompressed, []), "c": (shared_uncompressed, ["--num-workers", 1])}
+    for name, (folder, more) in runs.items():
+        result = script("masked_model_gpu_mamba_next", *flags, *more, "--data-dir", folder,
+                        "--checkpoint", tmp_path / f"{name}.pt")
+        assert result.code == 0 and result.err == ""
+    a, *others = (torch.load(tmp_path / f"{name}_last.pt", weights_only=True) for name in runs)
+    for other in others:
+        assert a["data_crc32"] == other["data_crc32"] and a["val_loss"] == other["val_loss"]
+        for name, weights in a["model_state_dict"].items():
+            assert torch.equal(weights, other["model_state_dict"][name])
+    for name in ("a", "b"):
+        result = script("masked_model_gpu_mamba_next", "--eval", tmp_path / "a.pt", "--data-dir", runs[name][0],
+                        "--device", "cpu")
+        assert result.code == 0 and result.err == ""
+        assert f"{a['val_loss']:.4f}" in result.out

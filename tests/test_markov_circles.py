@@ -249,6 +249,73 @@ def test_failed_save_keeps_the_older_data(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older
 
 
+@pytest.mark.parametrize("variant", [[], ["--drift"], ["--center-walk-std", 0.1]])
+def test_uncompressed_data_have_the_values_of_the_compressed(tmp_path, variant):
+    c = config(*SMALL, *variant)
+    folders = [tmp_path / name for name in ("packed", "a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    packed, a, b = folders
+    mc.save(mc.generate(c), packed)
+    mc.save_uncompressed(c, a)
+    mc.save_uncompressed(c, b, block_values=6 * 37)
+    assert (a / "data.npz").read_bytes() == (b / "data.npz").read_bytes()
+    assert (a / "config.json").read_bytes() == (packed / "config.json").read_bytes()
+    with np.load(a / "data.npz") as plain, np.load(packed / "data.npz") as expected:
+        assert set(plain.files) == set(expected.files)
+        for name in expected.files:
+            assert plain[name].dtype == expected[name].dtype
+            np.testing.assert_array_equal(plain[name], expected[name])
+
+
+def test_script_writes_a_long_uncompressed_series_and_its_figures(script, tmp_path):
+    flags = [*SMALL, "--n-steps", 200_000, "--ambient-dim", 3, "--no-umap"]
+    plain = script("markov_circles_timeseries", *flags, "--uncompressed", "--data-dir", tmp_path / "plain")
+    packed = script("markov_circles_timeseries", *flags, "--data-dir", tmp_path / "packed")
+    assert plain.code == packed.code == 0 and plain.err == packed.err == ""
+    assert plain.out.replace("plain", "packed") == packed.out
+    size, smaller = ((tmp_path / name / "data.npz").stat().st_size for name in ("plain", "packed"))
+    assert size > 200_000 * (3 * 4 + 16) > smaller
+    names = sorted(path.name for path in (tmp_path / "packed").glob("*.png"))
+    assert len(names) == 6
+    for name in names:
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "packed" / name).read_bytes()
+        assert imread(tmp_path / "plain" / name)[..., :3].std() > 0.05
+
+
+def test_failed_uncompressed_save_keeps_the_older_data(tmp_path, monkeypatch):
+    mc.save(mc.generate(config(*SMALL)), tmp_path)
+    older = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(config, *_):
+        yield slice(0, 10), np.zeros((10, 6), np.float32)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mc, "draw_points", full_disk)
+    with pytest.raises(cli.UserError, match="No space left"):
+        mc.save_uncompressed(config(*SMALL, "--seed", 1), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older
+
+
+def test_runs_across_blocks():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 2000, 2000)
+    circles = np.cumsum(rng.integers(1, 4, 2000)) % 4  # neighbours differ
+    states = np.repeat(circles, lengths)
+    assert states.nbytes > 3 * dataset.BLOCK_BYTES
+    for found, expected in zip(mc.runs(states), (circles, np.cumsum(lengths) - lengths, lengths), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    states = states[:dataset.BLOCK_BYTES // 8 + 1]  # one step in the last block
+    assert mc.runs(states)[2].sum() == len(states)
+
+
+def test_time_shares_against_a_count():
+    series = mc.generate(config(*SMALL))
+    shares = mc.time_shares(mc.runs(series.states), 4, 40)
+    expected = [np.bincount(part, minlength=4) / 100 for part in series.states.reshape(40, 100)]
+    np.testing.assert_allclose(shares, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("flags", [
     ["--subspace-dim", 21], ["--subspace-dim", 1], ["--ambient-dim", 1], ["--n-circles", 1], ["--n-circles", 0],
     ["--n-steps", 1], ["--n-steps", 0], ["--n-steps", 10**18], ["--min-period", 401], ["--min-period", 1],
