@@ -16,6 +16,9 @@ The measures of a level:
   ARI, NMI     of k-means (as many clusters as circles) against the true circles, over all steps; "smooth": after a
                majority vote over 101 steps
   silhouette   of the circles, Euclidean, over the --umap-points sample
+  in the UMAP  silhouette, ARI and NMI once more, in the two UMAP coordinates; a step has the cluster of the sampled
+               step nearest to it. All circles share their centre: as rings around one point they have no silhouette
+               and k-means cuts across them, however well they are apart. UMAP lays the rings side by side
   rank         effective rank, the participation ratio of the covariance
   dim k        Levina-Bickel dimension over k nearest neighbours of the --lb-points sample
 The best layer is the one with the best probe. --pca acts on UMAP, k-means, silhouette and dimension, not on the probes
@@ -94,6 +97,7 @@ import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
+import threading  # noqa: E402
 import warnings  # noqa: E402
 from concurrent.futures.process import BrokenProcessPool  # noqa: E402
 
@@ -304,24 +308,41 @@ def majority_vote(labels, n_labels, width):
     return winner
 
 
-def cluster_scores(values, rows, states, n_circles, seed):
-    """ARI and NMI of k-means clusters of all values (n, width) against the states, raw and after majority_vote.
-
-    The centres are fitted on the given rows.
-    """
+def fit_kmeans(points, n_clusters, seed):
     from sklearn.cluster import KMeans
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     with warnings.catch_warnings():
         # A level that has collapsed to fewer distinct points than circles: its low scores say so.
         warnings.filterwarnings("ignore", message="Number of distinct clusters")
-        kmeans = KMeans(min(n_circles, len(rows)), n_init=KMEANS_RESTARTS, random_state=seed).fit(values[rows])
-    labels = kmeans.predict(values)
-    smooth = majority_vote(labels, kmeans.n_clusters, VOTE_STEPS)
-    return {"kmeans_ari": float(adjusted_rand_score(states, labels)),
-            "kmeans_nmi": float(normalized_mutual_info_score(states, labels)),
-            "kmeans_ari_smooth": float(adjusted_rand_score(states, smooth)),
-            "kmeans_nmi_smooth": float(normalized_mutual_info_score(states, smooth))}
+        return KMeans(min(n_clusters, len(points)), n_init=KMEANS_RESTARTS, random_state=seed).fit(points)
+
+
+def agreement(labels, states, n_labels, prefix):
+    """ARI and NMI of cluster labels (n,) against the states, raw and after majority_vote."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    smooth = majority_vote(labels, n_labels, VOTE_STEPS)
+    return {f"{prefix}_ari": float(adjusted_rand_score(states, labels)),
+            f"{prefix}_nmi": float(normalized_mutual_info_score(states, labels)),
+            f"{prefix}_ari_smooth": float(adjusted_rand_score(states, smooth)),
+            f"{prefix}_nmi_smooth": float(normalized_mutual_info_score(states, smooth))}
+
+
+def cluster_scores(values, rows, states, n_circles, seed):
+    """`agreement` of k-means clusters of all values (n, width) with the states; centres fitted on the given rows."""
+    kmeans = fit_kmeans(values[rows], n_circles, seed)
+    return agreement(kmeans.predict(values), states, kmeans.n_clusters, "kmeans")
+
+
+def embedding_scores(embedding, nearest, shown_states, states, n_circles, seed):
+    """What can be told apart in a UMAP: silhouette of its circles, and k-means clusters of its points against states.
+
+    embedding (n_shown, 2) and shown_states (n_shown,) of the sampled steps; nearest (n,) int: for every step the
+    sampled one that is nearest in the level itself, whose cluster it gets.
+    """
+    kmeans = fit_kmeans(embedding, n_circles, seed)
+    return {"umap_silhouette": silhouette(embedding, shown_states),
+            **agreement(kmeans.labels_[nearest], states, kmeans.n_clusters, "umap")}
 
 
 def silhouette(points, states):
@@ -371,8 +392,11 @@ def level_measures(values, series, rows, args):
     """All measures of one level, and what its UMAP needs.
 
     values (n, width), a row for each of the last n steps of the series; rows: the sampled row numbers, in random
-    order. Returns (dict, points (n_umap, width), graph), both None without UMAP.
+    order. Returns (dict, points (n_umap, width), graph, nearest (n,)), the last three None without UMAP: the sampled
+    points, their neighbours, and which of them is nearest to each row.
     """
+    from sklearn.metrics import pairwise_distances_argmin
+
     states, thetas = series.states[-len(values):], series.thetas[-len(values):]
     mean, eigenvalues, vectors = spectrum(values)
     reduced = principal_components(values, mean, vectors, args.pca)
@@ -391,7 +415,9 @@ def level_measures(values, series, rows, args):
         "effective_rank": participation_ratio(eigenvalues),
         "dimension": dimension,
     }
-    return measures, None if args.no_umap else points[:n_umap], graph
+    if args.no_umap:
+        return measures, None, None, None
+    return measures, points[:n_umap], graph, pairwise_distances_argmin(reduced, points[:n_umap])
 
 
 def best_layer(levels):
@@ -428,10 +454,21 @@ def umap_pool(n_embeddings, n_points):
     workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), n_embeddings)
     if workers < 2 or n_embeddings * n_points < POINTS_WORTH_A_POOL:
         return None
-    # Spawned, not forked: torch's and numba's threads don't survive a fork. Ctrl-C ends a worker without a traceback.
-    return concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_DFL))
+    # Spawned, not forked: torch's and numba's threads don't survive a fork.
+    return concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
+                                                  initializer=start_worker)
+
+
+def start_worker():
+    """A worker ends on Ctrl-C without a traceback, and with the script, however that ends: killed, it would be waited
+    for by its workers for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def end_with_the_script():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_script, daemon=True).start()
 
 
 def submit(pool, function, *arguments):
@@ -527,6 +564,13 @@ def level_table(report):
          *([cell(m["dimension"][k], ".2f") for k in KS] if with_dimension else [])] for m in report["levels"]])
 
 
+def umap_table(report):
+    """The table of what a model's UMAPs tell apart: a row a level."""
+    keys = ("umap_silhouette", "umap_ari", "umap_ari_smooth", "umap_nmi", "umap_nmi_smooth")
+    return cli.table(["in the UMAP", "silhouette", "ARI", "smooth", "NMI", "smooth"], [
+        [m["level"], *(cell(m[key]) for key in keys)] for m in report["levels"]])
+
+
 def error_table(report):
     return cli.table(["horizon", "val MSE", "optimal", "excess"], [
         [row["horizon"], cell(row["val_mse"], ".4f"), cell(row["optimal_mse"], ".4f"),
@@ -534,23 +578,68 @@ def error_table(report):
         for row in report["errors"]], align="rrrr")
 
 
+def peak(levels, key):
+    """The highest value of a measure over all levels, None where no level has it."""
+    return max((m[key] for m in levels if m.get(key) is not None), default=None)
+
+
 def comparison_row(report):
-    """One model in one row: its prediction one step ahead and its best layer."""
+    """One model in one row: its prediction one step ahead, its best layer, its last layer and its peaks over levels."""
     error = next((row for row in report["errors"] if row["horizon"] == 1), {})
-    best = best_layer(report["levels"]) or {}
+    levels = report["levels"]
+    best = best_layer(levels) or {}
+    deepest = next((m for m in reversed(levels) if m["level"].startswith("layer")), {})
     return {"checkpoint": report["name"], "val_mse": error.get("val_mse"), "optimal_mse": error.get("optimal_mse"),
             "excess_percent": error.get("excess_percent"), "best_layer": best.get("level"),
+            "probe_accuracy": best.get("probe_accuracy"), "phase_r2": best.get("phase_r2"),
+            "silhouette": best.get("silhouette"), "kmeans_ari": best.get("kmeans_ari"),
+            "kmeans_ari_smooth": best.get("kmeans_ari_smooth"),
             f"dimension_k{K_SHOWN}": (best.get("dimension") or {}).get(K_SHOWN),
-            **{key: best.get(key) for key in ("silhouette", "probe_accuracy", "phase_r2", "kmeans_ari",
-                                              "kmeans_ari_smooth")}}
+            f"last_layer_dimension_k{K_SHOWN}": (deepest.get("dimension") or {}).get(K_SHOWN),
+            **{f"peak_{key}": peak(levels, key) for key in ("silhouette", "umap_silhouette", "umap_ari_smooth")}}
+
+
+COMPARISON = {"checkpoint": ("checkpoint", ""), "val_mse": ("val MSE", ".4f"), "optimal_mse": ("optimal", ".4f"),
+              "excess_percent": ("excess %", "+.2f"), "best_layer": ("best layer", ""),
+              "probe_accuracy": ("probe acc.", ".3f"), "phase_r2": ("phase R²", ".3f"),
+              "silhouette": ("silhouette", ".3f"), "kmeans_ari": ("ARI", ".3f"), "kmeans_ari_smooth": ("smooth", ".3f"),
+              f"dimension_k{K_SHOWN}": (f"dim {K_SHOWN}", ".2f"),
+              f"last_layer_dimension_k{K_SHOWN}": ("last", ".2f"), "peak_silhouette": ("peak sil.", ".3f"),
+              "peak_umap_silhouette": ("UMAP sil.", ".3f"), "peak_umap_ari_smooth": ("UMAP ARI", ".3f")}
 
 
 def comparison_table(rows):
-    titles = ["checkpoint", "val MSE", "optimal", "excess %", "best layer", f"dim {K_SHOWN}", "silhouette",
-              "probe acc.", "phase R²", "ARI", "smooth"]
-    forms = ["", ".4f", ".4f", "+.2f", "", ".2f", *[".3f"] * 5]
-    return cli.table(titles, [[cell(value, form) for value, form in zip(row.values(), forms, strict=True)]
-                              for row in rows])
+    """Rows of comparison_row as text; columns that no row has a value for are left out."""
+    keys = [key for key in COMPARISON if any(row[key] is not None for row in rows)]
+    return cli.table([COMPARISON[key][0] for key in keys],
+                     [[cell(row[key], COMPARISON[key][1]) for key in keys] for row in rows])
+
+
+def seed_groups(reports):
+    """Reports of models trained with the same flags but for the seed, {name of the first: list}, two or more each."""
+    groups = {}
+    for report in reports:
+        flags = {key: value for key, value in report["trained_with"].items()
+                 if key not in ("seed", "checkpoint", "resume", "device", "log_dir")}
+        groups.setdefault(json.dumps(flags, sort_keys=True, default=str), []).append(report)
+    return {group[0]["name"]: group for group in groups.values() if len(group) > 1}
+
+
+def spread_table(groups):
+    """Mean ± standard deviation over seeds of each column of the comparison, a row a group; None without numbers."""
+    rows = []
+    for name, group in groups.items():
+        rows.append([f"{name}, {len(group)} seeds"])
+        members = [comparison_row(report) for report in group]
+        for key, (_, form) in COMPARISON.items():
+            values = [member[key] for member in members]
+            if form and None not in values:
+                rows[-1].append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form.lstrip('+')}}")
+            elif form:
+                rows[-1].append("–")
+    header = ["mean ± std", *(title for title, form in COMPARISON.values() if form)]
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "–" for row in rows)]
+    return cli.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def comparison_csv(rows):
@@ -566,11 +655,11 @@ def comparison_csv(rows):
 
 
 def level_title(measures):
-    """A level's name with its dimension and silhouette."""
+    """A level's name with its dimension, and the silhouette of the circles as the panel shows them."""
     dimension = (measures["dimension"] or {}).get(K_SHOWN)
     facts = [f"dim {dimension:.1f}"] if dimension is not None else []
-    if measures["silhouette"] is not None:
-        facts.append(f"silhouette {measures['silhouette']:.2f}")
+    if measures["umap_silhouette"] is not None:
+        facts.append(f"silhouette here {measures['umap_silhouette']:.2f}")
     return "\n".join([measures["level"], ", ".join(facts)]).strip()
 
 
@@ -592,16 +681,17 @@ PANELS = [
     ("circle accuracy of a linear probe", {"": lambda m: m["probe_accuracy"]}),
     ("phase R², (cos θ, sin θ)", {"": lambda m: m["phase_r2"]}),
     ("ARI of k-means", {f"vote over {VOTE_STEPS} steps": lambda m: m["kmeans_ari_smooth"],
-                        "raw": lambda m: m["kmeans_ari"]}),
+                        "raw": lambda m: m["kmeans_ari"], "in the UMAP, vote": lambda m: m.get("umap_ari_smooth")}),
     ("NMI of k-means", {f"vote over {VOTE_STEPS} steps": lambda m: m["kmeans_nmi_smooth"],
-                        "raw": lambda m: m["kmeans_nmi"]}),
-    ("silhouette of the circles", {"": lambda m: m["silhouette"]}),
+                        "raw": lambda m: m["kmeans_nmi"], "in the UMAP, vote": lambda m: m.get("umap_nmi_smooth")}),
+    ("silhouette of the circles", {"in the level": lambda m: m["silhouette"],
+                                   "in its UMAP": lambda m: m.get("umap_silhouette")}),
     ("effective rank", {"": lambda m: m["effective_rank"]}),
     ("Levina–Bickel dimension", {f"k = {k}": lambda m, k=k: (m["dimension"] or {}).get(k)
                                  for k in sorted(KS, key=lambda k: k != K_SHOWN)}),
 ]
 LINE_STYLES = ["-", "--", ":"]
-UNIT_PANELS = ("circle accuracy", "ARI", "NMI")  # share the scale 0…1
+UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # share the scale 0…1
 
 
 def summary_figure(reports, title):
@@ -610,13 +700,15 @@ def summary_figure(reports, title):
     colors = figures.circle_colors(max(len(reports), 2))
     fig, axes = figures.new_figure(2, 4, panel=(3.7, 3.0), title=title)
     for ax, (name, lines) in zip(axes.ravel(), PANELS, strict=False):
-        shown = list(lines.items())[:1 if len(reports) > 3 else None]
+        shown = [(label, read) for label, read in lines.items()
+                 if any(read(m) is not None for report in reports for m in report["levels"])]
+        shown = shown[:1 if len(reports) > 3 else None]
         for report, color in zip(reports, colors, strict=False):
             depth = [m["depth"] / (report["n_layers"] + 1 if len(n_layers) > 1 else 1) for m in report["levels"]]
             for style, (_, read) in zip(LINE_STYLES, shown, strict=False):
                 values = [np.nan if read(m) is None else read(m) for m in report["levels"]]
                 ax.plot(depth, values, color=color, linestyle=style, marker="o", markersize=3.5)
-        ax.set_title(name + (f", {shown[0][0]}" if len(shown) < len(lines) else ""))
+        ax.set_title(name + (f", {shown[0][0]}" if len(shown) == 1 < len(lines) else ""))
         if name.startswith(UNIT_PANELS):
             ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
         depth_ticks(ax, reports, n_layers)
@@ -698,33 +790,39 @@ def sampled_rows(n_rows, args):
 
 
 def load_models(args, series, device):
-    """All models with what belongs to them, checked before any work: a list of (name, path, model, windows, depths)."""
+    """All models with what belongs to them, checked before any work: a list of (name, path, model, windows, depths,
+    the flags of its training that JSON can hold)."""
     models = []
     for name, path in zip(unique_names(args.checkpoint), args.checkpoint, strict=True):
         model, saved = mamba_model.load_checkpoint(path, device)
         dataset.check_fits_model(series, model, path)
         depths = chosen_depths(args.layers, model.n_layers, path)
-        models.append((name, path, model.use_scan(args.scan, device), window_settings(saved, path), depths))
+        models.append((name, path, model.use_scan(args.scan, device), window_settings(saved, path), depths,
+                       {key: value for key, value in saved.items()
+                        if isinstance(value, str | int | None) or (isinstance(value, float) and np.isfinite(value))}))
     return models
 
 
 def evaluate(model, series, windows, depths, rows, args, pool, name):
-    """Measures of all levels of a model and the futures of their UMAPs, two lists."""
-    names, measures, futures = level_names(model.n_layers), [], []
+    """Measures of all levels of a model, the futures of their UMAPs, the sampled step nearest to each: three lists."""
+    names, measures, futures, nearest = level_names(model.n_layers), [], [], []
     levels = representations(model, series.X, windows[0], depths, args.velocity)
     for depth, values in tqdm(levels, desc=name, total=len(depths), unit="level", disable=None):
         if not np.isfinite(values).all():
             raise cli.UserError(f"{name}: {names[depth]} holds NaN or infinity on these data; give another "
                                 "--checkpoint or the --data-dir it was trained on")
-        level, points, graph = level_measures(values, series, rows, args)
+        level, points, graph, nearest_sample = level_measures(values, series, rows, args)
         measures.append({"level": names[depth], "depth": depth, **level})
         if not args.no_umap:
             futures.append(submit(pool, umap_embedding, points, graph, args.umap_neighbors, args.seed))
-    return measures, futures
+            nearest.append(nearest_sample)
+    return measures, futures, nearest
 
 
 def write_report(report, args, prefix, subtitle):
     print(level_table(report))
+    if "umap_silhouette" in report["levels"][0]:
+        print(umap_table(report))
     cli.write_text(args.save_dir / f"{prefix}_metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
     figures.save(summary_figure([report], f"{report['name']}: measures against depth{subtitle}"),
@@ -745,7 +843,11 @@ def write_umaps(report, embeddings, states, n_circles, args, prefix, subtitle):
 def write_comparison(reports, args, suffix, subtitle):
     rows = [comparison_row(report) for report in reports]
     prefix = comparison_name([report["name"] for report in reports]) + suffix
-    print("\nbest layer of each checkpoint\n" + comparison_table(rows))
+    print(f"\nbest layer of each checkpoint (last: dimension of the last layer, k = {K_SHOWN}; peaks over all levels)\n"
+          + comparison_table(rows))
+    groups = seed_groups(reports)
+    if groups:
+        print("\nthe same flags but for the seed\n" + spread_table(groups))
     cli.write_text(args.save_dir / f"{prefix}_summary.csv", comparison_csv(rows))
     print(f"wrote {args.save_dir / f'{prefix}_summary.csv'}")
     figures.save(summary_figure(reports, f"measures against depth{subtitle}"),
@@ -761,31 +863,35 @@ def main(args):
     cli.output_folder(args.save_dir)
     suffix, subtitle = variant(args)
 
-    n_embeddings = 0 if args.no_umap else sum(len(depths) for *_, depths in models)
+    n_embeddings = 0 if args.no_umap else sum(len(depths) for *_, depths, _ in models)
     pool = umap_pool(n_embeddings, min(args.umap_points, len(rows)))
     try:
         process = known_process(series)
         accuracy = None if process is None else filter_accuracy(process, series)
         floors, reports = {}, []
-        for name, path, model, windows, depths in models:
+        for name, path, model, windows, depths, trained_with in models:
             print(f"\n{name}: {model.n_layers} layers" + (f"; exact filter's circle accuracy {accuracy:.3f}"
                                                           if accuracy is not None else ""))
             report = {"name": name, "checkpoint": str(path), "data_dir": str(args.data_dir), "seed": args.seed,
                       "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
                       "lb_points": None if args.no_lb else min(args.lb_points, len(rows)), "n_layers": model.n_layers,
-                      "seq_len": windows[0], "filter_circle_accuracy": accuracy, "errors": []}
+                      "seq_len": windows[0], "filter_circle_accuracy": accuracy, "errors": [],
+                      "trained_with": trained_with}
             try:
                 report["errors"] = prediction_errors(model, series, windows, process, floors)
                 print(error_table(report))
             except cli.UserError as error:
                 print(f"no validation MSE: {error}")
-            report["levels"], futures = evaluate(model, series, windows, depths, rows, args, pool, name)
+            report["levels"], futures, nearest = evaluate(model, series, windows, depths, rows, args, pool, name)
             best = best_layer(report["levels"])
             report["best_layer"] = best["level"] if best else None
+            shown = series.states[first + rows[:report["umap_points"]]]
+            embeddings = [future.result() for future in futures]
+            for measures, embedding, to_shown in zip(report["levels"], embeddings, nearest, strict=False):
+                measures |= embedding_scores(embedding, to_shown, shown, series.states[first:], series.n_circles,
+                                             args.seed)
             write_report(report, args, name + suffix, subtitle)
-            if futures:
-                shown = series.states[first + rows[:report["umap_points"]]]
-                embeddings = [future.result() for future in futures]
+            if embeddings:
                 write_umaps(report, embeddings, shown, series.n_circles, args, name + suffix, subtitle)
             reports.append(report)
         if len(reports) > 1:

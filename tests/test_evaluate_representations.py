@@ -319,6 +319,23 @@ def test_clusters_of_noise_and_of_a_collapsed_level_score_nothing():
     assert set(collapsed.values()) == {0.0}
 
 
+def test_rings_around_one_centre_are_told_apart_where_a_umap_lays_them_side_by_side():
+    rng = np.random.default_rng(0)
+    states = (np.arange(1200) // 100) % 2
+    angle = rng.uniform(0, 2 * np.pi, 1200)
+    planes = np.linalg.qr(rng.standard_normal((6, 4)))[0].T.reshape(2, 2, 6)
+    level = np.einsum("tp,tpd->td", np.stack([np.cos(angle), np.sin(angle)], axis=1), planes[states])
+    shown = rng.permutation(1200)[:400]
+    embedding = np.stack([10 * states[shown] + np.cos(angle[shown]), np.sin(angle[shown])], axis=1)  # as UMAP would
+    nearest = np.array([np.argmin(((level[shown] - point)**2).sum(axis=1)) for point in level])
+    found = ev.embedding_scores(embedding, nearest, states[shown], states, 2, seed=0)
+    assert found["umap_silhouette"] == pytest.approx(ev.silhouette(embedding, states[shown])) and \
+        found["umap_silhouette"] > 0.8
+    assert found["umap_ari"] == pytest.approx(rand_index(states, states[shown][nearest])) and found["umap_ari"] > 0.95
+    plain = ev.cluster_scores(level, np.arange(1200), states, 2, seed=0)
+    assert plain["kmeans_ari"] < 0.3 and ev.silhouette(level, states) < 0.3
+
+
 def test_silhouette_against_a_loop():
     rng = np.random.default_rng(0)
     states = rng.integers(0, 3, 60)
@@ -505,6 +522,8 @@ def test_umap_end_to_end(run, tmp_path):
     _, files = run("--umap-points", 120, "--umap-neighbors", 10, "--no-lb", "--layers", "input,1", "--device", "cpu")
     assert files == {"tiny_umap.png", "tiny_summary.png", "tiny_metrics.json"}
     assert (tmp_path / "plots" / "tiny_umap.png").read_bytes().startswith(b"\x89PNG")
+    for m in json.loads((tmp_path / "plots" / "tiny_metrics.json").read_text())["levels"]:
+        assert -1 <= m["umap_silhouette"] <= 1 and m["umap_ari"] <= 1 and 0 <= m["umap_nmi_smooth"] <= 1
 
 
 def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, monkeypatch):
@@ -546,6 +565,20 @@ def test_several_checkpoints_are_compared_in_one_table_and_one_figure(run, tiny_
         assert float(row["dimension_k30"]) == best["dimension"]["30"]
         assert f"{best['kmeans_ari_smooth']:.3f}" in result.out
     assert [row["horizon"] for row in report["errors"]] == [1, 2, 4]
+    assert "but for the seed" not in result.out
+
+
+def test_runs_that_differ_in_the_seed_alone_are_averaged(run, tmp_path):
+    paths = [save_model(tmp_path / f"{name}.pt", tiny_model(i), seed=seed, checkpoint=f"{name}.pt", lr=lr)
+             for i, (name, seed, lr) in enumerate([("a", 1, 0.1), ("b", 2, 0.1), ("other", 2, 0.2), ("c", 3, 0.1)])]
+    result, _ = run(*QUICK, "--layers", "1,2", checkpoints=paths)
+    reports = [json.loads((tmp_path / "plots" / f"{name}_metrics.json").read_text()) for name in "abc"]
+    errors = [report["errors"][0]["val_mse"] for report in reports]
+    row = next(line for line in result.out.splitlines() if line.startswith("a, 3 seeds"))
+    assert f"{np.mean(errors):.4f} ± {np.std(errors, ddof=1):.4f}" in row
+    peaks = [max(m["silhouette"] for m in report["levels"]) for report in reports]
+    assert f"{np.mean(peaks):.3f} ± {np.std(peaks, ddof=1):.3f}" in row
+    assert "other, " not in result.out
 
 
 def test_drifting_data_have_measures_but_no_floor(run, rewrite_data, tmp_path):
