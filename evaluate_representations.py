@@ -460,8 +460,8 @@ def umap_pool(n_embeddings, n_points):
 
 
 def start_worker():
-    """A worker ends on Ctrl-C without a traceback, and with the script, however that ends: killed, it would be waited
-    for by its workers for ever."""
+    """A worker ends on Ctrl-C without a traceback, and with the script even when that is killed: it would wait for work
+    for ever."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def end_with_the_script():
