@@ -1,14 +1,16 @@
 # make demo    an environment, data, a small trained model, its figures   (resumes where it was interrupted)
 # make test    the environment again if needed, the linter and the tests
 # make bench   speed tables against the peers of requirements-bench.txt
+# make study   the runs of the README's study and their comparison; for a GPU    (resumes where it was interrupted)
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
-# Beside each of its files a demo step leaves nothing half-made: a target is there when its last file is.
+# A step leaves nothing half-made: it is done when its last file is there, so that file is the target.
 DEMO   := demo
+STUDY  := study
 
-.PHONY: demo test bench clean-demo
+.PHONY: demo test bench study clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/plots/model_umap.png $(DEMO)/plots/model_gates_summary_0.png $(DEMO)/plots/dimension.png \
@@ -40,11 +42,11 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.runtime
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	@touch $@
 
-$(DEMO)/data/config.json: | $(VENV)/.runtime
+$(DEMO)/data/umap.png: | $(VENV)/.runtime
 	$(PY) markov_circles_timeseries.py --data-dir $(DEMO)/data
 
 # The run's last file is its third prediction figure; a run that was interrupted goes on from its last state.
-$(DEMO)/model_prediction_2.png: $(DEMO)/data/config.json
+$(DEMO)/model_prediction_2.png: $(DEMO)/data/umap.png
 	$(PY) masked_model_gpu_mamba_next.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt \
 	    --d-model 64 --n-layers 4 --d-state 16 --d-ff 128 --seq-len 512 --stride 256 --batch-size 16 --epochs 40 \
 	    --warmup-epochs 2 --lr 3e-3 --no-train-eval $$(test -f $(DEMO)/model_last.pt && echo --resume)
@@ -60,5 +62,43 @@ $(DEMO)/plots/.generated: $(DEMO)/model_prediction_2.png
 $(DEMO)/plots/model_gates_summary_0.png: $(DEMO)/model_prediction_2.png
 	$(PY) visualize_gates.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots
 
-$(DEMO)/plots/dimension.png: $(DEMO)/data/config.json
+$(DEMO)/plots/dimension.png: $(DEMO)/data/umap.png
 	$(PY) estimate_dimension.py --data-dir $(DEMO)/data --save-dir $(DEMO)/plots
+
+# The study: what a run's flags add to the README's setting stands behind its name.
+STUDY_FLAGS := --d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval
+STUDY_RUNS  := full_42 full_43 full_44 frozen_42 frozen_43 frozen_44 slow A_frozen gates_A_frozen horizon64
+study_run    = $(STUDY)/$(1)_prediction_2.png
+$(call study_run,full_43): FLAGS := --seed 43
+$(call study_run,full_44): FLAGS := --seed 44
+$(call study_run,frozen_42): FLAGS := --gate-lr-factor 0
+$(call study_run,frozen_43): FLAGS := --gate-lr-factor 0 --seed 43
+$(call study_run,frozen_44): FLAGS := --gate-lr-factor 0 --seed 44
+$(call study_run,slow): FLAGS := --gate-lr-factor 0.01
+$(call study_run,A_frozen): FLAGS := --freeze-A
+$(call study_run,gates_A_frozen): FLAGS := --gate-lr-factor 0 --freeze-A
+$(call study_run,horizon64): FLAGS := --max-horizon 64
+$(call study_run,subspace4): SERIES := data/subspace4
+
+study: $(STUDY)/plots/.compared
+	@echo; echo "figures of the study:"; find $(STUDY) -name '*.png' | sort
+
+$(STUDY)/plots/.compared: $(foreach run,$(STUDY_RUNS) subspace4,$(call study_run,$(run)))
+	$(PY) evaluate_representations.py --data-dir $(STUDY)/data --save-dir $(STUDY)/plots \
+	    --checkpoint $(STUDY_RUNS:%=$(STUDY)/%.pt)
+	$(PY) evaluate_representations.py --data-dir $(STUDY)/data/subspace4 --save-dir $(STUDY)/plots \
+	    --checkpoint $(STUDY)/subspace4.pt
+	$(PY) generate.py --data-dir $(STUDY)/data --save-dir $(STUDY)/plots --checkpoint $(STUDY)/full_42.pt \
+	    --gen-len 4096 --compare
+	@touch $@
+
+SERIES = data
+$(STUDY)/%_prediction_2.png: $(STUDY)/data/umap.png $(STUDY)/data/subspace4/umap.png
+	$(PY) masked_model_gpu_mamba_next.py --data-dir $(STUDY)/$(SERIES) --checkpoint $(STUDY)/$*.pt $(STUDY_FLAGS) \
+	    $(FLAGS) $$(test -f $(STUDY)/$*_last.pt && echo --resume)
+
+$(STUDY)/data/umap.png: | $(VENV)/.runtime
+	$(PY) markov_circles_timeseries.py --data-dir $(STUDY)/data
+
+$(STUDY)/data/subspace4/umap.png: | $(VENV)/.runtime
+	$(PY) markov_circles_timeseries.py --data-dir $(STUDY)/data/subspace4 --subspace-dim 4
