@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 import cli
 
@@ -67,6 +68,13 @@ def bare(ax):
     """Hide the ticks of an axis whose units mean nothing (UMAP coordinates) and of unused panels."""
     ax.set_xticks([])
     ax.set_yticks([])
+
+
+def log_ticks(axis, multiples):
+    """Ticks of a logarithmic axis at these multiples of the powers of ten, all of them labelled in plain numbers."""
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def hide_unused(axes, used):

@@ -626,7 +626,7 @@ def draw_loss(path, rows, horizons, title):
         if has_floor:
             ax.axhline(rows[-1][f"floor_mse_{k}"], color=color, linestyle=":", label=f"{name}optimal filter")
             excess = [row[f"excess_percent_{k}"] for row in rows]
-            axes[0, 1].plot(epochs, excess, color=color, label=f"{name}{excess[-1]:.2f} % at the end")
+            axes[0, 1].plot(epochs, excess, color=color, label=f"{name}best {min(excess):.2f} %, {excess[-1]:.2f} % at the end")
     axes[0, 0].set(xlabel="epoch", ylabel="mean squared error (data units²)", yscale="log", title="Loss")
     axes[0, 0].legend(fontsize=7 if len(horizons) > 2 else 9)
     if has_floor:
@@ -635,9 +635,8 @@ def draw_loss(path, rows, horizons, title):
         axes[0, 1].legend(fontsize=7 if len(horizons) > 2 else 9)
     for ax in axes.ravel():
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.yaxis.set_minor_formatter("{x:g}")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.tick_params(axis="y", which="minor", labelsize=7)
+        low, high = ax.get_ylim()
+        figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
         if len(rows) == 1:
             for line in ax.get_lines():
                 line.set_marker("o")
