@@ -204,8 +204,8 @@ class Fate:
 
 def killed_generations(folder, fate):
     """Two series in turn into the same folder: what is there is one or the other, never a mixture."""
-    variants = {seed: [*DATA, "--data-dir", folder, "--n-steps", steps, "--seed", seed]
-                for seed, steps in ((1, 3000), (2, 4000))}
+    variants = {seed: [*DATA, "--data-dir", folder, "--n-steps", steps, "--seed", seed, *more]
+                for seed, steps, more in ((1, 3000, []), (2, 4000, ["--uncompressed"]))}
     true = {seed: generator.generate(generator.config_of(generator.parse_args([str(w) for w in argv]))).X
             for seed, argv in variants.items()}
     seconds = 2.0

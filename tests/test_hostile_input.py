@@ -27,6 +27,7 @@ import dataset
 import evaluate_representations
 import generate
 import mamba_model
+import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
 import optimal_filter
 import visualize_gates
@@ -134,9 +135,9 @@ def damaged_member(draw, content, near_the_start=256):
 
 
 @st.composite
-def hostile_archive(draw, content):
-    """An archive whose directory lies: a field of one entry, here or in the local header, has another value."""
-    raw = bytearray(zipped(content, draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))))
+def lying(draw, archive):
+    """An archive whose directory lies: fields of one entry, there or in the local header, have other values."""
+    raw = bytearray(archive)
     entries = [i for i in range(len(raw) - 4) if raw[i:i + 4] in (b"PK\1\2", b"PK\3\4")]
     at = draw(st.sampled_from(entries))
     fields = {8: "H", 10: "H", 16: "I", 20: "I", 24: "I", 28: "H", 30: "H", 42: "I"} if raw[at + 2] == 1 else {
@@ -162,6 +163,16 @@ def arrays(shared_data):
             np.save(member, file[name][:400] if name in ("X", "states", "thetas") else file[name])
             content[f"{name}.npy"] = member.getvalue()
     return content
+
+
+@pytest.fixture(scope="module")
+def uncompressed(shared_data, tmp_path_factory):
+    """The bytes of a data.npz that is mapped in place of being read."""
+    folder = tmp_path_factory.mktemp("uncompressed")
+    config = json.loads((shared_data / "config.json").read_text())
+    generator.save_uncompressed({**config, "n_steps": 400}, folder)
+    assert dataset.mapping_of(dataset.load_series(folder).X) is not None
+    return (folder / "data.npz").read_bytes()
 
 
 @pytest.fixture
@@ -210,8 +221,18 @@ def test_damaged_arrays(folder, arrays, data):
 @hostile
 @given(data=st.data())
 def test_lying_archives(folder, arrays, data):
-    (folder / "data.npz").write_bytes(data.draw(hostile_archive(arrays)))
+    compression = data.draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
+    (folder / "data.npz").write_bytes(data.draw(lying(zipped(arrays, compression))))
     check_series(folder)
+
+
+@hostile
+@given(data=st.data())
+def test_damaged_mapped_data(folder, uncompressed, data):
+    (folder / "data.npz").write_bytes(data.draw(st.one_of(damaged(uncompressed), lying(uncompressed))))
+    series = check_series(folder)
+    if series is not None:
+        use_filter(series)
 
 
 WHOLE = st.one_of(st.integers(0, 9), st.sampled_from([-1, -2**63, 2**31, 2**40, 2**63, 2**64, 10**12, 10**30, True]))
@@ -354,7 +375,7 @@ def test_damaged_pickles(run_copy, run_folder, data):
 @hostile
 @given(data=st.data())
 def test_lying_checkpoint_archives(run_copy, run_folder, data):
-    (run_copy / "a.pt").write_bytes(data.draw(hostile_archive(members(run_folder / "a.pt"))))
+    (run_copy / "a.pt").write_bytes(data.draw(lying(zipped(members(run_folder / "a.pt")))))
     check_checkpoint(run_copy / "a.pt")
 
 

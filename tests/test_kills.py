@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,30 @@ def test_random_kills():
     script = Path(__file__).with_name("kill_runs.py")
     result = subprocess.run([sys.executable, script, "--kills", "4"], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and "4 kills: every file whole" in result.stdout, result.stdout + result.stderr
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists() or os.cpu_count() < 2, reason="needs /proc and two cores")
+def test_workers_end_with_a_killed_evaluation(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, time\nimport evaluate_representations\nif __name__ == '__main__':\n"
+                      "    pool = evaluate_representations.umap_pool(10, 10**6)\n"
+                      "    print(pool.submit(os.getpid).result(), flush=True)\n    time.sleep(100)\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(training.__file__).parent)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        worker = int(process.stdout.readline())
+        assert running(worker)
+        process.kill()
+    give_up = time.monotonic() + 60
+    while running(worker) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert not running(worker)
 
 
 # ---- the first moments of a run
