@@ -626,7 +626,8 @@ def draw_loss(path, rows, horizons, title):
         if has_floor:
             ax.axhline(rows[-1][f"floor_mse_{k}"], color=color, linestyle=":", label=f"{name}optimal filter")
             excess = [row[f"excess_percent_{k}"] for row in rows]
-            axes[0, 1].plot(epochs, excess, color=color, label=f"{name}best {min(excess):.2f} %, {excess[-1]:.2f} % at the end")
+            label = f"{name}best {min(excess):.2f} %, {excess[-1]:.2f} % at the end"
+            axes[0, 1].plot(epochs, excess, color=color, label=label)
     axes[0, 0].set(xlabel="epoch", ylabel="mean squared error (data units²)", yscale="log", title="Loss")
     axes[0, 0].legend(fontsize=7 if len(horizons) > 2 else 9)
     if has_floor:
