@@ -2,12 +2,11 @@
 
 What is compared is the relative error in the 2-norm, ‖value − reference‖ / ‖reference‖, with the float64 loop on a CPU
 as the reference, in units of the unit roundoff u: 2⁻²⁴ (float32), 2⁻¹¹ (float16), 2⁻⁸ (bfloat16). Under autocast a
-layer rounds weights and activations to half precision a few times and adds what it computes to a residual stream in
-float32: the loop under autocast is 1.5 u off in its predictions, 1 u in the gradient of all parameters together and up
-to 3 u in that of one tensor, in which terms cancel, alike in both types. A kernel may order and round differently: it
-is held to 5 u and, for one tensor, 25 u. In float32, with TF32 off, the loop is 5 u off everywhere; the kernels take
-faster exponentials and sum over batch and time in another order (the CPU's: 5 u, 33 u for one tensor), and are held to
-64 u (4e-6) and 256 u (1.5e-5).
+layer rounds weights and activations to half precision a few times: the loop under autocast is 1.5 u off in its
+predictions, 1 u in the gradient of all parameters together and up to 3 u in that of one tensor, in which terms cancel,
+alike in both types. A kernel may order and round differently: it is held to 8 u and, for one tensor, 64 u. In float32,
+with TF32 off, the loop is 5 u off everywhere; the kernels take faster exponentials and sum over batch and time in
+another order (the CPU's: 5 u, 33 u for one tensor), and are held to 64 u (4e-6) and 512 u (3e-5).
 """
 
 import json
@@ -19,7 +18,7 @@ from conftest import relative_error
 from mamba_model import CausalTimeSeriesMamba
 
 UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
-TOLERANCE = {torch.float32: (64, 256), torch.float16: (5, 25), torch.bfloat16: (5, 25)}  # u: all, and one tensor
+TOLERANCE = {torch.float32: (64, 512), torch.float16: (8, 64), torch.bfloat16: (8, 64)}  # u: all, and one tensor
 LOSS_SCALE = 2.0**8  # keeps float16 gradients off its subnormal numbers, as a gradient scaler would
 HALF = (torch.float16, torch.bfloat16)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
