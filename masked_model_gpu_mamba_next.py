@@ -516,7 +516,8 @@ def read_last(path):
     saved, (model, args) = read_checkpoint(path), load_checkpoint(path)
     kinds = {"epoch": int, "step": int, "best_loss": float, "data_crc32": int, "totals": torch.Tensor,
              "optimizer_state_dict": dict}
-    bad = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+    bad = [name for name, kind in kinds.items()
+           if not isinstance(saved.get(name), kind) or isinstance(saved[name], bool)]
     bad += [name for name in ("train_loss", "val_loss") if not isinstance(saved.get(name, ""), float | None)]
     if bad:
         raise cli.UserError(f"--resume: {path} lacks a valid {bad[0]}: it is no last state of a run; start it anew")
@@ -542,7 +543,10 @@ def valid_flags(saved, path, names=None):
         value, kind = saved.get(name, action.default), action.type or str
         try:
             if value is not action.default and action.nargs != "?":
-                valid = isinstance(value, bool) if action.nargs == 0 else kind(str(value)) in (value, Path(str(value)))
+                if action.nargs == 0:
+                    valid = isinstance(value, bool)
+                else:
+                    valid = kind(str(value)) == (Path(value) if kind is Path else value)
                 if not valid or (action.choices and value not in action.choices):
                     raise ValueError
         except (ValueError, TypeError, argparse.ArgumentTypeError):

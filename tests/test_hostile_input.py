@@ -266,7 +266,7 @@ def test_hostile_array_headers(folder, arrays, name, header, version, bomb):
 @given(name=st.sampled_from(["X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods",
                              "planes"]),
        dtype=st.sampled_from(["f2", "f4", "f8", "g", "i1", "u1", "i4", "i8", "u8", "?", "c8", "U2", "M8[s]", ">f4"]),
-       shape=st.lists(st.sampled_from([0, 1, 2, 4, 6, 400]), max_size=3), right=st.booleans(),
+       shape=st.lists(st.sampled_from([0, 1, 2, 4, 6, 40]), max_size=3), right=st.booleans(),
        value=st.sampled_from([0, 1, 3, -1, 127, 1e30, 1e300, 2**63, 2**40, 10**9, float("nan"), float("inf"), 1e-300]))
 def test_hostile_values(folder, arrays, name, dtype, shape, right, value):
     if right:  # the right shape, so that the values are what counts
@@ -379,7 +379,7 @@ def test_lying_checkpoint_archives(run_copy, run_folder, data):
     check_checkpoint(run_copy / "a.pt")
 
 
-NUMBERS = [0, -1, 1, 10**12, 10**30, 2**63, 10**5000, True, None, 0.5, 1e300, float("nan"), float("inf"), "x", "64",
+NUMBERS = [0, -1, 1, 10**12, 10**30, 2**63, 10**4000, True, None, 0.5, 1e300, float("nan"), float("inf"), "x", "64",
            "", "\ud800", [1], {}, {"a": [None]}]
 
 
