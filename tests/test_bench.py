@@ -37,6 +37,7 @@ def test_goals_are_met_at_their_bound_and_missed_beyond():
     assert goals(max_ours=1.9) == {"≤ 1.9 s": False}
     assert goals(max_ours=2.0, limit=1.0, max_of_limit=2) == {"≤ 2 s": True, "≤ 2x limit": True}
     assert goals(limit=0.9, max_of_limit=2) == {"≤ 2x limit": False}
+    assert goals(limit=3.0, max_of_limit=2) == {"≤ 2x limit": None}  # a limit that is beaten is none
     assert goals(min_ratio=5, max_of_limit=2) == {}  # no peer, no limit: nothing to say
 
 
@@ -71,6 +72,20 @@ def test_laps_split_the_time_between_the_parts(monkeypatch):
     laps("forward")
     laps("backward")
     assert laps.seconds() == {"forward": 2.0, "backward": 5.0}
+
+
+def test_a_limit_is_one_thread_times_the_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        limits, seen = bench.Limits(CPU, True), []
+        limits.fastest(lambda: seen.append(torch.get_num_threads()))
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        limits.fastest = lambda function: 1.0
+        assert limits.gemms([(4, 3, 2)], torch.float32, ("forward", "backward")) == 3 / 2
+        assert limits.exps == 2 * 2**12
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_peak_memory_counts_what_lives_at_once():
