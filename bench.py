@@ -917,7 +917,7 @@ def strip_by_step(ax, states, n_circles, start=0, label="circle"):
 def strip_by_visit(ax, states, n_circles, start=0, label="circle"):
     """figures.state_strip with a patch for each visit."""
     colors = figures.circle_colors(n_circles)
-    for state, first, length in zip(*circles.runs(np.asarray(states)), strict=True):
+    for state, first, length in zip(*dataset.runs(np.asarray(states)), strict=True):
         ax.axvspan(start + first - 0.5, start + first + length - 0.5, color=colors[state], linewidth=0)
     ax.set_yticks([])
     ax.set_ylabel(label)

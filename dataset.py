@@ -23,6 +23,7 @@ LARGEST_VALUE = 1e30  # data units; its square is still far from the end of floa
 # The numbers of config.json that are used, and how large they may be.
 CONFIG_NUMBERS = {"noise_std": LARGEST_VALUE, "center_walk_std": LARGEST_VALUE, "dwell_mean": 1.7e308,
                   "dwell_std": 1.7e308}
+WINDOW_DEFAULTS = {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}  # of the training script
 LONGEST_PERIOD = 2**40  # steps; far beyond any series, and exact in float64
 BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the cache
 MAPPED = {"X.npy": "=f4", "states.npy": "=i8", "thetas.npy": "=f8"}  # as long as the series: the types they map as
@@ -293,11 +294,41 @@ def find_problem(series):
     return None
 
 
+def runs(states):
+    """The visits of a state sequence: circles (n,), first steps (n,) and lengths (n,) in steps."""
+    circles, starts, first, before = [], [], 0, -1
+    for block in blocks(states):
+        begins = np.flatnonzero(np.diff(block, prepend=before))
+        circles.append(block[begins])
+        starts.append(first + begins)
+        first, before = first + len(block), block[-1]
+    starts = np.concatenate(starts)
+    return np.concatenate(circles), starts, np.diff(starts, append=first)
+
+
 def check_fits_model(series, model, checkpoint):
     """Raise UserError when a model trained on another number of features meets this series."""
     if model.feature_dim != series.feature_dim:
         raise UserError(f"{checkpoint} predicts {model.feature_dim} features but the data have "
                         f"{series.feature_dim}; give the --data-dir it was trained on")
+
+
+def window_settings(args, checkpoint):
+    """seq_len, stride and val_fraction that a model was trained with; args: the flags that its checkpoint holds.
+
+    Those it doesn't name (older files) are the training script's defaults, and a line says so. Raises UserError when
+    one makes no sense.
+    """
+    missing = [name for name in WINDOW_DEFAULTS if name not in args]
+    if missing:
+        print(f"{checkpoint} doesn't name its " + ", ".join(f"{name} (taken: {WINDOW_DEFAULTS[name]})"
+                                                            for name in missing))
+    seq_len, stride, val_fraction = (args.get(name, default) for name, default in WINDOW_DEFAULTS.items())
+    if not (isinstance(seq_len, int) and seq_len > 1 and isinstance(stride, int) and stride > 0
+            and isinstance(val_fraction, float) and 0 < val_fraction < 1):
+        raise UserError(f"{checkpoint} names seq_len {seq_len!r}, stride {stride!r} and val_fraction "
+                        f"{val_fraction!r}, which make no windows; give another --checkpoint")
+    return seq_len, stride, val_fraction
 
 
 def first_validation_step(n_steps, val_fraction):

@@ -110,7 +110,6 @@ import figures  # noqa: E402
 import mamba_model  # noqa: E402
 from estimate_dimension import dimension_from_distances, knn, levina_bickel  # noqa: E402
 
-WINDOW_DEFAULTS = {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}  # of the training script
 KS = (10, 30, 100)  # neighbours of the dimension estimate
 K_SHOWN = 30  # the one in panel titles and in the comparison
 VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
@@ -484,24 +483,6 @@ def submit(pool, function, *arguments):
 # Floor and ceiling
 
 
-def window_settings(args, checkpoint):
-    """seq_len, stride and val_fraction that a model was trained with, as its checkpoint says.
-
-    Those it doesn't name (older files) are the training script's defaults, and a line says so. Raises UserError when
-    one makes no sense.
-    """
-    missing = [name for name in WINDOW_DEFAULTS if name not in args]
-    if missing:
-        print(f"{checkpoint} doesn't name its " + ", ".join(f"{name} (taken: {WINDOW_DEFAULTS[name]})"
-                                                            for name in missing))
-    seq_len, stride, val_fraction = (args.get(name, default) for name, default in WINDOW_DEFAULTS.items())
-    if not (isinstance(seq_len, int) and seq_len > 1 and isinstance(stride, int) and stride > 0
-            and isinstance(val_fraction, float) and 0 < val_fraction < 1):
-        raise cli.UserError(f"{checkpoint} names seq_len {seq_len!r}, stride {stride!r} and val_fraction "
-                            f"{val_fraction!r}, which make no windows; give another --checkpoint")
-    return seq_len, stride, val_fraction
-
-
 def known_process(series):
     """The process of the data for the exact filter, or None, with a line that says why."""
     from optimal_filter import process_from_series
@@ -663,19 +644,6 @@ def level_title(measures):
     return "\n".join([measures["level"], ", ".join(facts)]).strip()
 
 
-def umap_figure(embeddings, titles, states, n_circles, title):
-    """UMAPs coloured by circle, one panel an embedding (n, 2), states (n,), and one legend."""
-    cols = len(embeddings) if len(embeddings) < 4 else min(5, -(-len(embeddings) // 2))
-    rows = -(-len(embeddings) // cols)
-    fig, axes = figures.new_figure(rows, cols, panel=(3.1, 3.3) if len(embeddings) > 1 else (6.5, 6.0), title=title)
-    colors = figures.circle_colors(n_circles)[states]
-    for ax, points, name in zip(axes.ravel(), embeddings, titles, strict=False):
-        figures.scatter_panel(ax, points, colors, title=name)
-    figures.hide_unused(axes, len(embeddings))
-    figures.circle_legend(fig, n_circles, np.unique(states))
-    return fig
-
-
 # (title, {line label: how to read it from a level's measures}); the first line of a panel is the solid one.
 PANELS = [
     ("circle accuracy of a linear probe", {"": lambda m: m["probe_accuracy"]}),
@@ -797,7 +765,7 @@ def load_models(args, series, device):
         model, saved = mamba_model.load_checkpoint(path, device)
         dataset.check_fits_model(series, model, path)
         depths = chosen_depths(args.layers, model.n_layers, path)
-        models.append((name, path, model.use_scan(args.scan, device), window_settings(saved, path), depths,
+        models.append((name, path, model.use_scan(args.scan, device), dataset.window_settings(saved, path), depths,
                        {key: value for key, value in saved.items()
                         if isinstance(value, str | int | None) or (isinstance(value, float) and np.isfinite(value))}))
     return models
@@ -833,10 +801,11 @@ def write_umaps(report, embeddings, states, n_circles, args, prefix, subtitle):
     title = f"{report['name']}: UMAP of {len(states):,} steps{subtitle}"
     titles = [level_title(m) for m in report["levels"]]
     if not args.per_layer:
-        figures.save(umap_figure(embeddings, titles, states, n_circles, title), args.save_dir / f"{prefix}_umap.png")
+        fig = figures.umap_figure(embeddings, titles, states, n_circles, title)
+        figures.save(fig, args.save_dir / f"{prefix}_umap.png")
         return
     for measures, embedding, level in zip(report["levels"], embeddings, titles, strict=True):
-        fig = umap_figure([embedding], [level], states, n_circles, title)
+        fig = figures.umap_figure([embedding], [level], states, n_circles, title)
         figures.save(fig, args.save_dir / f"{prefix}_umap_{measures['level'].replace(' ', '')}.png")
 
 

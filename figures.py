@@ -115,7 +115,8 @@ def heatmap_panel(fig, ax, values, start=0, ylabel="", title="", unit="", cmap="
     image = ax.imshow(values.T, aspect="auto", origin="lower", interpolation="nearest", cmap=cmap,
                       norm=Normalize(low, high),
                       extent=(start - 0.5, start + len(values) - 0.5, -0.5, values.shape[1] - 0.5))
-    bar = fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, extend="both")
+    beyond = {(True, True): "both", (True, False): "min", (False, True): "max", (False, False): "neither"}
+    bar = fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, extend=beyond[values.min() < low, values.max() > high])
     if unit:
         bar.set_label(unit)
     ax.yaxis.get_major_locator().set_params(integer=True)  # channels are counted
@@ -146,3 +147,16 @@ def circle_legend(target, n_circles, present=None, **where):
                for i in circles]
     where = {"loc": "outside right upper", **where} if isinstance(target, Figure) else where
     return target.legend(handles=handles, title="circle", ncols=1 + (len(handles) - 1) // 15, **where)
+
+
+def umap_figure(embeddings, titles, states, n_circles, title):
+    """UMAPs coloured by circle, one panel an embedding (n, 2), states (n,), and one legend."""
+    cols = len(embeddings) if len(embeddings) < 4 else min(5, -(-len(embeddings) // 2))
+    rows = -(-len(embeddings) // cols)
+    fig, axes = new_figure(rows, cols, panel=(3.1, 3.3) if len(embeddings) > 1 else (6.5, 6.0), title=title)
+    colors = circle_colors(n_circles)[states]
+    for ax, points, name in zip(axes.ravel(), embeddings, titles, strict=False):
+        scatter_panel(ax, points, colors, title=name)
+    hide_unused(axes, len(embeddings))
+    circle_legend(fig, n_circles, np.unique(states))
+    return fig

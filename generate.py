@@ -258,17 +258,11 @@ def seed_windows(n_steps, seed_len, gen_len, n_samples, offset):
 # ------------------------------------------------------------------------------------------------- is it a song?
 
 
-def visits(labels):
-    """Runs of equal labels (n,): the circle, the first step and the length of each visit, three arrays."""
-    starts = np.flatnonzero(np.r_[True, labels[1:] != labels[:-1]])
-    return labels[starts], starts, np.diff(np.r_[starts, len(labels)])
-
-
 def transition_counts(label_rows, n_circles):
     """How often each circle follows each other one: (K, K) int, row: from, column: to."""
     counts = np.zeros((n_circles, n_circles), dtype=np.int64)
     for labels in label_rows:
-        circles, _, _ = visits(labels)
+        circles, _, _ = dataset.runs(labels)
         np.add.at(counts, (circles[:-1], circles[1:]), 1)
     return counts
 
@@ -304,7 +298,7 @@ def mean_absolute_deviation(n, p):
 
 def completed_dwells(label_rows):
     """Circles and lengths (steps) of the visits whose first and last step were both seen."""
-    rows = [visits(labels) for labels in label_rows]
+    rows = [dataset.runs(labels) for labels in label_rows]
     return (np.concatenate([circles[1:-1] for circles, _, _ in rows]),
             np.concatenate([lengths[1:-1] for _, _, lengths in rows]))
 

@@ -114,8 +114,9 @@ from dataclasses import dataclass  # noqa: E402
 
 import numpy as np  # noqa: E402
 
+import dataset  # noqa: E402
 import figures  # noqa: E402
-from dataset import Series, blocks, load_series, pick  # noqa: E402
+from dataset import Series, load_series, pick  # noqa: E402
 from estimate_dimension import distinct, knn, levina_bickel  # noqa: E402
 
 BLOCK_VALUES = 2**17  # values of X filled at a time: the temporaries stay in the cache
@@ -397,25 +398,13 @@ def write_member(archive, file, name, shape, dtype, values):
 
 # ---------------------------------------------------------------------------------------------------- the summary
 
-def runs(states):
-    """The visits of a state sequence: circles (n,), first steps (n,) and lengths (n,) in steps."""
-    circles, starts, first, before = [], [], 0, -1
-    for block in blocks(states):
-        begins = np.flatnonzero(np.diff(block, prepend=before))
-        circles.append(block[begins])
-        starts.append(first + begins)
-        first, before = first + len(block), block[-1]
-    starts = np.concatenate(starts)
-    return np.concatenate(circles), starts, np.diff(starts, append=first)
-
-
 def visit_statistics(series):
     """Steps (K,), visits (K,), and mean and std of the dwell (K,) in steps by circle, NaN where there is none.
 
     The last visit, which the end of the series cuts, counts as a visit but not for the dwell.
     """
     K = series.n_circles
-    circles, _, lengths = runs(series.states)
+    circles, _, lengths = dataset.runs(series.states)
     n_steps = np.zeros(K, np.int64)
     np.add.at(n_steps, circles, lengths)
     dwells = [lengths[:-1][circles[:-1] == i] for i in range(K)]
@@ -468,14 +457,14 @@ def plot_time_shares(fig, ax, shares, n_steps):
 
 
 def plot_state_sequence(series):
-    visits = runs(series.states)
+    visits = dataset.runs(series.states)
     n = min(FIRST_STEPS, series.n_steps)
     fig, axes = figures.new_figure(3, 1, panel=(10, 2.2), height_ratios=[1, 6, 6])
     strip, start, whole = axes[:, 0]
     figures.state_strip(strip, series.states[:n], series.n_circles)
     strip.set_xlim(0, n)
     strip.set_title(f"The first {n:,} steps", loc="left")
-    plot_visit_bars(start, runs(series.states[:n]), n, series.n_circles)
+    plot_visit_bars(start, dataset.runs(series.states[:n]), n, series.n_circles)
     if len(visits[0]) <= MOST_BARS:
         plot_visit_bars(whole, visits, series.n_steps, series.n_circles)
     else:

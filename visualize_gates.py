@@ -59,31 +59,12 @@ MEANINGS = {"delta": "step size Δ over the channel's mean: red takes the input 
             "B": "B: how the input enters the state",
             "C": "C: how the state is read out",
             "conv": "conv: the block's input after convolution and SiLU"}
-DEFAULT_WINDOWS = {"seq_len": 1024, "val_fraction": 0.1}  # of the training script
 UMAP_NEIGHBORS = 15
 ANOVA_POINTS = 5000
 MAX_WINDOWS = 64  # windows that sampled time steps come from: bounds the time on a long series
 
 
 # Samples
-
-
-def window_settings(args, checkpoint):
-    """seq_len and val_fraction of a training run, from the flags kept in its checkpoint.
-
-    Flags that are not there (older files) get the training script's defaults, and a line that says so. Raises
-    UserError when one makes no sense.
-    """
-    missing = [name for name in DEFAULT_WINDOWS if name not in args]
-    if missing:
-        print(f"{checkpoint} doesn't say " + " and ".join(f"its {name} (taken: {DEFAULT_WINDOWS[name]})"
-                                                          for name in missing))
-    settings = {name: args.get(name, default) for name, default in DEFAULT_WINDOWS.items()}
-    seq_len, val_fraction = settings["seq_len"], settings["val_fraction"]
-    if not (isinstance(seq_len, int) and seq_len > 0 and isinstance(val_fraction, float) and 0 < val_fraction < 1):
-        raise cli.UserError(f"{checkpoint} was trained with seq_len {seq_len!r} and val_fraction {val_fraction!r}, "
-                            "which is no valid pair; give another --checkpoint")
-    return seq_len, val_fraction
 
 
 def sample_starts(n_steps, seq_len, val_fraction):
@@ -286,19 +267,6 @@ def summary_figure(layers, shares, input_share, states, n_circles, start, title)
     return fig
 
 
-def umap_figure(embeddings, states, n_circles, titles, title):
-    """A grid of UMAPs, one panel an embedding (n, 2), coloured by states (n,)."""
-    cols = min(len(embeddings), 4)
-    rows = -(-len(embeddings) // cols)
-    fig, axes = figures.new_figure(rows, cols, panel=(3.2, 3.2) if len(embeddings) > 1 else (6.5, 6.0), title=title)
-    colors = figures.circle_colors(n_circles)[states]
-    for ax, points, name in zip(axes.ravel(), embeddings, titles, strict=False):
-        figures.scatter_panel(ax, points, colors, title=name)
-    figures.hide_unused(axes, len(embeddings))
-    figures.circle_legend(fig, n_circles, np.unique(states))
-    return fig
-
-
 # Script
 
 
@@ -364,8 +332,8 @@ def draw_umaps(args, model, series, starts, seq_len, folder):
             values = points[layer][signal]
             embeddings.append(umap_embedding(standardise(values), args.seed))
             titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
-        fig = umap_figure(embeddings, states, series.n_circles, titles,
-                          f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
+        fig = figures.umap_figure(embeddings, titles, states, series.n_circles,
+                                  f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
         figures.save(fig, folder / f"{prefix}_umap_{signal}.png")
 
 
@@ -376,7 +344,7 @@ def main(args):
         raise cli.UserError(f"--layer {args.layer} is out of range: the model has layers 1…{model.n_layers}")
     series = dataset.load_series(args.data_dir)
     dataset.check_fits_model(series, model, args.checkpoint)
-    seq_len, val_fraction = window_settings(trained_with, args.checkpoint)
+    seq_len, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)
     starts = sample_starts(series.n_steps, seq_len, val_fraction)
     if not args.umap:
         check_samples(args.sample, args.n_samples, len(starts))

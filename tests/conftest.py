@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 
 import cli
@@ -17,6 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 TINY_DATA = ["--no-umap", "--n-steps", "3000", "--n-circles", "4", "--ambient-dim", "6", "--min-period", "10",
              "--max-period", "40", "--dwell-mean", "80", "--dwell-std", "20", "--seed", "7"]
 TINY_MODEL = {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}
+
+
+@pytest.fixture
+def one_thread():
+    """Arrays as small as the tests' are slower with more, above all when other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpoolctl.threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench
+import dataset
 import estimate_dimension
 import figures
 import generate
@@ -145,7 +146,7 @@ def test_the_generator_by_step_draws_from_the_same_process():
     r, plane = series.radii[series.states], series.planes[series.states]
     point = r[:, None] * (np.cos(series.thetas)[:, None] * plane[:, 0] + np.sin(series.thetas)[:, None] * plane[:, 1])
     assert (series.X - point).std() == pytest.approx(0.5, rel=0.05)
-    visited, _, lengths = circles.runs(series.states)
+    visited, _, lengths = dataset.runs(series.states)
     assert (lengths[:-1] % series.periods[visited[:-1]] == 0).all()
     assert (series.transition_matrix[visited[:-1], visited[1:]] > 0).all()
 

@@ -357,3 +357,17 @@ def test_training_on_either_form_ends_the_same(script, shared_data, shared_uncom
                         "--device", "cpu")
         assert result.code == 0 and result.err == ""
         assert f"{a['val_loss']:.4f}" in result.out
+
+
+def test_window_flags_that_an_older_checkpoint_lacks_are_the_defaults_and_are_named(capsys):
+    assert dataset.window_settings({"seq_len": 64, "stride": 8, "val_fraction": 0.25}, "m.pt") == (64, 8, 0.25)
+    assert capsys.readouterr().out == ""
+    assert dataset.window_settings({"seq_len": 64, "stride": 8}, "old.pt") == (64, 8, 0.1)
+    assert "old.pt doesn't name its val_fraction (taken: 0.1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [{"seq_len": 0}, {"seq_len": "long"}, {"stride": 0}, {"val_fraction": 1.5},
+                                 {"val_fraction": None}])
+def test_senseless_window_flags_are_refused(bad):
+    with pytest.raises(cli.UserError, match="make no windows"):
+        dataset.window_settings({"seq_len": 64, "stride": 8, "val_fraction": 0.1} | bad, "m.pt")

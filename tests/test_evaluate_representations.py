@@ -10,13 +10,13 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
-import threadpoolctl
 import torch
 from conftest import TINY_MODEL
 
 import cli
 import dataset
 import evaluate_representations as ev
+import figures
 import mamba_model
 from estimate_dimension import knn, levina_bickel
 
@@ -24,14 +24,7 @@ SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
 QUICK = ["--no-umap", "--lb-points", 400, "--umap-points", 300, "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Arrays as small as these are slower with more, above all when other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpoolctl.threadpool_limits(1):
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny_model(seed=0, **sizes):
@@ -527,9 +520,9 @@ def test_umap_end_to_end(run, tmp_path):
 
 
 def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, monkeypatch):
-    drawn, draw = [], ev.umap_figure
+    drawn, draw = [], figures.umap_figure
     monkeypatch.setattr(ev, "umap_embedding", lambda points, graph, n_neighbors, seed: points[:, :2])
-    monkeypatch.setattr(ev, "umap_figure", lambda *given: drawn.append(given) or draw(*given))
+    monkeypatch.setattr(figures, "umap_figure", lambda *given: drawn.append(given) or draw(*given))
     flags = ["--umap-points", 1500, "--no-lb", "--device", "cpu"]
     _, files = run(*flags)
     assert "tiny_umap.png" in files and len(drawn) == 1
@@ -594,11 +587,6 @@ def test_windows_longer_than_the_validation_part_have_measures_but_no_error(run,
     result, _ = run(*QUICK, "--no-lb", "--layers", "1", checkpoints=[long])
     assert "no validation MSE: the validation part has 300 steps" in result.out
     assert json.loads((tmp_path / "plots" / "long_metrics.json").read_text())["errors"] == []
-
-
-def test_an_older_checkpoint_that_names_no_windows_takes_the_defaults_and_says_so(capsys):
-    assert ev.window_settings({"seq_len": 64, "stride": 8}, "old.pt") == (64, 8, 0.1)
-    assert "old.pt doesn't name its val_fraction (taken: 0.1)" in capsys.readouterr().out
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------

@@ -24,13 +24,11 @@ from hypothesis import strategies as st
 
 import cli
 import dataset
-import evaluate_representations
 import generate
 import mamba_model
 import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
 import optimal_filter
-import visualize_gates
 
 CASES = int(os.environ.get("HOSTILE_CASES", 12))
 hostile = settings(max_examples=CASES, deadline=None, derandomize="HOSTILE_CASES" not in os.environ, database=None,
@@ -348,11 +346,9 @@ def check_checkpoint(path):
     model, args = loaded
     with torch.no_grad():
         assert model(torch.zeros(1, 5, model.feature_dim))["1"].shape == (1, 5, model.feature_dim)
-    for module in (evaluate_representations, visualize_gates):
-        window = valid_or_refused(module.window_settings, args, path)
-        if window is not None:
-            seq_len, val_fraction = window[0], window[-1]
-            valid_or_refused(dataset.split_windows, 3000, seq_len, 7, val_fraction)
+    window = valid_or_refused(dataset.window_settings, args, path)
+    if window is not None:
+        valid_or_refused(dataset.split_windows, 3000, *window)
 
 
 @hostile

@@ -13,10 +13,6 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import pytest
-import threadpoolctl
-import torch
-
 import cli
 
 REPO = Path(cli.__file__).parent
@@ -65,16 +61,6 @@ def lines_of(program):
 
 SCRIPT_LINES = [(words[1].removesuffix(".py"), words[2:], files) for words, files in lines_of("python")
                 if words[1] != "-m"]
-
-
-@pytest.fixture
-def one_thread():
-    """Arrays this small are slower with more, above all when other processes want the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with threadpoolctl.threadpool_limits(1):
-        yield
-    torch.set_num_threads(threads)
 
 
 # ---- what runs -------------------------------------------------------------------------------------------------

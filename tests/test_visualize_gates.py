@@ -11,6 +11,7 @@ import torch
 
 import cli
 import dataset
+import figures
 import mamba_model
 import visualize_gates as vg
 
@@ -167,21 +168,6 @@ def test_a_long_series_costs_a_bounded_number_of_windows():
     assert max(windows) > 9000
 
 
-def test_missing_window_flags_take_the_defaults_and_say_so(capsys):
-    assert vg.window_settings({"seq_len": 64, "val_fraction": 0.25}, "m.pt") == (64, 0.25)
-    assert capsys.readouterr().out == ""
-    assert vg.window_settings({"seq_len": 64}, "m.pt") == (64, 0.1)
-    out = capsys.readouterr().out
-    assert "val_fraction" in out
-    assert "seq_len" not in out
-
-
-@pytest.mark.parametrize("bad", [{"seq_len": 0}, {"seq_len": "long"}, {"val_fraction": 1.5}, {"val_fraction": None}])
-def test_senseless_window_flags_are_refused(bad):
-    with pytest.raises(cli.UserError, match="no valid pair"):
-        vg.window_settings({"seq_len": 64, "val_fraction": 0.1} | bad, "m.pt")
-
-
 # Statistics
 
 
@@ -262,15 +248,15 @@ def test_the_layer_asked_for_is_the_layer_drawn(monkeypatch, work):
 
 def test_umap_names_a_grid_a_signal_and_colours_by_circle(monkeypatch, work):
     drawn = []
-    real = vg.umap_figure
+    real = figures.umap_figure
     monkeypatch.setattr(vg, "umap_embedding", lambda values, seed: values[:, :2])
-    monkeypatch.setattr(vg, "umap_figure", lambda *given: drawn.append(given) or real(*given))
+    monkeypatch.setattr(figures, "umap_figure", lambda *given: drawn.append(given) or real(*given))
     run_here(work, "--umap", "--umap-points", "50")
     assert plots(work) == sorted(f"m_gates_umap_{name}.png" for name in vg.SIGNALS)
     assert all(len(embeddings) == LAYERS for embeddings, *_ in drawn)
     series = dataset.load_series(work / "data")
     steps = vg.sample_steps(vg.sample_starts(N_STEPS, SEQ_LEN, 0.1), SEQ_LEN, 50, np.random.default_rng(42))
-    np.testing.assert_array_equal(drawn[0][1], series.states[steps])
+    np.testing.assert_array_equal(drawn[0][2], series.states[steps])
     run_here(work, "--umap", "--umap-points", "50", "--layer", "2")
     assert f"m_gates_layer2_umap_{vg.SIGNALS[0]}.png" in plots(work)
     assert len(drawn[-1][0]) == 1
