@@ -1131,5 +1131,20 @@ def finish(args, files, rows, horizons, series, fetch, val_starts, device, write
     print(f"wrote {files['best']}, {files['last']}, {files['log']}, {files['record']}")
 
 
+def run(args):
+    """cli.run of main. One of several processes then ends at once: the threads that torch talks to the others with may
+    still run, and the interpreter's tear-down would abort on them, with words of its own on stderr."""
+    code = None
+    try:
+        cli.run(main, args)
+    except SystemExit as end:
+        code = end.code
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    cli.run(main, ARGS)
+    run(ARGS)

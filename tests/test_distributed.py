@@ -70,7 +70,7 @@ def work(fault, argv):
     if fault == "full disk":
         training.append_row = full_disk
     training.set_lr = faulty_set_lr
-    cli.run(training.main, training.parse_args(argv))
+    training.run(training.parse_args(argv))
 
 
 # ---- the tests
