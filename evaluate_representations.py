@@ -483,17 +483,6 @@ def submit(pool, function, *arguments):
 # Floor and ceiling
 
 
-def known_process(series):
-    """The process of the data for the exact filter, or None, with a line that says why."""
-    from optimal_filter import process_from_series
-
-    try:
-        return process_from_series(series)
-    except cli.UserError as error:
-        print(f"no optimal floor and ceiling: {error}")
-        return None
-
-
 def filter_accuracy(process, series):
     """How often the exact filter, given all of the past, names the circle, over the steps that score the probes."""
     from optimal_filter import predict
@@ -824,6 +813,8 @@ def write_comparison(reports, args, suffix, subtitle):
 
 
 def main(args):
+    from optimal_filter import known_process
+
     device = cli.pick_device(args.device)
     series = dataset.load_series(args.data_dir)
     models = load_models(args, series, device)
@@ -835,7 +826,7 @@ def main(args):
     n_embeddings = 0 if args.no_umap else sum(len(depths) for *_, depths, _ in models)
     pool = umap_pool(n_embeddings, min(args.umap_points, len(rows)))
     try:
-        process = known_process(series)
+        process = known_process(series, "no optimal floor and ceiling")
         accuracy = None if process is None else filter_accuracy(process, series)
         floors, reports = {}, []
         for name, path, model, windows, depths, trained_with in models:

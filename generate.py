@@ -589,17 +589,6 @@ def layers_to_perturb(args, n_layers):
     return tuple(n - 1 for n in layers)
 
 
-def find_process(series):
-    """The Process for the exact filter, or None, saying why, for data that it doesn't know."""
-    import optimal_filter
-
-    try:
-        return optimal_filter.process_from_series(series)
-    except cli.UserError as error:
-        print(f"no exact filter, so no song analysis: {error}")
-        return None
-
-
 def run(args, model, seeds, noise_std, bursts):
     """`generate`, with the time it took on stdout. Raises cli.UserError when the series leaves the finite numbers."""
     begin = time.perf_counter()
@@ -702,13 +691,15 @@ def report(args, prefix, series, process, starts, song, in_burst):
 
 
 def main(args):
+    import optimal_filter
+
     device = cli.pick_device(args.device)
     model, model_args = load_checkpoint(args.checkpoint, device)
     series = dataset.load_series(args.data_dir)
     dataset.check_fits_model(series, model, args.checkpoint)
     if args.perturb_layers:
         layers_to_perturb(args, model.n_layers)
-    process = find_process(series)
+    process = optimal_filter.known_process(series, "no exact filter, so no song analysis")
     if args.compare and process is None:
         raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
     noise_std = series.config.get("noise_std")

@@ -596,19 +596,19 @@ def flags_for_resume(args, saved):
 
 
 def floors(series, starts, seq_len, horizons):
-    """The exact filter's MSE a horizon on the same windows, {k: mse}, and a line that says what it is.
+    """The exact filter's MSE a horizon on the same windows, {k: mse}, after a line that says what it is.
 
-    Empty, with the reason, when the process isn't known (drifting data, no config.json).
+    Empty, after the reason, when the process isn't known (drifting data, no config.json).
     """
-    from optimal_filter import process_from_series, window_mse
+    from optimal_filter import known_process, window_mse
 
-    try:
-        process = process_from_series(series)
-    except cli.UserError as error:
-        return {}, f"no optimal floor: {error}"
+    process = known_process(series, "no optimal floor")
+    if process is None:
+        return {}
     mse = window_mse(process, series, starts, seq_len, horizons)
-    return mse, "optimal filter on the validation windows: " + ", ".join(
-        f"MSE {value:.4f} at horizon {k}" for k, value in mse.items())
+    print("optimal filter on the validation windows: " + ", ".join(
+        f"MSE {value:.4f} at horizon {k}" for k, value in mse.items()))
+    return mse
 
 
 def excess_percent(mse, floor):
@@ -794,8 +794,7 @@ def print_evaluation(args):
         return dataset.gather(series.X, starts, size["seq_len"]).to(device)
 
     mse = evaluate(model, fetch, torch.from_numpy(val_starts), size["batch_size"], not args.no_amp).tolist()
-    floor, message = floors(series, val_starts, size["seq_len"], model.horizons)
-    print(message)
+    floor = floors(series, val_starts, size["seq_len"], model.horizons)
     print(f"{path}: epoch {checkpoint.get('epoch')}, {sum(p.numel() for p in model.parameters()):,} parameters")
     rows = [[k, f"{m:.4f}", f"{floor[k]:.4f}" if floor else "–",
              f"{excess_percent(m, floor[k]):.2f} %" if floor else "–"]
@@ -953,8 +952,7 @@ def train(args, stop, rank, world, device):
     floor, writer = {}, None
     with together(rank, world):
         if rank == 0:
-            floor, message = floors(series, val_starts, args.seq_len, horizons)
-            print(message)
+            floor = floors(series, val_starts, args.seq_len, horizons)
             if args.log_dir is not None:
                 writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), global_step // steps_an_epoch)
             if saved is None:

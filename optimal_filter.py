@@ -126,6 +126,16 @@ def process_from_series(series):
     )
 
 
+def known_process(series, missed):
+    """process_from_series, or None for data that the filter doesn't know, after a line that says what is `missed`
+    without it, and why."""
+    try:
+        return process_from_series(series)
+    except cli.UserError as error:
+        print(f"{missed}: {error}")
+        return None
+
+
 def config_number(config, name):
     """A number, 0 or more, of config.json. Raises cli.UserError."""
     value = config.get(name)

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 
 import cli
 import dataset
-import generate
 import mamba_model
 import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
@@ -305,7 +304,7 @@ def test_hostile_config(folder, changes):
     if series is not None:
         use_filter(series)
         assert isinstance(series.config.get("noise_std", 0.0), int | float)
-        valid_or_refused(generate.find_process, series)
+        valid_or_refused(optimal_filter.known_process, series, "no exact filter")
 
 
 @hostile
@@ -449,7 +448,7 @@ def test_pickled_code_in_checkpoints(run_copy, run_folder, place, protocol, raw)
 def quick_end(monkeypatch):
     """The run's end without its figures, which take a second each."""
     monkeypatch.setattr(training, "finish", lambda args, files, rows, *rest: rows)
-    monkeypatch.setattr(training, "floors", lambda *args: ({}, "no floor"))
+    monkeypatch.setattr(training, "floors", lambda *args: {})
 
 
 def answered(result):
