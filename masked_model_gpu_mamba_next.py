@@ -360,6 +360,7 @@ def captured(function, example, state, device):
         graph.replay()
         return result
 
+    replay.function = function  # and with it all tensors that it holds: the graph knows only where they lie
     return replay
 
 
@@ -762,15 +763,28 @@ def build_optimizer(groups, lr, device):
     return torch.optim.AdamW(groups, lr=torch.tensor(lr, device=device) if cuda else lr, fused=True, capturable=cuda)
 
 
-def snapshot(state):
-    """A copy of a (nested) state dict that later steps don't change."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().clone()
-    if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [snapshot(value) for value in state]
-    return state
+def snapshot(state, into=None):
+    """A copy of a (nested) state dict that later steps don't change; into `into`, an earlier copy, if there is one: so
+    all tensors are copied by a few kernels, where one each would keep a GPU waiting for milliseconds."""
+    old, new = [], []
+
+    def copy(value, kept):
+        if isinstance(value, torch.Tensor) and kept is not None:
+            old.append(kept)
+            new.append(value.detach())
+            return kept
+        if isinstance(value, torch.Tensor):
+            return value.detach().clone()
+        if isinstance(value, dict):
+            return {key: copy(item, None if kept is None else kept[key]) for key, item in value.items()}
+        if isinstance(value, list):
+            return [copy(item, None if kept is None else kept[i]) for i, item in enumerate(value)]
+        return value
+
+    result = copy(state, into)
+    if old:
+        torch._foreach_copy_(old, new)
+    return result
 
 
 def print_evaluation(args):
@@ -913,7 +927,7 @@ def train(args, stop, rank, world, device):
         evaluate_train = run_evaluation
 
     # Where the run stands
-    global_step, best_loss, best, val_loss, train_loss = 0, math.inf, None, None, None
+    global_step, best_loss, best, kept, val_loss, train_loss = 0, math.inf, None, None, None, None
     columns, rows = log_columns(horizons, not args.no_train_eval), []
     if saved is not None:
         global_step, best_loss = saved["step"], saved["best_loss"]
@@ -1014,9 +1028,9 @@ def train(args, stop, rank, world, device):
                     append_row(files["log"], columns, row)
                 if val_loss < best_loss:
                     best_loss = val_loss
-                    best = {"epoch": epoch + 1, "model_state_dict": snapshot(model.state_dict()),
-                            "optimizer_state_dict": snapshot(optimizer.state_dict()), "train_loss": train_loss,
-                            "val_loss": val_loss}
+                    kept = snapshot({"model_state_dict": model.state_dict(),
+                                     "optimizer_state_dict": optimizer.state_dict()}, kept)
+                    best = {"epoch": epoch + 1, "train_loss": train_loss, "val_loss": val_loss, **kept}
                 if writer is not None:
                     for name in columns[2:]:
                         if row.get(name) is not None:

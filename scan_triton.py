@@ -11,10 +11,11 @@ a few channels of one sequence and walks time in order, its state in registers: 
 there are too few of them (a batch of 1 to 8), time is split as well: each split's end state from zero first, then the
 carry over the splits, then every split on its own from its right start. The backward pass mirrors this.
 
-The forward pass saves the state before every `CHUNK`-th step. The backward pass runs each chunk forward once more,
-writing down the state every few steps, and then walks it back; the states of these few steps are made again and held
-in registers. The reduction of dB and dC over channels goes through one partial sum a program, so results do not depend
-on the order in which programs finish.
+The forward pass saves the state before every `CHUNK`-th step. The backward pass takes a chunk in two blocks of a few
+steps: it runs forward from the saved state to the block and through it, its states held in registers, and walks it
+back. The next chunk's inputs are asked for ahead of time, for there are too few warps to wait on memory. The reduction
+of dB and dC over channels goes through one partial sum a program, so results do not depend on the order in which
+programs finish.
 
 Arithmetic and state are float32. Inputs are float32, bfloat16 or float16; float64 is refused: use another back end.
 Shapes: u, delta, z, y (batch, time, d_inner); B, C (batch, time, N); A (d_inner, N); D, delta_bias (d_inner,). Views
@@ -22,6 +23,7 @@ strided in batch and time are taken as they are; the last dimension must be cont
 """
 
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -43,14 +45,16 @@ class Tile(NamedTuple):
 
 FORWARD = Tile(channels=16, warps=1, steps=4)
 BACKWARD = Tile(channels=32, warps=2, steps=4)
-CONV_FORWARD = Tile(channels=128, warps=4, steps=16)
-CONV_BACKWARD = Tile(channels=64, warps=1, steps=8)
+CONV_FORWARD = Tile(channels=128, warps=4, steps=32)
+CONV_BACKWARD = Tile(channels=64, warps=1, steps=16)
 CONV_BLOCKS = 8  # blocks of steps a program of the convolution's backward pass goes through
 CARRY_BLOCK = 32
-CHUNK = 16  # steps between saved states; a multiple of the steps of every tile
+CHUNK = 8  # steps between saved states; a multiple of the steps of every tile, and no more than two of BACKWARD's
 MAX_STATE = 256
 MAX_SPLITS = 64
 WARPS_TO_FILL = 12  # warps a multiprocessor should have before time is left whole
+
+INTERPRETED = triton.knobs.runtime.interpret  # which knows no assembler
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -172,6 +176,19 @@ def _load_tile(ptr, c, mask, first, other: tl.constexpr, STEP: tl.constexpr, STE
 
 
 @triton.jit
+def _prefetch(ptr, first, time, STEP: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr):
+    """Ask for LENGTH elements from ptr + t * STEP on, of the steps t = first ... first + ROWS - 1 within the series."""
+    SECTOR: tl.constexpr = 256 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 32 bytes
+    SECTORS: tl.constexpr = triton.next_power_of_2((LENGTH + SECTOR - 1) // SECTOR + 1)
+    row = tl.minimum(tl.maximum(first + tl.arange(0, ROWS), 0), time - 1)
+    at = tl.minimum(tl.arange(0, SECTORS) * SECTOR, LENGTH - 1)
+    address = (ptr + tl.cast(row, tl.int64)[:, None] * STEP + at[None, :]).to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _store_tile(ptr, x, c, mask, first, STEP: tl.constexpr, STEPS: tl.constexpr):
     ptr += tl.cast(first, tl.int64) * STEP
     tl.store(ptr + tl.arange(0, STEPS)[:, None] * STEP + c[None, :], x.to(ptr.dtype.element_ty), mask=mask)
@@ -275,7 +292,7 @@ def _forward_kernel(
     u_batch, delta_batch, z_batch, B_batch, C_batch, time, n_groups, n_splits, split_len,
     U_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr, B_STEP: tl.constexpr, C_STEP: tl.constexpr,
     D_INNER: tl.constexpr, N_STATE: tl.constexpr, N: tl.constexpr, CH: tl.constexpr, STEPS: tl.constexpr,
-    ALIGN: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, HAS_STARTS: tl.constexpr,
+    ALIGN: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, HAS_STARTS: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     batch, split, group, start, end = _place(n_groups, n_splits, split_len, time)
     c, mask_c = _inside(group * CH, D_INNER, CH)
@@ -300,6 +317,13 @@ def _forward_kernel(
         if first % CHUNK == 0:
             row = tl.cast(first // CHUNK, tl.int64) * (D_INNER * N_STATE)
             tl.store(states + row + state, h.to(states.dtype.element_ty), mask=mask)
+            if PREFETCH:
+                ahead = first + CHUNK
+                _prefetch(u + group * CH, ahead, time, U_STEP, CHUNK, CH)
+                _prefetch(delta + group * CH, ahead, time, DELTA_STEP, CHUNK, CH)
+                _prefetch(z + group * CH, ahead, time, Z_STEP, CHUNK, CH)
+                _prefetch(B, ahead, time, B_STEP, CHUNK, N_STATE)
+                _prefetch(C, ahead, time, C_STEP, CHUNK, N_STATE)
         tile = _before(first, end, STEPS, EVEN)[:, None] & mask_c[None, :]
         u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
         z_tile = _load_tile(z, c, tile, first, 0.0, Z_STEP, STEPS)
@@ -320,13 +344,13 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy, u, delta, z, B, C, A, D, delta_bias, states, starts, scratch, du, ddelta, dz, dBC, dA, dD, ddelta_bias,
+    dy, u, delta, z, B, C, A, D, delta_bias, states, starts, du, ddelta, dz, dBC, sums,
     dy_batch, u_batch, delta_batch, z_batch, B_batch, C_batch, dz_batch, n_batch, time, n_groups, n_splits, split_len,
     DY_STEP: tl.constexpr, U_STEP: tl.constexpr, DELTA_STEP: tl.constexpr, Z_STEP: tl.constexpr, B_STEP: tl.constexpr,
     C_STEP: tl.constexpr, DZ_STEP: tl.constexpr,
     D_INNER: tl.constexpr, N_STATE: tl.constexpr, N: tl.constexpr, CH: tl.constexpr, STEPS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, HAS_STARTS: tl.constexpr,
-    LANES: tl.constexpr,
+    LANES: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """Walks chunks, and in them blocks of STEPS steps, from the last to the first. ga is exp(dt_{t+1} A) times the
     gradient of h_{t+1}: what step t receives from later steps; `starts` holds it for the end of each split."""
@@ -357,30 +381,32 @@ def _backward_kernel(
     dA_sum = tl.zeros([CH, N], tl.float32)
     dD_sum = tl.zeros([STEPS, CH], tl.float32)
     dbias_sum = tl.zeros([STEPS, CH], tl.float32)
-    # States between the saved ones: written while a chunk is run again, read on the way back. Small enough for the L2.
-    scratch += tl.cast(tl.program_id(0), tl.int64) * (CHUNK // STEPS) * (CH * N)
-    place = tl.arange(0, CH)[:, None] * N + n[None, :]
     chunks = tl.cdiv(end - start, CHUNK)
     for i in range(0, chunks):
         chunk_start = start + (chunks - 1 - i) * CHUNK
         last_block = (tl.minimum(chunk_start + CHUNK, end) - chunk_start - 1) // STEPS
         row = tl.cast(chunk_start // CHUNK, tl.int64) * (D_INNER * N_STATE)
-        h = tl.load(states + row + state, mask=mask, other=0.0).to(tl.float32)
-        tl.store(scratch + place, h)
-        for block in range(0, last_block):
-            first = chunk_start + block * STEPS
-            tile = tl.full([STEPS, CH], True, tl.int1) & mask_c[None, :]
-            u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
-            dt, _ = _softplus_sigmoid(_load_tile(delta, c, tile, first, 0.0, DELTA_STEP, STEPS) + bias[None, :])
-            Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, True)
-            rows = _rows_of_two(dt, dt * u_tile)
-            for k in tl.static_range(STEPS):
-                h = tl.exp2(rows[k][:, None] * a2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
-            tl.store(scratch + (block + 1) * (CH * N) + place, h)
-        tl.debug_barrier()  # what is loaded next may be what another thread has stored
+        if PREFETCH:
+            ahead = chunk_start - CHUNK
+            _prefetch(u + group * CH, ahead, time, U_STEP, CHUNK, CH)
+            _prefetch(delta + group * CH, ahead, time, DELTA_STEP, CHUNK, CH)
+            _prefetch(z + group * CH, ahead, time, Z_STEP, CHUNK, CH)
+            _prefetch(dy + group * CH, ahead, time, DY_STEP, CHUNK, CH)
+            _prefetch(B, ahead, time, B_STEP, CHUNK, N_STATE)
+            _prefetch(C, ahead, time, C_STEP, CHUNK, N_STATE)
+            _prefetch(states + group * (CH * N_STATE), ahead // CHUNK, time, D_INNER * N_STATE, 1, CH * N_STATE)
         for back in range(0, last_block + 1):
+            h = tl.load(states + row + state, mask=mask, other=0.0).to(tl.float32)
+            for block in range(0, last_block - back):
+                first = chunk_start + block * STEPS
+                tile = tl.full([STEPS, CH], True, tl.int1) & mask_c[None, :]
+                u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
+                dt, _ = _softplus_sigmoid(_load_tile(delta, c, tile, first, 0.0, DELTA_STEP, STEPS) + bias[None, :])
+                Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, True)
+                rows = _rows_of_two(dt, dt * u_tile)
+                for k in tl.static_range(STEPS):
+                    h = tl.exp2(rows[k][:, None] * a2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
             first = chunk_start + (last_block - back) * STEPS
-            h = tl.load(scratch + (last_block - back) * (CH * N) + place)
             tile = _before(first, end, STEPS, EVEN)[:, None] & mask_c[None, :]
             u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
             z_tile = _load_tile(z, c, tile, first, 0.0, Z_STEP, STEPS)
@@ -422,10 +448,10 @@ def _backward_kernel(
             _store_tile(du, dt * gB_tile + skip[None, :] * dyg, c, tile, first, D_INNER, STEPS)
             _store_tile(ddelta, ddelta_tile, c, tile, first, D_INNER, STEPS)
             _store_tile(dz, dz_tile, c, tile, first, DZ_STEP, STEPS)
-        tl.debug_barrier()  # the next chunk writes over what is loaded here
-    tl.store(dA + split_row * N_STATE + state, dA_sum, mask=mask)
-    tl.store(dD + split_row + c, tl.sum(dD_sum, 0), mask=mask_c)
-    tl.store(ddelta_bias + split_row + c, tl.sum(dbias_sum, 0), mask=mask_c)
+    sums += split_row * (N_STATE + 2)  # of this sequence and split: dA, then dD, then the gradient of delta_bias
+    tl.store(sums + state, dA_sum, mask=mask)
+    tl.store(sums + D_INNER * N_STATE + c, tl.sum(dD_sum, 0), mask=mask_c)
+    tl.store(sums + D_INNER * (N_STATE + 1) + c, tl.sum(dbias_sum, 0), mask=mask_c)
 
 
 @triton.jit
@@ -472,13 +498,33 @@ def _sum_groups_kernel(
     mask = (row < n_rows)[:, None] & (n < N_STATE)[None, :]
     dB_sum = tl.zeros([ROWS, N], tl.float32)
     dC_sum = tl.zeros([ROWS, N], tl.float32)
-    for group in range(0, n_groups):
+    for group in tl.range(0, n_groups, loop_unroll_factor=8):  # eight loads under way, not one after the other
         at = dBC + (tl.cast(group, tl.int64) * n_rows + row)[:, None] * (2 * N_STATE) + n[None, :]
         dB_sum += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         dC_sum += tl.load(at + N_STATE, mask=mask, other=0.0).to(tl.float32)
     b, t = row // time, row % time
     tl.store(dB + (b * dB_batch + t * dB_step)[:, None] + n[None, :], dB_sum.to(dB.dtype.element_ty), mask=mask)
     tl.store(dC + (b * dC_batch + t * dC_step)[:, None] + n[None, :], dC_sum.to(dC.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_rows_kernel(
+    rows, first, second, third, n_rows,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of n_rows rows of FIRST + SECOND + THIRD numbers, cut into tensors of these sizes."""
+    SIZE: tl.constexpr = FIRST + SECOND + THIRD
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for row in range(0, n_rows, ROWS):
+        r = row + tl.arange(0, ROWS)
+        mask = (r < n_rows)[:, None] & (i < SIZE)[None, :]
+        total += tl.load(rows + tl.cast(r, tl.int64)[:, None] * SIZE + i[None, :], mask=mask, other=0.0)
+    x = tl.sum(total, 0)
+    tl.store(first + i, x, mask=i < FIRST)
+    tl.store(second + i - FIRST, x, mask=(i >= FIRST) & (i < FIRST + SECOND))
+    if THIRD > 0:
+        tl.store(third + i - (FIRST + SECOND), x, mask=(i >= FIRST + SECOND) & (i < SIZE))
 
 
 # -------------------------------------------------------------------------------------------------------- convolution
@@ -505,7 +551,7 @@ def _conv_forward_kernel(
 
 @triton.jit
 def _conv_backward_kernel(
-    x, weight, bias, dxc, dx, dweight, dbias, x_batch, dxc_batch, dx_batch, time, n_groups, n_segments,
+    x, weight, bias, dxc, dx, sums, x_batch, dxc_batch, dx_batch, time, n_groups, n_segments,
     X_STEP: tl.constexpr, DXC_STEP: tl.constexpr, DX_STEP: tl.constexpr, D_INNER: tl.constexpr, WIDTH: tl.constexpr,
     CH: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -548,10 +594,10 @@ def _conv_backward_kernel(
             dbias_sum += dpres[k]
             row = dx + tl.cast(first + k, tl.int64) * DX_STEP + c
             tl.store(row, dx_k.to(dx.dtype.element_ty), mask=mask_c & (first + k < time))
-    row = (batch * n_segments + segment) * D_INNER + c
+    sums += (batch * n_segments + segment) * (D_INNER * (WIDTH + 1))  # of this segment: dweight, then dbias
     for j in tl.static_range(WIDTH):
-        tl.store(dweight + row * WIDTH + j, dws[j], mask=mask_c)
-    tl.store(dbias + row, dbias_sum, mask=mask_c)
+        tl.store(sums + c * WIDTH + j, dws[j], mask=mask_c)
+    tl.store(sums + D_INNER * WIDTH + c, dbias_sum, mask=mask_c)
 
 
 # ---------------------------------------------------------------------------------------------------------- host side
@@ -569,7 +615,24 @@ def _check(*tensors):
 
 def _on(tensor):
     """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def _ceil_div(a, b):
+    """As triton.cdiv, which serves kernels too and takes ten times as long: a launch computes a dozen."""
+    return -(-a // b)
+
+
+def _power_of_2(n):
+    """The smallest power of two that is at least n; as triton.next_power_of_2."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _fit(tile, A):
@@ -577,20 +640,19 @@ def _fit(tile, A):
     d_inner, n_state = A.shape
     if n_state > MAX_STATE:
         raise cli.UserError(f"the Triton scan takes d_state up to {MAX_STATE}, not {n_state}")
-    N = triton.next_power_of_2(n_state)
-    channels = min(max(tile.channels * 32 // N, 1), triton.next_power_of_2(d_inner))
+    N = _power_of_2(n_state)
+    channels = min(max(tile.channels * 32 // N, 1), _power_of_2(d_inner))
     warps = min(tile.warps, max(1, tile.warps * channels * N // (tile.channels * 32)))
     return tile._replace(channels=channels, warps=warps)
 
 
 def _split_time(batch, time, d_inner, tile, device):
     """(groups of channels, splits of time, steps a split): time stays whole unless too few warps would be busy."""
-    groups = triton.cdiv(d_inner, tile.channels)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = triton.cdiv(WARPS_TO_FILL * processors, batch * groups * tile.warps)
-    chunks = triton.cdiv(time, CHUNK)
-    chunks_each = triton.cdiv(chunks, min(wanted, MAX_SPLITS, chunks))
-    return groups, triton.cdiv(chunks, chunks_each), chunks_each * CHUNK
+    groups = _ceil_div(d_inner, tile.channels)
+    wanted = _ceil_div(WARPS_TO_FILL * _processors(device), batch * groups * tile.warps)
+    chunks = _ceil_div(time, CHUNK)
+    chunks_each = _ceil_div(chunks, min(wanted, MAX_SPLITS, chunks))
+    return groups, _ceil_div(chunks, chunks_each), chunks_each * CHUNK
 
 
 def _constants(A, time, tile, *rows):
@@ -598,8 +660,13 @@ def _constants(A, time, tile, *rows):
     d_inner, n_state = A.shape
     # The largest power of two that divides the row strides: how wide a load may be.
     align = math.gcd(16, *(stride for tensor in rows for stride in tensor.stride()[:-1]))
-    return {"D_INNER": d_inner, "N_STATE": n_state, "N": triton.next_power_of_2(n_state), "CH": tile.channels,
+    return {"D_INNER": d_inner, "N_STATE": n_state, "N": _power_of_2(n_state), "CH": tile.channels,
             "STEPS": tile.steps, "ALIGN": align, "EVEN": time % tile.steps == 0, "num_warps": tile.warps}  # fmt: skip
+
+
+def _can_prefetch(d_inner, tile):
+    """Whole groups of channels only: nothing is asked for that lies behind the end of a tensor."""
+    return not INTERPRETED and d_inner % tile.channels == 0
 
 
 def _lanes(tile, states, N):
@@ -622,16 +689,27 @@ def _split_starts(x, delta, z, B, A, delta_bias, h0, cut, constants, reverse):
         X_STEP=x.stride(1), DELTA_STEP=delta.stride(1), Z_STEP=z.stride(1), B_STEP=B.stride(1), REVERSE=reverse,
         **constants,
     )  # fmt: skip
-    _carry_kernel[(triton.cdiv(A.numel(), CARRY_BLOCK), batch)](
-        ends, dt_sums, A, h0, starts, A.numel(), splits, N_STATE=A.shape[1], SPLITS=triton.next_power_of_2(splits),
+    _carry_kernel[(_ceil_div(A.numel(), CARRY_BLOCK), batch)](
+        ends, dt_sums, A, h0, starts, A.numel(), splits, N_STATE=A.shape[1], SPLITS=_power_of_2(splits),
         BLOCK=CARRY_BLOCK, HAS_H0=h0 is not None, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
     return starts
 
 
+def _sum_rows(rows, *shapes):
+    """rows (n, the sizes of the 2 or 3 shapes together), summed over n, as tensors of these shapes: in one kernel."""
+    outs = [torch.empty(shape, dtype=rows.dtype, device=rows.device) for shape in shapes]
+    sizes = [*(out.numel() for out in outs), 0][:3]
+    block = 32 if len(rows) <= 512 else 8  # few and long columns: more programs
+    _sum_rows_kernel[(_ceil_div(rows.shape[1], block),)](
+        rows, *[*outs, outs[0]][:3], len(rows), *sizes, ROWS=1024 // block, BLOCK=block
+    )
+    return outs
+
+
 def chunk_states_shape(batch, time, d_inner, n_state):
     """Shape of the states that `scan_forward` keeps for `scan_backward`."""
-    return batch, triton.cdiv(time, CHUNK), d_inner, n_state
+    return batch, _ceil_div(time, CHUNK), d_inner, n_state
 
 
 def chunk_states_dtype(dtype):
@@ -660,7 +738,7 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None, tile=FORWARD):
             u, delta, z, B, C, A, D, delta_bias, starts, y, states, h_last,
             u.stride(0), delta.stride(0), z.stride(0), B.stride(0), C.stride(0), time, groups, splits, split_len,
             U_STEP=u.stride(1), DELTA_STEP=delta.stride(1), Z_STEP=z.stride(1), B_STEP=B.stride(1), C_STEP=C.stride(1),
-            CHUNK=CHUNK, HAS_STARTS=starts is not None, **constants,
+            CHUNK=CHUNK, HAS_STARTS=starts is not None, PREFETCH=_can_prefetch(d_inner, tile), **constants,
         )  # fmt: skip
     return y, states, h_last
 
@@ -678,32 +756,27 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     cut = groups, splits, split_len = _split_time(batch, time, d_inner, tile, u.device)
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     ddelta = torch.empty_like(du)
-    f32 = {"dtype": torch.float32, "device": u.device}
     dBC = torch.empty((groups, batch, time, 2 * n_state), dtype=chunk_states_dtype(u.dtype), device=u.device)
-    dA = torch.empty((batch * splits, *A.shape), **f32)
-    dD = torch.empty((batch * splits, d_inner), **f32)
-    ddelta_bias = torch.empty_like(dD)
+    sums = torch.empty((batch * splits, d_inner * (n_state + 2)), dtype=torch.float32, device=u.device)
     constants = _constants(A, time, tile, B, C)
-    blocks = groups * splits * batch * (CHUNK // tile.steps)
-    scratch = torch.empty((blocks, constants["CH"], constants["N"]), **f32)
     with _on(u):
         starts = _split_starts(dy, delta, z, C, A, delta_bias, None, cut, constants, reverse=True)
         _backward_kernel[(groups * splits * batch,)](
-            dy, u, delta, z, B, C, A, D, delta_bias, chunk_states, starts, scratch, du, ddelta, dz, dBC, dA, dD,
-            ddelta_bias,
+            dy, u, delta, z, B, C, A, D, delta_bias, chunk_states, starts, du, ddelta, dz, dBC, sums,
             dy.stride(0), u.stride(0), delta.stride(0), z.stride(0), B.stride(0), C.stride(0), dz.stride(0),
             batch, time, groups, splits, split_len,
             DY_STEP=dy.stride(1), U_STEP=u.stride(1), DELTA_STEP=delta.stride(1), Z_STEP=z.stride(1),
             B_STEP=B.stride(1), C_STEP=C.stride(1), DZ_STEP=dz.stride(1),
             CHUNK=CHUNK, HAS_STARTS=starts is not None, LANES=_lanes(tile, chunk_states, constants["N"]),
-            **constants,
+            PREFETCH=_can_prefetch(d_inner, tile), **constants,
         )  # fmt: skip
         rows = max(1, 512 // constants["N"])
-        _sum_groups_kernel[(triton.cdiv(batch * time, rows),)](
+        _sum_groups_kernel[(_ceil_div(batch * time, rows),)](
             dBC, dB, dC, dB.stride(0), dB.stride(1), dC.stride(0), dC.stride(1), batch * time, time, groups,
             N_STATE=n_state, N=constants["N"], ROWS=rows,
         )  # fmt: skip
-    return du, ddelta, dA.sum(0), dD.sum(0), ddelta_bias.sum(0)
+        dA, dD, ddelta_bias = _sum_rows(sums, A.shape, (d_inner,), (d_inner,))
+    return du, ddelta, dA, dD, ddelta_bias
 
 
 def conv_silu_forward(x, weight, bias, tile=CONV_FORWARD):
@@ -711,9 +784,9 @@ def conv_silu_forward(x, weight, bias, tile=CONV_FORWARD):
     _check(x)
     batch, time, d_inner = x.shape
     xc = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    groups = triton.cdiv(d_inner, tile.channels)
+    groups = _ceil_div(d_inner, tile.channels)
     with _on(x):
-        _conv_forward_kernel[(groups * triton.cdiv(time, tile.steps), batch)](
+        _conv_forward_kernel[(groups * _ceil_div(time, tile.steps), batch)](
             x, weight, bias, xc, x.stride(0), time, groups, X_STEP=x.stride(1), D_INNER=d_inner,
             WIDTH=weight.shape[1], CH=tile.channels, STEPS=tile.steps, num_warps=tile.warps,
         )  # fmt: skip
@@ -725,14 +798,14 @@ def conv_silu_backward(x, weight, bias, dxc, dx, tile=CONV_BACKWARD):
     _check(x, dxc, dx)
     batch, time, d_inner = x.shape
     width = weight.shape[1]
-    groups = triton.cdiv(d_inner, tile.channels)
-    segments = triton.cdiv(time, tile.steps * CONV_BLOCKS)
-    dweight = torch.empty((batch * segments, d_inner, width), dtype=torch.float32, device=x.device)
-    dbias = torch.empty((batch * segments, d_inner), dtype=torch.float32, device=x.device)
+    groups = _ceil_div(d_inner, tile.channels)
+    segments = _ceil_div(time, tile.steps * CONV_BLOCKS)
+    sums = torch.empty((batch * segments, d_inner * (width + 1)), dtype=torch.float32, device=x.device)
     with _on(x):
         _conv_backward_kernel[(groups * segments, batch)](
-            x, weight, bias, dxc, dx, dweight, dbias, x.stride(0), dxc.stride(0), dx.stride(0), time, groups, segments,
+            x, weight, bias, dxc, dx, sums, x.stride(0), dxc.stride(0), dx.stride(0), time, groups, segments,
             X_STEP=x.stride(1), DXC_STEP=dxc.stride(1), DX_STEP=dx.stride(1), D_INNER=d_inner,
             WIDTH=width, CH=tile.channels, STEPS=tile.steps, BLOCKS=CONV_BLOCKS, num_warps=tile.warps,
         )  # fmt: skip
-    return dweight.sum(0), dbias.sum(0)
+        dweight, dbias = _sum_rows(sums, (d_inner, width), (d_inner,))
+    return dweight, dbias

@@ -130,13 +130,15 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not positive; D (d_inner,);
     backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
 
-    "cpu" and "triton" keep xz, the small projections and the states at chunk boundaries for the backward pass: memory
-    grows with batch x time x d_inner, not with that times d_state. xz in bf16 or fp16 is computed with the projections'
-    weights cast to that, the recurrence in float32, and weight gradients come back in the weights' type.
+    "cpu" and "triton" keep xz, the convolved half of it, x_proj's output and one state a chunk of steps for the
+    backward pass, never a state a step. xz in bf16 or fp16 is computed with the projections' weights cast to that, the
+    recurrence in float32, and weight gradients come back in the weights' type.
     """
     parameters = conv_weight.flatten(1), conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     if backend in KERNEL_MODULES:
-        return _inner_op(xz, *parameters, backend)[0]
+        if torch.compiler.is_compiling():
+            return _inner_op(xz, *parameters, backend)[0]
+        return _Inner.apply(xz, *parameters, backend)
     return _inner_autograd(xz, *parameters, backend)[0]
 
 
@@ -149,7 +151,7 @@ def mamba_inner_with_state(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_we
     """
     parameters = conv_weight.flatten(1), conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     if backend in KERNEL_MODULES:
-        y, _, _, h = _inner_forward(xz, *parameters, backend)
+        y, h, _ = _inner_forward(xz, *parameters, backend)
     else:
         y, h = _inner_autograd(xz, *parameters, backend)
     history = conv_weight.shape[-1] - 1
@@ -194,7 +196,8 @@ def _kernels(backend):
 
 
 def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
-    """(y, x_dbl, chunk_states, last state); x_dbl (batch, time, dt_rank + 2 d_state) = x_proj's output."""
+    """(y, last state, what the backward pass needs): xc, the convolved input; x_dbl (batch, time, dt_rank + 2 d_state),
+    x_proj's output; the states at chunk boundaries."""
     kernels = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
     xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
@@ -202,24 +205,75 @@ def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
     delta = F.linear(low_rank, dt_proj_weight.to(xz.dtype))
     y, chunk_states, h = kernels.scan_forward(xc, delta, A, B, C, D, z, dt_proj_bias)
-    return y, x_dbl, chunk_states, h
+    return y, h, (xc, x_dbl, chunk_states)
 
 
 def _split(x_dbl, dt_proj_weight, A):
     return x_dbl.split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
 
 
+def _inner_backward(
+    dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D,
+    xc, x_dbl, chunk_states, backend,
+):
+    """The gradients of xz and the parameters, from that of y."""
+    kernels = _kernels(backend)
+    x, z = xz.chunk(2, dim=-1)
+    low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
+    dt_weight = dt_proj_weight.to(xz.dtype)
+    delta = F.linear(low_rank, dt_weight)  # as large as xc, but far cheaper to make again: so not kept
+    dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
+    dx_dbl = torch.empty_like(x_dbl)
+    dx, dz = dxz.chunk(2, dim=-1)
+    d_low_rank, dB, dC = _split(dx_dbl, dt_proj_weight, A)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum comes as one expanded number
+    dxc, d_delta, dA, dD, d_dt_bias = kernels.scan_backward(
+        dy, xc, delta, A, B, C, D, z, dt_proj_bias, chunk_states, dz, dB, dC
+    )
+    d_delta = d_delta.flatten(0, 1)
+    d_low_rank.copy_((d_delta @ dt_weight).view_as(d_low_rank))
+    d_dt_weight = d_delta.T @ low_rank.flatten(0, 1)
+    d_x_proj_weight = dx_dbl.flatten(0, 1).T @ xc.flatten(0, 1)
+    dxc.flatten(0, 1).addmm_(dx_dbl.flatten(0, 1), x_proj_weight.to(xz.dtype))
+    d_conv_weight, d_conv_bias = kernels.conv_silu_backward(x, conv_weight, conv_bias, dxc, dx)
+    return (dxz, d_conv_weight.to(conv_weight.dtype), d_conv_bias.to(conv_bias.dtype),
+            d_x_proj_weight.to(x_proj_weight.dtype), d_dt_weight.to(dt_proj_weight.dtype),
+            d_dt_bias.to(dt_proj_bias.dtype), dA.to(A.dtype), dD.to(D.dtype))
+
+
+def _without_autocast(function, xz, *args):
+    """The types are settled by xz's: an autocast region around the call must not change them once more."""
+    with torch.autocast(xz.device.type, enabled=False):
+        return function(xz, *args)
+
+
+class _Inner(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, xz, *args):
+        *parameters, ctx.backend = args
+        y, _, kept = _without_autocast(_inner_forward, xz, *args)
+        ctx.save_for_backward(xz, *parameters, *kept)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return *_without_autocast(_inner_backward, dy, *ctx.saved_tensors, ctx.backend), None
+
+
+# The same for torch.compile, which takes an operator as it is where it would try to look into a Function. (Called from
+# plain Python an operator of this kind costs milliseconds on a slow host: more than the block, at a batch of one.)
+
+
 @torch.library.custom_op("mambasynth::mamba_inner", mutates_args=())
 def _inner_op(
     xz: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor, x_proj_weight: torch.Tensor,
     dt_proj_weight: torch.Tensor, dt_proj_bias: torch.Tensor, A: torch.Tensor, D: torch.Tensor, backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # The types are settled by xz's: an autocast region around the call must not change them once more.
-    with torch.autocast(xz.device.type, enabled=False):
-        y, x_dbl, chunk_states, _ = _inner_forward(
-            xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend
-        )
-    return y, x_dbl, chunk_states
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, _, kept = _without_autocast(
+        _inner_forward, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend
+    )
+    return y, *kept
 
 
 @_inner_op.register_fake
@@ -227,47 +281,26 @@ def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A
     batch, time, _ = xz.shape
     kernels = _kernels(backend)
     states = xz.new_empty(kernels.chunk_states_shape(batch, time, *A.shape), dtype=kernels.chunk_states_dtype(xz.dtype))
-    return xz.new_empty(batch, time, A.shape[0]), xz.new_empty(batch, time, x_proj_weight.shape[0]), states
+    y, xc = (xz.new_empty(batch, time, A.shape[0]) for _ in range(2))
+    return y, xc, xz.new_empty(batch, time, x_proj_weight.shape[0]), states
 
 
 @torch.library.custom_op("mambasynth::mamba_inner_backward", mutates_args=())
 def _inner_backward_op(
     dy: torch.Tensor, xz: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor, dt_proj_weight: torch.Tensor, dt_proj_bias: torch.Tensor, A: torch.Tensor,
-    D: torch.Tensor, x_dbl: torch.Tensor, chunk_states: torch.Tensor, backend: str,
+    D: torch.Tensor, xc: torch.Tensor, x_dbl: torch.Tensor, chunk_states: torch.Tensor, backend: str,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
-    with torch.autocast(xz.device.type, enabled=False):
-        kernels = _kernels(backend)
-        x, z = xz.chunk(2, dim=-1)
-        # Cheap next to the scan, so made again instead of kept: xc and delta are as large as y.
-        xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
-        low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
-        dt_weight = dt_proj_weight.to(xz.dtype)
-        delta = F.linear(low_rank, dt_weight)
-
-        dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
-        dx_dbl = torch.empty_like(x_dbl)
-        dx, dz = dxz.chunk(2, dim=-1)
-        d_low_rank, dB, dC = _split(dx_dbl, dt_proj_weight, A)
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum comes as one expanded number
-        dxc, d_delta, dA, dD, d_dt_bias = kernels.scan_backward(
-            dy, xc, delta, A, B, C, D, z, dt_proj_bias, chunk_states, dz, dB, dC
-        )
-        d_delta = d_delta.flatten(0, 1)
-        d_low_rank.copy_((d_delta @ dt_weight).view_as(d_low_rank))
-        d_dt_weight = d_delta.T @ low_rank.flatten(0, 1)
-        d_x_proj_weight = dx_dbl.flatten(0, 1).T @ xc.flatten(0, 1)
-        dxc.flatten(0, 1).addmm_(dx_dbl.flatten(0, 1), x_proj_weight.to(xz.dtype))
-        d_conv_weight, d_conv_bias = kernels.conv_silu_backward(x, conv_weight, conv_bias, dxc, dx)
-    return (dxz, d_conv_weight.to(conv_weight.dtype), d_conv_bias.to(conv_bias.dtype),
-            d_x_proj_weight.to(x_proj_weight.dtype), d_dt_weight.to(dt_proj_weight.dtype),
-            d_dt_bias.to(dt_proj_bias.dtype), dA.to(A.dtype), dD.to(D.dtype))
+    return _without_autocast(
+        _inner_backward, dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D,
+        xc, x_dbl, chunk_states, backend,
+    )
 
 
 @_inner_backward_op.register_fake
-def _(dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, x_dbl, chunk_states, backend):
+def _(dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, *_):
     like = (xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
     return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like)
 
@@ -275,7 +308,7 @@ def _(dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bia
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for x_dbl and the states, which nothing outside uses
+    ctx.set_materialize_grads(False)  # no zeros for what is kept for the backward pass, which nothing outside uses
 
 
 def _backward(ctx, dy, *_):

@@ -296,14 +296,14 @@ def test_inner_compiles_without_a_graph_break():
 
 
 def test_saved_memory_does_not_grow_with_the_state():
-    """What autograd keeps: xz, the small projections, the parameters and one state a chunk."""
+    """What autograd keeps: xz, its convolved half, the small projections, the parameters and one state a chunk."""
     batch, time, d_inner, d_state = 2, 8 * CHUNK, 64, 32
     inputs = [tensor.requires_grad_() for tensor in cast(inner_inputs(batch, time, d_inner, d_state), torch.float32)]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         mamba_inner(*inputs, "cpu")
     row = batch * time * d_inner
-    assert sum(saved) < 2 * row + row * d_state / CHUNK + row * 1.2 + sum(t.numel() for t in inputs[1:])
+    assert sum(saved) < 3 * row + row * d_state / CHUNK + row * 1.2 + sum(t.numel() for t in inputs[1:])
     assert max(saved) < row * d_state / 4
 
 

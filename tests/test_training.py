@@ -153,6 +153,39 @@ def test_evaluation_does_not_depend_on_the_batch_size(shared_data):
     assert torch.allclose(values[0], values[1], rtol=1e-5) and torch.allclose(values[0], values[2], rtol=1e-5)
 
 
+def test_snapshot_copies_and_renews_the_copy_in_place():
+    state = {"a": torch.zeros(3), "group": [{"lr": 0.1, "step": torch.tensor(1.0)}]}
+    first = training.snapshot(state)
+    state["a"] += 5
+    state["group"][0] |= {"lr": 0.2, "step": torch.tensor(2.0)}
+    assert first["a"].tolist() == [0, 0, 0] and first["group"][0] == {"lr": 0.1, "step": torch.tensor(1.0)}
+    second = training.snapshot(state, first)
+    assert second["a"] is first["a"] and second["a"].tolist() == [5, 5, 5]
+    assert second["group"][0] == {"lr": 0.2, "step": torch.tensor(2.0)}
+    state["a"] += 1
+    assert second["a"].tolist() == [5, 5, 5]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_captured_function_keeps_its_tensors():
+    def make():
+        total = torch.zeros(1 << 22, device="cuda")
+
+        def add(x):
+            total.add_(x)
+            return total
+
+        return training.captured(add, torch.zeros((), device="cuda"), lambda: [total], "cuda")
+
+    replay = make()
+    torch.cuda.empty_cache()
+    replay(torch.ones((), device="cuda"))
+    others = [torch.full((1 << 22,), 7.0, device="cuda") for _ in range(4)]
+    assert (replay(torch.ones((), device="cuda")) == 2).all()
+    assert all((other == 7).all() for other in others)
+
+
 # ---- whole runs
 
 
