@@ -58,6 +58,9 @@ def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
 
 def save(fig, path):
     """Write the figure, whole or not at all, and say so."""
+    # Lay out once: matplotlib's savefig would draw the whole figure a second time, to nowhere, before it.
+    fig.get_layout_engine().execute(fig)
+    fig.set_layout_engine("none")
     with cli.writing(path) as part:
         # No software version in the file: the same numbers give the same bytes.
         fig.savefig(part, metadata={"Software": None})

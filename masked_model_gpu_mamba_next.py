@@ -13,6 +13,7 @@ Examples:
 
 import argparse
 import contextlib
+import copy
 import datetime
 import json
 import math
@@ -85,6 +86,9 @@ def build_parser():
                           help="linear warm-up, then a cosine down to 0")
     training.add_argument("--epochs", type=cli.positive_int, default=500, metavar="N",
                           help="passes over the training windows")
+    training.add_argument("--ema", type=cli.probability, default=0.0, metavar="DECAY",
+                          help="evaluate and save a moving average of the weights, over about 1 / (1 - DECAY) steps; "
+                               "0: the weights themselves")
     training.add_argument("--no-compile", action="store_true",
                           help="do not use torch.compile (it is used on CUDA only)")
     training.add_argument("--no-amp", action="store_true", help="float32 in place of bfloat16 autocast on CUDA")
@@ -159,6 +163,7 @@ from mamba_model import (  # noqa: E402
     CausalTimeSeriesMamba,
     horizons_up_to,
     load_checkpoint,
+    model_from_state_dict,
     read_checkpoint,
     save_checkpoint,
     stem,
@@ -308,8 +313,27 @@ def make_loss(args):
     return loss_of
 
 
-def make_step(model, loss_of, optimizer, totals, share=1.0, world=1):
-    """One optimisation step on windows x, this process's `share` of the global batch.
+def make_averaging(averaged, model, weight):
+    """A function that moves the weights of one model towards another's by `weight`, a number on the device."""
+    mine, theirs = list(averaged.parameters()), list(model.parameters())
+
+    @torch.no_grad()
+    def average():
+        gaps = torch._foreach_sub(theirs, mine)
+        torch._foreach_mul_(gaps, weight)
+        torch._foreach_add_(mine, gaps)
+
+    return average
+
+
+def averaging_weight(step, decay):
+    """What the newest weights count in their moving average after a step, counted from 0: 1 - decay, and more in the
+    first steps, which would otherwise keep the initial weights in it (Tarvainen & Valpola 2017, arXiv 1703.01780)."""
+    return 1 - min(decay, (1 + step) / (10 + step))
+
+
+def make_step(model, loss_of, optimizer, totals, share=1.0, world=1, after=None):
+    """One optimisation step on windows x, this process's `share` of the global batch; then `after()`, if given.
 
     Adds [loss, mse…, 1 if all losses were finite so far] to `totals` on the device: no number travels to the host in
     a step.
@@ -326,6 +350,8 @@ def make_step(model, loss_of, optimizer, totals, share=1.0, world=1):
         totals[:-1].add_(torch.cat([loss.detach()[None], mse]) * share)
         # Once a loss isn't finite the sum never is again: the count stops at the first bad step.
         totals[-1].add_(totals[0].isfinite())
+        if after is not None:
+            after()
 
     return step
 
@@ -530,6 +556,15 @@ def read_last(path):
         if flags[name] != size:
             raise cli.UserError(f"--resume: {path} is damaged: its {name} is {flags[name]}, that of its weights "
                                 f"{size}; start the run anew")
+    if flags["ema"]:
+        try:
+            averaged = model_from_state_dict(saved["ema_state_dict"]).state_dict()
+            fits = [(k, v.shape) for k, v in averaged.items()] == [(k, v.shape) for k, v in model.state_dict().items()]
+        except Exception:  # which one, depends on where what is wrong shows
+            fits = False
+        if not fits:
+            raise cli.UserError(f"--resume: {path} is damaged: its averaged weights do not fit the others; start the "
+                                "run anew")
     return saved, model, flags
 
 
@@ -768,7 +803,7 @@ def snapshot(state, into=None):
     all tensors are copied by a few kernels, where one each would keep a GPU waiting for milliseconds."""
     old, new = [], []
 
-    def copy(value, kept):
+    def copied(value, kept):
         if isinstance(value, torch.Tensor) and kept is not None:
             old.append(kept)
             new.append(value.detach())
@@ -776,12 +811,12 @@ def snapshot(state, into=None):
         if isinstance(value, torch.Tensor):
             return value.detach().clone()
         if isinstance(value, dict):
-            return {key: copy(item, None if kept is None else kept[key]) for key, item in value.items()}
+            return {key: copied(item, None if kept is None else kept[key]) for key, item in value.items()}
         if isinstance(value, list):
-            return [copy(item, None if kept is None else kept[i]) for i, item in enumerate(value)]
+            return [copied(item, None if kept is None else kept[i]) for i, item in enumerate(value)]
         return value
 
-    result = copy(state, into)
+    result = copied(state, into)
     if old:
         torch._foreach_copy_(old, new)
     return result
@@ -873,6 +908,7 @@ def train(args, stop, rank, world, device):
 
         # Model and optimiser
         model = build_model(args, series.feature_dim).to(device).use_scan(args.scan, device)
+        averaged = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
         optimizer = build_optimizer(
             parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
         totals = torch.zeros(2 + len(model.horizons), device=device)
@@ -882,6 +918,8 @@ def train(args, stop, rank, world, device):
                 raise cli.UserError(f"--resume: {files['last']} is damaged: its step, epoch and totals do not fit; "
                                     "start the run anew")
             model.load_state_dict(restored.state_dict())
+            if args.ema:
+                averaged.load_state_dict(saved["ema_state_dict"])
             optimizer.load_state_dict({"state": saved["optimizer_state_dict"]["state"],
                                        "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -895,7 +933,9 @@ def train(args, stop, rank, world, device):
         runner = torch.nn.parallel.DistributedDataParallel(
             runner, device_ids=[device] if device.type == "cuda" else None)
     part = torch.arange(batch).tensor_split(world)[rank]  # this process's windows of each step
-    step = make_step(runner, make_loss(args), optimizer, totals, len(part) / batch, world)
+    weight = torch.zeros((), device=device)  # a number on the device, like the learning rate: the graph reads it
+    step = make_step(runner, make_loss(args), optimizer, totals, len(part) / batch, world,
+                     make_averaging(averaged, model, weight) if args.ema else None)
 
     total_steps, warmup_steps = args.epochs * steps_an_epoch, round(args.warmup_epochs * steps_an_epoch)
     val_on_device = torch.from_numpy(val_starts).to(home)
@@ -912,14 +952,15 @@ def train(args, stop, rank, world, device):
         step(fetch(starts))
 
     def run_evaluation(starts):
-        return evaluate(model, fetch, starts, args.batch_size, not args.no_amp)
+        return evaluate(averaged, fetch, starts, args.batch_size, not args.no_amp)
 
     graphs = device.type == "cuda" and resident and world == 1
     if graphs:
         # One launch a step in place of hundreds: on a GPU a small model is bound by launches, not by arithmetic.
         model.train()
         run_step = captured(run_step, torch.zeros(batch, dtype=torch.int64, device=device), lambda: [
-            *model.parameters(), totals, *(t for s in optimizer.state.values() for t in s.values())], device)
+            *model.parameters(), *averaged.parameters(), totals,
+            *(t for s in optimizer.state.values() for t in s.values())], device)
         model.eval()
         evaluate_train = captured(run_evaluation, train_on_device, list, device) if not args.no_train_eval else None
         run_evaluation = captured(run_evaluation, val_on_device, list, device)
@@ -948,7 +989,8 @@ def train(args, stop, rank, world, device):
             save_checkpoint(files["last"], epoch=global_step // steps_an_epoch, model_state_dict=model.state_dict(),
                             optimizer_state_dict=optimizer.state_dict(), train_loss=train_loss, val_loss=val_loss,
                             args=flags, step=global_step, totals=totals.cpu(), best_loss=best_loss,
-                            data_crc32=fingerprint)
+                            data_crc32=fingerprint,
+                            **({"ema_state_dict": averaged.state_dict()} if args.ema else {}))
 
     def check_finite(epoch, good, finite):
         """Raise UserError when fewer than all steps of this epoch had a finite loss, `good` of them, or when what
@@ -990,6 +1032,8 @@ def train(args, stop, rank, world, device):
         for i in range(first, steps_an_epoch):
             lr = lr_at(global_step, args.lr, warmup_steps, total_steps)
             set_lr(optimizer, lr)
+            if args.ema:
+                weight.fill_(averaging_weight(global_step, args.ema))
             x = next(loader) if loader is not None else None
             # Every step has its own seed: a run resumed in mid-epoch draws the same dropout. (A loader draws a seed
             # for its processes when it starts: so after it.)
@@ -1028,7 +1072,7 @@ def train(args, stop, rank, world, device):
                     append_row(files["log"], columns, row)
                 if val_loss < best_loss:
                     best_loss = val_loss
-                    kept = snapshot({"model_state_dict": model.state_dict(),
+                    kept = snapshot({"model_state_dict": averaged.state_dict(),
                                      "optimizer_state_dict": optimizer.state_dict()}, kept)
                     best = {"epoch": epoch + 1, "train_loss": train_loss, "val_loss": val_loss, **kept}
                 if writer is not None:

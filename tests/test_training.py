@@ -241,6 +241,56 @@ def test_auxiliary_losses_and_augmentation_change_the_run(script, shared_data, t
         assert not torch.equal(weights(tmp_path / f"{i}_last.pt")["input_proj.weight"], plain["input_proj.weight"])
 
 
+def test_ema_averages_the_weights_of_all_steps(script, shared_data, tmp_path, monkeypatch):
+    """The saved weights against a float64 loop over those after each step, taken from a run without --ema."""
+    seen, make_step = [], training.make_step
+
+    def watched(model, *args):
+        step = make_step(model, *args)
+
+        def run(x):
+            step(x)
+            seen.append(snapshot_of(model))
+
+        seen.append(snapshot_of(model))
+        return run
+
+    def snapshot_of(model):
+        return {name: value.double().clone() for name, value in model.state_dict().items()}
+
+    monkeypatch.setattr(training, "make_step", watched)
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "plain.pt"))
+    monkeypatch.undo()
+    average, *rest = seen
+    for i, new in enumerate(rest):
+        decay = min(0.6, (1 + i) / (10 + i))
+        average = {name: decay * average[name] + (1 - decay) * new[name] for name in new}
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "ema.pt", "--ema", "0.6"))
+    last = torch.load(tmp_path / "ema_last.pt", weights_only=True)
+    plain = weights(tmp_path / "plain_last.pt")
+    best = torch.load(tmp_path / "ema.pt", weights_only=True)
+    assert best["epoch"] == 3  # so it is the last epoch's average that was kept
+    for name, value in last["model_state_dict"].items():
+        assert torch.equal(value, plain[name])
+        assert (last["ema_state_dict"][name] - average[name]).abs().max() < 1e-6
+        assert torch.equal(best["model_state_dict"][name], last["ema_state_dict"][name])
+    assert not torch.equal(best["model_state_dict"]["input_proj.weight"], plain["input_proj.weight"])
+    printed = script("masked_model_gpu_mamba_next", "--eval", tmp_path / "ema.pt", "--data-dir", shared_data).out
+    assert f"{best['val_loss']:.4f}" in printed
+
+
+@pytest.mark.parametrize("damage", [lambda state: state.pop("ema_state_dict"),
+                                    lambda state: state["ema_state_dict"].pop("input_proj.weight"),
+                                    lambda state: state["ema_state_dict"]["input_proj.weight"].fill_(math.nan)])
+def test_resume_refuses_damaged_averages(script, refused, shared_data, tmp_path, damage):
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--ema", "0.6"))
+    state = torch.load(tmp_path / "a_last.pt", weights_only=True)
+    damage(state)
+    torch.save(state, tmp_path / "a_last.pt")
+    line = refused("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt", "--epochs", "4")
+    assert "averaged weights" in line
+
+
 def test_no_train_eval_and_no_compile(script, shared_data, tmp_path):
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "b.pt", "--no-train-eval", "--no-compile"))
@@ -263,12 +313,13 @@ def interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(training, "set_lr", set_lr)
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 6])  # 3 steps an epoch: in the first, at its end, at the second's end
-def test_interrupted_and_resumed_equals_uninterrupted(script, shared_data, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize("stop_at, more", [  # 3 steps an epoch: in the first, at its end, at the second's end
+    (1, []), (3, []), (6, []), (4, ["--ema", "0.8"])])
+def test_interrupted_and_resumed_equals_uninterrupted(script, shared_data, tmp_path, monkeypatch, stop_at, more):
     assert threading.current_thread() is threading.main_thread()
-    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "whole.pt"))
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "whole.pt", *more))
     interrupt_after(monkeypatch, stop_at)
-    result = script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "part.pt"))
+    result = script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "part.pt", *more))
     assert result.code == 130 and f"stopped after step {stop_at} of 9" in result.out and result.err == ""
     monkeypatch.undo()
     result = script("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "part.pt")
