@@ -32,6 +32,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
 import json  # noqa: E402
+import warnings  # noqa: E402
 
 import numpy as np  # noqa: E402
 
@@ -100,6 +101,24 @@ def levina_bickel(points, ks):
         raise cli.UserError("k must be 2 or more: one neighbour has no distance to compare with")
     distances, _ = knn(distinct(points), max(ks))
     return dimension_from_distances(distances, ks)
+
+
+def umap_embedding(points, graph, seed):
+    """Two UMAP coordinates (n, 2) of points (n, width); deterministic for a seed.
+
+    graph: distances and indices (n, k) of the nearest neighbours, as `knn` gives them, without the point itself; UMAP's
+    n_neighbors is k + 1. McInnes, Healy & Melville 2018, arXiv 1802.03426.
+    """
+    import umap  # slow to import and compile: only where a UMAP is drawn
+
+    # UMAP counts a point as its own first neighbour.
+    distances = np.pad(graph[0], ((0, 0), (1, 0))).astype(np.float32)
+    indices = np.concatenate([np.arange(len(points))[:, None], graph[1]], axis=1)
+    with warnings.catch_warnings():
+        # It warns that new points can't be added to the embedding, which nobody does here.
+        warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
+        return umap.UMAP(n_neighbors=indices.shape[1], random_state=seed, n_jobs=1, force_approximation_algorithm=True,
+                         precomputed_knn=(indices, distances)).fit_transform(points)
 
 
 def dimension_by_circle(points, states, n_circles, ks):

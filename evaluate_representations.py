@@ -108,7 +108,7 @@ from tqdm import tqdm  # noqa: E402
 import dataset  # noqa: E402
 import figures  # noqa: E402
 import mamba_model  # noqa: E402
-from estimate_dimension import dimension_from_distances, knn, levina_bickel  # noqa: E402
+from estimate_dimension import dimension_from_distances, knn, levina_bickel, umap_embedding  # noqa: E402
 
 KS = (10, 30, 100)  # neighbours of the dimension estimate
 K_SHOWN = 30  # the one in panel titles and in the comparison
@@ -427,25 +427,6 @@ def best_layer(levels):
 
 # ---------------------------------------------------------------------------------------------------------------
 # UMAP
-
-
-def umap_embedding(points, graph, n_neighbors, seed):
-    """Two UMAP coordinates (n, 2) of points (n, width); deterministic for a seed.
-
-    graph: distances and indices (n, n_neighbors - 1) of the nearest neighbours, without the point itself. McInnes,
-    Healy & Melville 2018, arXiv 1802.03426.
-    """
-    import umap  # slow to import and compile: only where a UMAP is drawn
-
-    # UMAP counts a point as its own first neighbour. The tables must have exactly n_neighbors columns: umap-learn
-    # doesn't shorten longer ones when there are fewer than 4096 points.
-    distances = np.pad(graph[0], ((0, 0), (1, 0))).astype(np.float32)
-    indices = np.concatenate([np.arange(len(points))[:, None], graph[1]], axis=1)
-    with warnings.catch_warnings():
-        # It warns that new points can't be added to the embedding, which nobody does here.
-        warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
-        return umap.UMAP(n_neighbors=n_neighbors, random_state=seed, n_jobs=1,
-                         precomputed_knn=(indices, distances, None)).fit_transform(points)
 
 
 def umap_pool(n_embeddings, n_points):
@@ -771,7 +752,7 @@ def evaluate(model, series, windows, depths, rows, args, pool, name):
         level, points, graph, nearest_sample = level_measures(values, series, rows, args)
         measures.append({"level": names[depth], "depth": depth, **level})
         if not args.no_umap:
-            futures.append(submit(pool, umap_embedding, points, graph, args.umap_neighbors, args.seed))
+            futures.append(submit(pool, umap_embedding, points, graph, args.seed))
             nearest.append(nearest_sample)
     return measures, futures, nearest
 

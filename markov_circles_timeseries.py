@@ -107,9 +107,9 @@ if __name__ == "__main__":
 import contextlib  # noqa: E402
 import json  # noqa: E402
 import struct  # noqa: E402
-import warnings  # noqa: E402
 import zipfile  # noqa: E402
 from bisect import bisect_right  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -117,7 +117,7 @@ import numpy as np  # noqa: E402
 import dataset  # noqa: E402
 import figures  # noqa: E402
 from dataset import Series, load_series, pick  # noqa: E402
-from estimate_dimension import distinct, knn, levina_bickel  # noqa: E402
+from estimate_dimension import distinct, knn, levina_bickel, umap_embedding  # noqa: E402
 
 BLOCK_VALUES = 2**17  # values of X filled at a time: the temporaries stay in the cache
 VISITS_A_ROUND = 1024
@@ -529,28 +529,14 @@ def plot_umap(embedding, states, steps, n_circles, dimension):
     return fig
 
 
-def embed(points, seed):
-    """UMAP of points (n, dim) to (n, 2); deterministic for a seed. McInnes et al. 2018, arXiv 1802.03426."""
-    import umap  # 4 s, and numba with it: only for this figure
-
-    k = min(UMAP_NEIGHBORS, len(points)) - 1
-    distances, neighbours = knn(points, k)
-    # UMAP counts a point as its own first neighbour.
-    neighbours = np.concatenate([np.arange(len(points))[:, None], neighbours], axis=1)
-    distances = np.concatenate([np.zeros((len(points), 1)), distances], axis=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
-        return umap.UMAP(n_neighbors=k + 1, random_state=seed, n_jobs=1, force_approximation_algorithm=True,
-                         precomputed_knn=(neighbours, distances)).fit_transform(points)
-
-
-def make_figures(series, statistics, data_dir):
-    figures.save(plot_state_sequence(series), data_dir / "state_sequence.png")
-    figures.save(plot_transition_matrix(series.transition_matrix), data_dir / "transition_matrix.png")
-    figures.save(plot_periods(series, statistics), data_dir / "periods.png")
+def plot_all(series, statistics):
+    """{file name: figure} of all figures but the UMAP."""
     n = min(SAMPLE_WINDOW, series.n_steps)
-    for i, first in enumerate(np.linspace(0, series.n_steps - n, N_SAMPLE_WINDOWS).astype(int).tolist()):
-        figures.save(plot_sample_window(series, first, n), data_dir / f"sample_window_{i}.png")
+    firsts = np.linspace(0, series.n_steps - n, N_SAMPLE_WINDOWS).astype(int).tolist()
+    return {"state_sequence.png": plot_state_sequence(series),
+            "transition_matrix.png": plot_transition_matrix(series.transition_matrix),
+            "periods.png": plot_periods(series, statistics),
+            **{f"sample_window_{i}.png": plot_sample_window(series, first, n) for i, first in enumerate(firsts)}}
 
 
 def make_umap(series, data_dir):
@@ -562,7 +548,8 @@ def make_umap(series, data_dir):
         raise cli.UserError(f"umap.png needs more than {DIMENSION_K} different points; the data are written, and "
                             "--no-umap leaves this figure out")
     dimension = levina_bickel(points, [DIMENSION_K])[DIMENSION_K]
-    fig = plot_umap(embed(points, seed), pick(series.states, steps), steps, series.n_circles, dimension)
+    embedding = umap_embedding(points, knn(points, min(UMAP_NEIGHBORS, len(points)) - 1), seed)
+    fig = plot_umap(embedding, pick(series.states, steps), steps, series.n_circles, dimension)
     figures.save(fig, data_dir / "umap.png")
 
 
@@ -571,12 +558,18 @@ def main(args):
     if args.uncompressed:
         save_uncompressed(config_of(args), data_dir)
         series = load_series(data_dir)
+        statistics = visit_statistics(series)
+        drawn = plot_all(series, statistics)
     else:
         series = generate(config_of(args))
-        save(series, data_dir)
-    statistics = visit_statistics(series)
+        statistics = visit_statistics(series)
+        with ThreadPoolExecutor(1) as pool:  # the figures take shape while the data are compressed
+            drawing = pool.submit(plot_all, series, statistics)
+            save(series, data_dir)
+        drawn = drawing.result()
     print(summary_table(series, statistics))
-    make_figures(series, statistics, data_dir)
+    for name, fig in drawn.items():
+        figures.save(fig, data_dir / name)
     if not args.no_umap:
         make_umap(series, data_dir)
 

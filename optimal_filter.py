@@ -601,13 +601,6 @@ def window_mse(process, series, starts, seq_len, horizons=(1,)):
     return dict(zip(horizons, errors.tolist(), strict=True))
 
 
-def history_mse(process, series, starts, seq_len, horizons=(1,)):
-    """As `window_mse`, over the same targets, for a predictor that has seen the whole series up to t."""
-    horizons = check_window(series, starts, seq_len, horizons)
-    seen = predict(process, series.X[:max(starts) + seq_len], horizons, keep_predictions=False)
-    return mean_over_windows(seen["squared_error"], starts, seq_len)
-
-
 def check_window(series, starts, seq_len, horizons):
     horizons = check_horizons(horizons)
     if len(starts) == 0 or min(starts) < 0 or max(starts) + seq_len > series.n_steps:
@@ -615,15 +608,6 @@ def check_window(series, starts, seq_len, horizons):
     if not horizons or max(horizons) >= seq_len:
         raise ValueError(f"horizons {horizons} must be shorter than the window, {seq_len} steps")
     return horizons
-
-
-def mean_over_windows(squared_error, starts, seq_len):
-    """{k: the mean of squared_error[k] over the positions 0 … seq_len - 1 - k of all windows}."""
-    starts, means = np.asarray(starts), {}
-    for k, errors in squared_error.items():
-        total = np.concatenate([[0.0], np.cumsum(errors)])
-        means[k] = float(np.mean(total[starts + seq_len - k] - total[starts]) / (seq_len - k))
-    return means
 
 
 def smooth(process, X, initial="visit start"):

@@ -394,9 +394,9 @@ def test_the_best_layer_is_no_input_and_the_first_of_equals():
 
 def test_umap_keeps_clusters_apart_and_repeats_itself():
     points, labels = blobs(200, 3, spread=0.5)
-    embedding = ev.umap_embedding(points, knn(points, 9), 10, seed=1)
+    embedding = ev.umap_embedding(points, knn(points, 9), seed=1)
     assert embedding.shape == (200, 2) and np.isfinite(embedding).all()
-    np.testing.assert_array_equal(embedding, ev.umap_embedding(points, knn(points, 9), 10, seed=1))
+    np.testing.assert_array_equal(embedding, ev.umap_embedding(points, knn(points, 9), seed=1))
     _, neighbours = knn(embedding, 5)
     assert (labels[neighbours] == labels[:, None]).mean() > 0.99
 
@@ -521,7 +521,7 @@ def test_umap_end_to_end(run, tmp_path):
 
 def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, monkeypatch):
     drawn, draw = [], figures.umap_figure
-    monkeypatch.setattr(ev, "umap_embedding", lambda points, graph, n_neighbors, seed: points[:, :2])
+    monkeypatch.setattr(ev, "umap_embedding", lambda points, graph, seed: points[:, :2])
     monkeypatch.setattr(figures, "umap_figure", lambda *given: drawn.append(given) or draw(*given))
     flags = ["--umap-points", 1500, "--no-lb", "--device", "cpu"]
     _, files = run(*flags)
