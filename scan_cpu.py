@@ -137,6 +137,18 @@ def get(typingctx, array, row, column):
 
 
 @intrinsic
+def add_to(typingctx, array, row, column, value):
+    """array[row, column] += value for indices that are not negative."""
+
+    def codegen(context, builder, sig, args):
+        pointer = _item_pointer(context, builder, sig.args[0], args[0], args[1:3])
+        builder.store(builder.fadd(builder.load(pointer), args[3]), pointer)
+        return context.get_dummy_value()
+
+    return types.void(array, int64, int64, array.dtype), codegen
+
+
+@intrinsic
 def zeros_like(typingctx, vector):
     return vector(vector), lambda context, builder, sig, args: _constant(args[0].type, 0.0)
 
@@ -157,41 +169,6 @@ def sum_lanes(typingctx, vector):
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return vector.dtype(vector), codegen
-
-
-@intrinsic
-def sum_rows(typingctx, tile, row):
-    """The sums over the lanes of as many rows of a tile as there are lanes, from `row` on: lane i has tile[row + i]'s.
-
-    A tree: two vectors become one whose lanes hold partial sums of either, half as many of each, until all rows share
-    one vector. It takes one blend, one shuffle and one addition a row, a sum of each row alone four times as many.
-    """
-
-    def codegen(context, builder, sig, args):
-        lanes, index_type = VECTORS[sig.args[0].dtype].lanes, ir.IntType(32)
-
-        def pick(a, b, indices):
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(index_type, lanes), indices))
-
-        def merge(a, b, half):
-            # Where a lane's number has the bit `half` it is b's; in the other operand its partner, `half` lanes away.
-            own = [i + lanes if i & half else i for i in range(lanes)]
-            partner = [(i ^ half) + lanes if i & half else i ^ half for i in range(lanes)]
-            return builder.fadd(pick(a, b, own), pick(a, b, partner))
-
-        def read(i):
-            at = builder.add(args[1], ir.Constant(args[1].type, i))
-            pointer, align = _vector_pointer(context, builder, sig.args[0], args[0], (at, ir.Constant(at.type, 0)))
-            return builder.load(pointer, align=align)
-
-        half = lanes // 2
-        vectors = [merge(read(i), read(i + half), half) for i in range(half)]
-        while half > 1:
-            half //= 2
-            vectors = [merge(vectors[i], vectors[i + half], half) for i in range(half)]
-        return vectors[0]
-
-    return VECTORS[tile.dtype](tile, int64), codegen
 
 
 @intrinsic
@@ -460,7 +437,6 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
     # dg: gradient of y before the gate; dv: gradient of v = dt u, the input of the state
     u_s, dt_s, slope_s, v_s, z_s, gate_s, y_s, dy_s, dg_s, ddt_s, dv_s, a_s = np.empty((12, CHUNK, lanes), u.dtype)
     h_s = np.empty((CHUNK + 1, lanes), u.dtype)  # [t]: the state before step t
-    dB_t_s, dC_t_s = np.zeros((2, CHUNK, lanes), u.dtype)  # the shares of the channels: of their sum, dB and dC
     B_s, C_s, dB_s, dC_s = np.empty((4, d_state, CHUNK), u.dtype)
     first_s = np.empty((d_state, lanes), u.dtype)
     carry = np.zeros((d_state, dA.shape[1]), u.dtype)  # a_{t+1} dh_{t+1}, handed from chunk to chunk
@@ -503,8 +479,8 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
                 for t in range(steps - 1, -1, -1):
                     dg = load(dg_s, t, 0)
                     dh = carried + dg * get(C_s, n, t)
-                    store(dC_t_s, t, 0, dg * load(h_s, t + 1, 0))
-                    store(dB_t_s, t, 0, dh * load(v_s, t, 0))
+                    add_to(dC_s, n, t, sum_lanes(dg * load(h_s, t + 1, 0)))
+                    add_to(dB_s, n, t, sum_lanes(dh * load(v_s, t, 0)))
                     store(dv_s, t, 0, load(dv_s, t, 0) + dh * get(B_s, n, t))
                     carried = dh * load(a_s, t, 0)
                     dexponent = carried * load(h_s, t, 0)
@@ -512,9 +488,6 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
                     store(ddt_s, t, 0, load(ddt_s, t, 0) + dexponent * a_log2)
                 store(carry, n, c, carried)
                 store(dA, n, c, da)
-                for t in range(0, steps, lanes):
-                    store(dC_s, n, t, load(dC_s, n, t) + sum_rows(dC_t_s, t))
-                    store(dB_s, n, t, load(dB_s, n, t) + sum_rows(dB_t_s, t))
             sum_dD, sum_dbias = load(dD, 0, c), load(dbias, 0, c)
             for t in range(steps):
                 u_t, dg, dv, gate = load(u_s, t, 0), load(dg_s, t, 0), load(dv_s, t, 0), load(gate_s, t, 0)
