@@ -68,6 +68,8 @@ $(DEMO)/plots/dimension.png: $(DEMO)/data/umap.png
 # The study: what a run's flags add to the README's setting stands behind its name.
 STUDY_FLAGS := --d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval
 STUDY_RUNS  := full_42 full_43 full_44 frozen_42 frozen_43 frozen_44 slow A_frozen gates_A_frozen horizon64
+STUDY_BEST  := regularised small_42 small_43 small_44
+STUDY_SUB4  := subspace4 subspace4_contrastive_42 subspace4_contrastive_43 subspace4_contrastive_44
 study_run    = $(STUDY)/$(1)_prediction_2.png
 $(call study_run,full_43): FLAGS := --seed 43
 $(call study_run,full_44): FLAGS := --seed 44
@@ -78,16 +80,27 @@ $(call study_run,slow): FLAGS := --gate-lr-factor 0.01
 $(call study_run,A_frozen): FLAGS := --freeze-A
 $(call study_run,gates_A_frozen): FLAGS := --gate-lr-factor 0 --freeze-A
 $(call study_run,horizon64): FLAGS := --max-horizon 64
-$(call study_run,subspace4): SERIES := data/subspace4
+$(call study_run,regularised): FLAGS := --epochs 150 --max-horizon 4 --aug-noise 1
+SMALL := --d-model 64 --n-layers 4 --d-state 16 --d-ff 128 --seq-len 512 --batch-size 16 --epochs 80 \
+    --warmup-epochs 2 --lr 3e-3 --dropout 0.05 --max-horizon 2 --aug-noise 1.5 --ema 0.99
+$(call study_run,small_42): FLAGS := $(SMALL)
+$(call study_run,small_43): FLAGS := $(SMALL) --seed 43
+$(call study_run,small_44): FLAGS := $(SMALL) --seed 44
+$(foreach run,$(STUDY_SUB4),$(call study_run,$(run))): SERIES := data/subspace4
+$(call study_run,subspace4_contrastive_42): FLAGS := --epochs 100 --contrastive-lambda 0.3
+$(call study_run,subspace4_contrastive_43): FLAGS := --epochs 100 --contrastive-lambda 0.3 --seed 43
+$(call study_run,subspace4_contrastive_44): FLAGS := --epochs 100 --contrastive-lambda 0.3 --seed 44
 
 study: $(STUDY)/plots/.compared
 	@echo; echo "figures of the study:"; find $(STUDY) -name '*.png' | sort
 
-$(STUDY)/plots/.compared: $(foreach run,$(STUDY_RUNS) subspace4,$(call study_run,$(run)))
+$(STUDY)/plots/.compared: $(foreach run,$(STUDY_RUNS) $(STUDY_BEST) $(STUDY_SUB4),$(call study_run,$(run)))
 	$(PY) evaluate_representations.py --data-dir $(STUDY)/data --save-dir $(STUDY)/plots \
 	    --checkpoint $(STUDY_RUNS:%=$(STUDY)/%.pt)
+	$(PY) evaluate_representations.py --data-dir $(STUDY)/data --save-dir $(STUDY)/plots \
+	    --checkpoint $(STUDY_BEST:%=$(STUDY)/%.pt)
 	$(PY) evaluate_representations.py --data-dir $(STUDY)/data/subspace4 --save-dir $(STUDY)/plots \
-	    --checkpoint $(STUDY)/subspace4.pt
+	    --checkpoint $(STUDY_SUB4:%=$(STUDY)/%.pt)
 	$(PY) generate.py --data-dir $(STUDY)/data --save-dir $(STUDY)/plots --checkpoint $(STUDY)/full_42.pt \
 	    --gen-len 4096 --compare
 	@touch $@

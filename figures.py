@@ -56,11 +56,19 @@ def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
     return fig, axes
 
 
+def laid_out(fig):
+    """The figure with everything in its place, for good. `save` does it too; but for this, matplotlib's savefig would
+    draw the whole figure twice, once to nowhere, to place it."""
+    engine = fig.get_layout_engine()
+    if engine is not None:
+        engine.execute(fig)
+        fig.set_layout_engine(None)
+    return fig
+
+
 def save(fig, path):
     """Write the figure, whole or not at all, and say so."""
-    # Lay out once: matplotlib's savefig would draw the whole figure a second time, to nowhere, before it.
-    fig.get_layout_engine().execute(fig)
-    fig.set_layout_engine("none")
+    laid_out(fig)
     with cli.writing(path) as part:
         # No software version in the file: the same numbers give the same bytes.
         fig.savefig(part, metadata={"Software": None})

@@ -533,10 +533,11 @@ def plot_all(series, statistics):
     """{file name: figure} of all figures but the UMAP."""
     n = min(SAMPLE_WINDOW, series.n_steps)
     firsts = np.linspace(0, series.n_steps - n, N_SAMPLE_WINDOWS).astype(int).tolist()
-    return {"state_sequence.png": plot_state_sequence(series),
-            "transition_matrix.png": plot_transition_matrix(series.transition_matrix),
-            "periods.png": plot_periods(series, statistics),
-            **{f"sample_window_{i}.png": plot_sample_window(series, first, n) for i, first in enumerate(firsts)}}
+    drawn = {"state_sequence.png": plot_state_sequence(series),
+             "transition_matrix.png": plot_transition_matrix(series.transition_matrix),
+             "periods.png": plot_periods(series, statistics),
+             **{f"sample_window_{i}.png": plot_sample_window(series, first, n) for i, first in enumerate(firsts)}}
+    return {name: figures.laid_out(fig) for name, fig in drawn.items()}
 
 
 def make_umap(series, data_dir):
