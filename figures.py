@@ -4,7 +4,10 @@ Everything here draws; nothing computes. Figures are made without pyplot: no dis
 kept, and nothing has to be closed.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import matplotlib
+import matplotlib.image
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
@@ -16,7 +19,6 @@ import cli
 
 STYLE = {
     "figure.dpi": 150,
-    "savefig.dpi": 150,
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
@@ -57,8 +59,7 @@ def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
 
 
 def laid_out(fig):
-    """The figure with everything in its place, for good. `save` does it too; but for this, matplotlib's savefig would
-    draw the whole figure twice, once to nowhere, to place it."""
+    """The figure with everything in its place, for good: a later draw doesn't look for it again."""
     engine = fig.get_layout_engine()
     if engine is not None:
         engine.execute(fig)
@@ -68,11 +69,27 @@ def laid_out(fig):
 
 def save(fig, path):
     """Write the figure, whole or not at all, and say so."""
-    laid_out(fig)
-    with cli.writing(path) as part:
-        # No software version in the file: the same numbers give the same bytes.
-        fig.savefig(part, metadata={"Software": None})
-    print(f"wrote {path}")
+    save_all({path: fig})
+
+
+def save_all(figs):
+    """Write figures, {path: figure}, each whole or not at all, and say so; one is compressed while the next is drawn.
+
+    (savefig would draw each of them twice, once to nowhere, to place what it has.)
+    """
+    def write(path, pixels, dpi):
+        with cli.writing(path) as part:
+            # No software version in the file: the same numbers give the same bytes.
+            matplotlib.image.imsave(part, pixels, format="png", dpi=dpi, metadata={"Software": None})
+        return path
+
+    with ThreadPoolExecutor(1) as pool:
+        jobs = []
+        for path, fig in figs.items():
+            laid_out(fig).canvas.draw()
+            jobs.append(pool.submit(write, path, np.array(fig.canvas.buffer_rgba()), fig.dpi))
+        for job in jobs:
+            print(f"wrote {job.result()}")
 
 
 def bare(ax):

@@ -484,7 +484,7 @@ def plot_transition_matrix(P):
     fig.colorbar(image, ax=ax, label="probability")
     if K <= FEW_CIRCLES:
         for i, j in zip(*np.nonzero(P), strict=True):
-            ax.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=8,
+            ax.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=8, in_layout=False,  # it is inside
                     color="black" if P[i, j] > 0.6 * P.max() else "white")
         ax.set_xticks(range(K))
         ax.set_yticks(range(K))
@@ -569,8 +569,7 @@ def main(args):
             save(series, data_dir)
         drawn = drawing.result()
     print(summary_table(series, statistics))
-    for name, fig in drawn.items():
-        figures.save(fig, data_dir / name)
+    figures.save_all({data_dir / name: fig for name, fig in drawn.items()})
     if not args.no_umap:
         make_umap(series, data_dir)
 
