@@ -696,19 +696,16 @@ def measure_step(bench):
     peers.pop("transformers", None)  # minutes a step
     runs = {"ours": step_pass(model, x, args)}
     runs |= {name: step_pass(with_blocks_of(make_block, model).train(), x, args) for name, make_block in peers.items()}
-    if cuda:
-        runs["as one CUDA graph"] = replayed_step(model, x, args)
-        runs["compiled, as one CUDA graph"] = replayed_step(model, x, args, compiled=True)
-    found, floor = interleaved(runs, bench.repeats), step_limits(bench.limits, args, args.batch_size, features)
+    graphs = {"step as one CUDA graph": replayed_step(model, x, args),
+              "step compiled, as one CUDA graph": replayed_step(model, x, args, compiled=True)} if cuda else {}
+    found, floor = interleaved(runs | graphs, bench.repeats), step_limits(bench.limits, args, args.batch_size, features)
     name = next(iter(peers), None)
     lines = pass_lines(found, name, floor)
     lines.append(compared("optimiser", part(found["ours"], "optimiser"), name,
                           name and part(found[name], "optimiser")))
     theirs, limit = name and totals(found[name]), sum(floor.values())
     lines.append(compared("step", totals(found["ours"]), name, theirs, limit=limit))
-    if cuda:
-        lines += [compared(f"step {how}", found[how], name, theirs, limit=limit, max_ours=26e-3, min_ratio=3)
-                  for how in ("as one CUDA graph", "compiled, as one CUDA graph")]
+    lines += [compared(how, found[how], name, theirs, limit=limit, max_ours=26e-3, min_ratio=3) for how in graphs]
     lines.append(memory_line(runs, name, device, min_ratio=1))
     notes.append(f"limit: the blocks as in the row scan, and the heads' matrix products ({bench.limits.text()})")
     return (f"step: training, {args.batch_size} x {args.seq_len}, {args.n_layers} layers, d_model {args.d_model}, "

@@ -270,7 +270,7 @@ def test_initial_law_of_the_first_circle():
             optimal_filter.predict(process, X, initial=wrong)
 
 
-def test_window_and_history_errors():
+def test_window_errors():
     series, process = make_process(3)
     simulate(series, 300)
     starts, seq_len, horizons = [10, 40, 170], 50, (1, 4)
