@@ -1,14 +1,14 @@
 """Selective scan and causal convolution for the CPU: Numba kernels with hand-placed SIMD.
 
 Every function works on (batch, time, channels) tensors in float32 or float64; batch and time may be strided.
-The recurrence is computed in the layout that the data has: one SIMD vector holds neighbouring channels (one
-cache line, 16 floats or 8 doubles), the state of one state index n stays in registers while time runs over a
-chunk, and everything a chunk needs lies in L1. Only the states at chunk boundaries are kept for the backward
+The recurrence is computed in the layout that the data has: one SIMD vector holds neighbouring channels (two
+cache lines, 32 floats or 16 doubles), the state of one state index n stays in registers while time runs over a
+chunk, and what that takes lies in L1. Only the states at chunk boundaries are kept for the backward
 pass, which recomputes the others chunk by chunk, so memory grows with batch x time x channels only
 (Gu & Dao 2023, arXiv 2312.00752, section 3.3.2, moved from GPU SRAM to CPU cache).
 
 Why a vector type and not loops for LLVM to vectorise: the arrays may alias as far as LLVM knows, and the
-run-time checks it would add around a 16-wide inner loop cost more than the loop. With <16 x float> values LLVM
+run-time checks it would add around a 32-wide inner loop cost more than the loop. With <32 x float> values LLVM
 has nothing to prove, and it splits them itself into what the machine has (AVX2, AVX-512, SSE, NEON).
 """
 
@@ -16,6 +16,7 @@ import functools
 import itertools
 import operator
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,8 +27,9 @@ from numba.core import cgutils
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-CHUNK = 64  # time steps between saved states; the loops over them touch 8 tiles of CHUNK x 64 bytes, an L1 cache
-VECTOR_BYTES = 64
+CHUNK = 48  # time steps between saved states; the loops over them touch 8 tiles of CHUNK vectors, an L1 cache
+CACHE_LINE = 64  # bytes
+VECTOR_BYTES = 2 * CACHE_LINE  # two registers of AVX-512: two chains of dependent operations run side by side
 LOG2_E = float(np.log2(np.e))
 LN_2 = float(np.log(2.0))
 
@@ -36,7 +38,7 @@ LN_2 = float(np.log(2.0))
 
 
 class Vector(types.Type):
-    """A SIMD vector of float32 or float64, one cache line long."""
+    """A SIMD vector of float32 or float64, VECTOR_BYTES long."""
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -137,20 +139,35 @@ def get(typingctx, array, row, column):
 
 
 @intrinsic
-def add_to(typingctx, array, row, column, value):
-    """array[row, column] += value for indices that are not negative."""
+def prefetch(typingctx, array, row, column):
+    """Asks for the cache lines of the vector that starts at array[row, column]; the place may lie outside."""
 
     def codegen(context, builder, sig, args):
-        pointer = _item_pointer(context, builder, sig.args[0], args[0], args[1:3])
-        builder.store(builder.fadd(builder.load(pointer), args[3]), pointer)
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [byte],
+                                               ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]))
+        first = builder.bitcast(_item_pointer(context, builder, sig.args[0], args[0], args[1:]), byte)
+        to_read, into_l2, data = ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)
+        for offset in range(0, VECTOR_BYTES, CACHE_LINE):
+            builder.call(ask, [builder.gep(first, [ir.Constant(i32, offset)]), to_read, into_l2, data])
         return context.get_dummy_value()
 
-    return types.void(array, int64, int64, array.dtype), codegen
+    return types.void(array, int64, int64), codegen
 
 
 @intrinsic
 def zeros_like(typingctx, vector):
     return vector(vector), lambda context, builder, sig, args: _constant(args[0].type, 0.0)
+
+
+def _halve(builder, width, x, y=None):
+    """x, or x and y side by side, hold parts of `width` lanes: each one's low half plus its high half, in a row."""
+    lanes = x.type.count * (1 if y is None else 2)
+    low = [first + lane for first in range(0, lanes, width) for lane in range(width // 2)]
+    index = ir.VectorType(ir.IntType(32), len(low))
+    low, high = (builder.shuffle_vector(x, x if y is None else y, ir.Constant(index, [i + shift for i in low]))
+                 for shift in (0, width // 2))
+    return builder.fadd(low, high, flags=FLAGS)
 
 
 @intrinsic
@@ -159,16 +176,32 @@ def sum_lanes(typingctx, vector):
 
     def codegen(context, builder, sig, args):
         (value,) = args
-        lanes = sig.args[0].lanes
-        while lanes > 1:
-            lanes //= 2
-            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(start, start + lanes)))
-                         for start in (0, lanes))
-            value = builder.fadd(builder.shuffle_vector(value, value, low),
-                                 builder.shuffle_vector(value, value, high))
+        while value.type.count > 1:
+            value = _halve(builder, value.type.count, value)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return vector.dtype(vector), codegen
+
+
+@intrinsic
+def add_sums(typingctx, array, row, a, b):
+    """array[row] += a's lanes summed to an eighth of their number, and behind them b's.
+
+    To go on to one number each would take as many instructions again, for ever less: `finish_sums` does it at the end.
+    """
+
+    def codegen(context, builder, sig, args):
+        lanes = sig.args[2].lanes
+        a, b = (_halve(builder, lanes, x) for x in args[2:])
+        sums = _halve(builder, lanes // 4, _halve(builder, lanes // 2, a, b))
+        zero = context.get_constant(types.int64, 0)
+        pointer = _item_pointer(context, builder, sig.args[0], args[0], (args[1], zero))
+        pointer = builder.bitcast(pointer, sums.type.as_pointer())
+        align = sig.args[0].dtype.bitwidth // 8
+        builder.store(builder.fadd(builder.load(pointer, align=align), sums), pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.void(array, int64, a, b), codegen
 
 
 @intrinsic
@@ -179,6 +212,16 @@ def maximum(typingctx, a, b):
         return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[1], args[0])
 
     return a(a, a), codegen
+
+
+@intrinsic
+def where_negative(typingctx, x, a, b):
+    """a where x < 0, else b, lane by lane."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(builder.fcmp_ordered("<", args[0], _constant(args[0].type, 0.0)), args[1], args[2])
+
+    return a(x, a, b), codegen
 
 
 # ---- elementary functions ------------------------------------------------------------------------------------
@@ -202,28 +245,32 @@ FORMATS = {float32: (23, 127, 5, 7), float64: (52, 1023, 11, 17)}
 
 
 @intrinsic
-def exp2(typingctx, x):
-    """2^x lane by lane, 0 below the normal range and inf above; NaN stays NaN.
+def exp2_of_product(typingctx, x, y):
+    """2^(x y) lane by lane for a finite x y below the largest exponent (128, 1024); 0 below the normal range.
 
-    2^x = 2^n 2^r with n = round(x): the sum x + 1.5 * 2^mantissa has n in its low bits, and these, moved into
-    the exponent field, are 2^n; 2^r with |r| <= 1/2 is a polynomial.
+    2^(x y) = 2^n 2^r with n = round(x y): the sum x y + 1.5 * 2^mantissa + bias has n + bias in its low bits, and
+    these, moved into the exponent field, are 2^n; 2^r with |r| <= 1/2 is a polynomial. x y is fused into both sums,
+    where the machine can do that: its rounding does not reach the result. The exponents here, those of decays, are
+    never above 0: nothing is spent on an overflow.
     """
 
     def codegen(context, builder, sig, args):
-        (x,) = args
-        mantissa, bias, degree, _ = FORMATS[sig.args[0].dtype]
-        integers = ir.VectorType(ir.IntType(sig.args[0].dtype.bitwidth), sig.args[0].lanes)
-        lowest, highest = _constant(x.type, -float(bias)), _constant(x.type, bias + 1.0)
-        x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)
-        x = builder.select(builder.fcmp_ordered(">", x, highest), highest, x)
-        shift = _constant(x.type, 1.5 * 2.0**mantissa)
-        shifted = builder.fadd(x, shift)
-        r = builder.fsub(x, builder.fsub(shifted, shift))
-        bits = builder.shl(builder.add(builder.bitcast(shifted, integers), _constant(integers, bias)),
-                           _constant(integers, mantissa))
-        return builder.fmul(_horner(builder, r, _exp2_coefficients(degree)), builder.bitcast(bits, x.type))
+        vector_type, dtype = context.get_value_type(sig.return_type), sig.return_type.dtype
+        x, y = (arg if isinstance(t, Vector) else _splat(builder, arg, sig.return_type.lanes)
+                for t, arg in zip(sig.args, args, strict=True))
+        mantissa, bias, degree, _ = FORMATS[dtype]
+        integers = ir.VectorType(ir.IntType(dtype.bitwidth), sig.return_type.lanes)
+        fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector_type, [vector_type] * 3),
+                                               f"llvm.fmuladd.v{vector_type.count}f{dtype.bitwidth}")
+        shift = _constant(vector_type, 1.5 * 2.0**mantissa + bias)
+        shifted = builder.call(fused, [x, y, shift])
+        r = builder.call(fused, [x, y, builder.fsub(shift, shifted)])
+        lowest = _constant(vector_type, 1.5 * 2.0**mantissa)  # n = -bias, whose bits are those of 0
+        clamped = builder.select(builder.fcmp_ordered("<", shifted, lowest), lowest, shifted)
+        bits = builder.shl(builder.bitcast(clamped, integers), _constant(integers, mantissa))
+        return builder.fmul(_horner(builder, r, _exp2_coefficients(degree)), builder.bitcast(bits, vector_type))
 
-    return x(x), codegen
+    return (x if isinstance(x, Vector) else y)(x, y), codegen
 
 
 @intrinsic
@@ -241,9 +288,24 @@ def log1p(typingctx, x):
 
 
 @njit(forceinline=True)
+def sigmoid_softplus(x):
+    """(sigmoid(x), softplus(x)), both from exp(-|x|)."""
+    zero = zeros_like(x)
+    one = zero + 1.0
+    # from 1000 on, 0 in float32 and float64: so infinite x is served too
+    e = exp2_of_product(maximum(zero - maximum(x, zero - x), zero - 1e3), zero + LOG2_E)
+    inverse = one / (one + e)
+    return where_negative(x, e * inverse, inverse), maximum(x, zero) + log1p(e)
+
+
+@njit(forceinline=True)
 def sigmoid(x):
-    one = zeros_like(x) + 1.0
-    return one / (one + exp2(x * -LOG2_E))
+    return sigmoid_softplus(x)[0]
+
+
+@njit(forceinline=True)
+def softplus(x):
+    return sigmoid_softplus(x)[1]
 
 
 @njit(forceinline=True)
@@ -252,16 +314,18 @@ def silu_slope(x, gate):
     return gate + x * gate * ((zeros_like(x) + 1.0) - gate)
 
 
-@njit(forceinline=True)
-def softplus(x):
-    zero = zeros_like(x)
-    negative_magnitude = zero - maximum(x, zero - x)
-    return maximum(x, zero) + log1p(exp2(negative_magnitude * LOG2_E))
-
-
 # ---- tiles ---------------------------------------------------------------------------------------------------
 # A tile (steps, lanes) holds one vector of channels over a chunk of time. Channels past the end of the data are
 # zero in it and are not stored back, so that the arithmetic never has to care where a row ends.
+
+
+@njit
+def empty_tiles(count, steps, lanes, like):
+    """`count` tiles of like's type, each vector on cache lines of its own: one that is spread over three is slow."""
+    line = CACHE_LINE // like.itemsize
+    space = np.empty(count * steps * lanes + line, like.dtype)
+    begin = -(space.ctypes.data // like.itemsize) % line
+    return space[begin : begin + count * steps * lanes].reshape(count, steps, lanes)
 
 
 @njit
@@ -298,11 +362,27 @@ def transpose_rows(rows, begin, steps, out):
 
 
 @njit
-def transpose_back(tile, rows, begin, steps):
-    """rows[begin : begin + steps] = tile[:, :steps].T."""
+def finish_sums(sums, begin, steps, dB, dC):
+    """dB, dC[begin + t, n] = the sums that `add_sums` has left in sums[n * CHUNK + t]."""
+    parts = sums.shape[1] // 2
     for t in range(steps):
-        for n in range(rows.shape[1]):
-            rows[begin + t, n] = tile[n, t]
+        for n in range(dB.shape[1]):
+            left, right = get(sums, n * CHUNK + t, 0), get(sums, n * CHUNK + t, parts)
+            for part in range(1, parts):
+                left += get(sums, n * CHUNK + t, part)
+                right += get(sums, n * CHUNK + t, parts + part)
+            dB[begin + t, n], dC[begin + t, n] = left, right
+
+
+@njit(forceinline=True)
+def prefetch_rows(rows, begin, end, column):
+    """Asks for rows[begin : end, column : column + lanes].
+
+    A tile's lines lie a whole row apart, where no processor looks ahead by itself. All at once they would wait for each
+    other: so a few at a time, while something else is computed.
+    """
+    for t in range(begin, end):
+        prefetch(rows, t, column)
 
 
 @njit
@@ -339,14 +419,16 @@ def load_history(tile, rows, begin, steps, taps, column):
 def _conv_forward_kernel(x, weight, bias, xc, index, start, stop, lanes):
     x, xc = x[index], xc[index]
     taps, time = weight.shape[0], x.shape[0]
-    x_s = np.empty((CHUNK + taps - 1, lanes), x.dtype)
-    pre_s = np.empty((CHUNK, lanes), x.dtype)
+    x_s = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
+    pre_s = empty_tiles(1, CHUNK, lanes, x)[0]
     for begin in range(0, time, CHUNK):
         steps = min(CHUNK, time - begin)
         for c in range(start, stop, lanes):
             load_history(x_s, x, begin, steps, taps, c)
             convolve(x_s, weight, bias, c, steps, pre_s)
             for t in range(steps):
+                prefetch(xc, begin + t, c)
+                prefetch(x, begin + t, c + lanes)
                 pre = load(pre_s, t, 0)
                 store(pre_s, t, 0, pre * sigmoid(pre))
             store_tile(pre_s, xc, begin, steps, c)
@@ -357,9 +439,9 @@ def _conv_backward_kernel(x, weight, bias, dxc, dx, dweight, dbias, index, start
     x, dxc, dx, dweight, dbias = x[index], dxc[index], dx[index], dweight[index], dbias[index]
     taps, time = weight.shape[0], x.shape[0]
     # dx of a chunk needs dpre of the taps - 1 steps behind it too: computed twice, they are few
-    x_s = np.empty((CHUNK + 2 * (taps - 1), lanes), x.dtype)
-    pre_s = np.empty((CHUNK + taps - 1, lanes), x.dtype)
-    dpre_s = np.empty((CHUNK + taps - 1, lanes), x.dtype)
+    x_s = empty_tiles(1, CHUNK + 2 * (taps - 1), lanes, x)[0]
+    pre_s = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
+    dpre_s = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
     for begin in range(0, time, CHUNK):
         steps = min(CHUNK, time - begin)
         beyond = min(taps - 1, time - begin - steps)
@@ -368,6 +450,9 @@ def _conv_backward_kernel(x, weight, bias, dxc, dx, dweight, dbias, index, start
             convolve(x_s, weight, bias, c, steps + beyond, pre_s)
             load_tile(dpre_s, dxc, begin, steps + beyond, c)
             for t in range(steps + beyond):
+                prefetch(dx, begin + t, c)
+                prefetch(x, begin + t, c + lanes)
+                prefetch(dxc, begin + t, c + lanes)
                 pre = load(pre_s, t, 0)
                 store(dpre_s, t, 0, load(dpre_s, t, 0) * silu_slope(pre, sigmoid(pre)))
             fill_zero(dpre_s, steps + beyond, dpre_s.shape[0])
@@ -393,13 +478,14 @@ def _scan_forward_kernel(u, delta, A, B, C, D, z, bias, states, last, y, index, 
     u, delta, z, B, C = u[index], delta[index], z[index], B[index], C[index]
     states, last, y = states[index], last[index], y[index]
     time, d_state = u.shape[0], A.shape[0]
-    u_s, dt_s, dtu_s, z_s, y_s = np.empty((5, CHUNK, lanes), u.dtype)
+    u_s, dt_s, dtu_s, z_s, y_s = empty_tiles(5, CHUNK, lanes, u)
     B_s, C_s = np.empty((2, d_state, CHUNK), u.dtype)
-    h_s = np.empty((d_state, lanes), u.dtype)
+    h_s = empty_tiles(1, d_state, lanes, u)[0]
     for begin in range(0, time, CHUNK):
         steps = min(CHUNK, time - begin)
         chunk = begin // CHUNK
         next_state = states[chunk + 1] if begin + CHUNK < time else last
+        share = -(-steps // d_state)  # of the rows to be prefetched, while one state index is worked on
         transpose_rows(B, begin, steps, B_s)
         transpose_rows(C, begin, steps, C_s)
         for c in range(start, stop, lanes):
@@ -417,9 +503,15 @@ def _scan_forward_kernel(u, delta, A, B, C, D, z, bias, states, last, y, index, 
                 a_log2 = load(A, n, c)
                 h = load(h_s, n, 0)
                 for t in range(steps):
-                    h = exp2(load(dt_s, t, 0) * a_log2) * h + load(dtu_s, t, 0) * get(B_s, n, t)
+                    h = exp2_of_product(load(dt_s, t, 0), a_log2) * h + load(dtu_s, t, 0) * get(B_s, n, t)
                     store(y_s, t, 0, load(y_s, t, 0) + h * get(C_s, n, t))
                 store(h_s, n, 0, h)
+                first, beyond = begin + min(n * share, steps), begin + min((n + 1) * share, steps)
+                prefetch(next_state, n, c)
+                prefetch_rows(y, first, beyond, c)
+                if c + lanes < stop:
+                    for rows in (u, delta, z):
+                        prefetch_rows(rows, first, beyond, c + lanes)
             for t in range(steps):
                 gate = load(z_s, t, 0)
                 store(y_s, t, 0, load(y_s, t, 0) * (gate * sigmoid(gate)))
@@ -435,29 +527,30 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
     dA, dD, dbias = dA[index], dD[index], dbias[index]
     time, d_state = u.shape[0], A.shape[0]
     # dg: gradient of y before the gate; dv: gradient of v = dt u, the input of the state
-    u_s, dt_s, slope_s, v_s, z_s, gate_s, y_s, dy_s, dg_s, ddt_s, dv_s, a_s = np.empty((12, CHUNK, lanes), u.dtype)
-    h_s = np.empty((CHUNK + 1, lanes), u.dtype)  # [t]: the state before step t
-    B_s, C_s, dB_s, dC_s = np.empty((4, d_state, CHUNK), u.dtype)
-    first_s = np.empty((d_state, lanes), u.dtype)
+    u_s, dt_s, slope_s, v_s, z_s, gate_s, y_s, dy_s, dg_s, ddt_s, dv_s, a_s = empty_tiles(12, CHUNK, lanes, u)
+    h_s = empty_tiles(1, CHUNK + 1, lanes, u)[0]  # [t]: the state before step t
+    B_s, C_s = np.empty((2, d_state, CHUNK), u.dtype)
+    sums_s = empty_tiles(1, d_state * CHUNK, lanes // 4, u)[0]  # of dB and dC, see add_sums
+    first_s = empty_tiles(1, d_state, lanes, u)[0]
     carry = np.zeros((d_state, dA.shape[1]), u.dtype)  # a_{t+1} dh_{t+1}, handed from chunk to chunk
     for chunk in range((time - 1) // CHUNK, -1, -1):
         begin = chunk * CHUNK
-        steps = min(CHUNK, time - begin)
+        steps, saved = min(CHUNK, time - begin), states[chunk]
+        share = -(-steps // d_state)  # of the rows to be prefetched, while one state index is worked on
         transpose_rows(B, begin, steps, B_s)
         transpose_rows(C, begin, steps, C_s)
-        fill_zero(dB_s, 0, d_state)
-        fill_zero(dC_s, 0, d_state)
+        fill_zero(sums_s, 0, d_state * CHUNK)
         for c in range(start, stop, lanes):
             load_tile(u_s, u, begin, steps, c)
             load_tile(dt_s, delta, begin, steps, c)
             load_tile(z_s, z, begin, steps, c)
             load_tile(dy_s, dy, begin, steps, c)
-            load_tile(first_s, states[chunk], 0, d_state, c)
+            load_tile(first_s, saved, 0, d_state, c)
             for t in range(steps):
                 raw, u_t, gate = load(dt_s, t, 0) + load(bias, 0, c), load(u_s, t, 0), sigmoid(load(z_s, t, 0))
-                dt = softplus(raw)
+                slope, dt = sigmoid_softplus(raw)
                 store(dt_s, t, 0, dt)
-                store(slope_s, t, 0, sigmoid(raw))
+                store(slope_s, t, 0, slope)
                 store(v_s, t, 0, dt * u_t)
                 store(gate_s, t, 0, gate)
                 store(y_s, t, 0, u_t * load(D, 0, c))
@@ -469,7 +562,7 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
                 h = load(first_s, n, 0)
                 store(h_s, 0, 0, h)
                 for t in range(steps):
-                    a = exp2(load(dt_s, t, 0) * a_log2)
+                    a = exp2_of_product(load(dt_s, t, 0), a_log2)
                     h = a * h + load(v_s, t, 0) * get(B_s, n, t)
                     store(a_s, t, 0, a)
                     store(h_s, t + 1, 0, h)
@@ -479,15 +572,22 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
                 for t in range(steps - 1, -1, -1):
                     dg = load(dg_s, t, 0)
                     dh = carried + dg * get(C_s, n, t)
-                    add_to(dC_s, n, t, sum_lanes(dg * load(h_s, t + 1, 0)))
-                    add_to(dB_s, n, t, sum_lanes(dh * load(v_s, t, 0)))
+                    add_sums(sums_s, n * CHUNK + t, dh * load(v_s, t, 0), dg * h)
                     store(dv_s, t, 0, load(dv_s, t, 0) + dh * get(B_s, n, t))
                     carried = dh * load(a_s, t, 0)
-                    dexponent = carried * load(h_s, t, 0)
+                    h = load(h_s, t, 0)
+                    dexponent = carried * h
                     da = da + dexponent * load(dt_s, t, 0)
                     store(ddt_s, t, 0, load(ddt_s, t, 0) + dexponent * a_log2)
                 store(carry, n, c, carried)
                 store(dA, n, c, da)
+                first, beyond = begin + min(n * share, steps), begin + min((n + 1) * share, steps)
+                for rows in (du, ddelta, dz):
+                    prefetch_rows(rows, first, beyond, c)
+                if c + lanes < stop:
+                    prefetch(saved, n, c + lanes)
+                    for rows in (u, delta, z, dy):
+                        prefetch_rows(rows, first, beyond, c + lanes)
             sum_dD, sum_dbias = load(dD, 0, c), load(dbias, 0, c)
             for t in range(steps):
                 u_t, dg, dv, gate = load(u_s, t, 0), load(dg_s, t, 0), load(dv_s, t, 0), load(gate_s, t, 0)
@@ -502,8 +602,7 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
             store_tile(u_s, du, begin, steps, c)
             store_tile(ddt_s, ddelta, begin, steps, c)
             store_tile(z_s, dz, begin, steps, c)
-        transpose_back(dB_s, dB, begin, steps)
-        transpose_back(dC_s, dC, begin, steps)
+        finish_sums(sums_s, begin, steps, dB, dC)
 
 
 # Argument types as dimensions; int64 arguments follow. Fixed, so that contiguous and strided arrays share the code.
@@ -540,12 +639,22 @@ def _thread_pool(n_threads, process_id):
 def _run(kernel, tasks, dtype):
     """Calls the kernel once for each tuple of arguments in `tasks`, over torch.get_num_threads() threads."""
     compiled = _compile(kernel, dtype)
-    n_threads = min(torch.get_num_threads(), len(tasks))
-    if n_threads == 1:
-        for task in tasks:
+    waiting = deque(tasks)
+
+    def work():
+        while True:
+            try:
+                task = waiting.popleft()
+            except IndexError:
+                return
             compiled(*task)
-    else:
-        list(_thread_pool(n_threads, os.getpid()).map(lambda task: compiled(*task), tasks))
+
+    n_helpers = min(torch.get_num_threads(), len(tasks)) - 1
+    helpers = [_thread_pool(n_helpers, os.getpid()).submit(work) for _ in range(n_helpers)]
+    work()  # this thread too: it is awake, and on a core of its own
+    for helper in helpers:
+        if not helper.cancel():  # one that has not begun has nothing left to do
+            helper.result()
 
 
 def _slices(batch, channels, lanes):
@@ -640,21 +749,24 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     ddelta is the gradient of the raw delta, before bias and softplus. h0 is already in chunk_states; it gets no
     gradient.
     """
-    batch, time, d_inner = u.shape
-    d_state, lanes = A.shape[1], _lanes(u)
+    batch, _, d_inner = u.shape
+    lanes = _lanes(u)
     ranges = _slices(batch, d_inner, lanes)
     du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(u.shape, dtype=u.dtype)
     A_, D_, bias_ = (_pad_channels(p, lanes) for p in (A * LOG2_E, D, delta_bias))
     dA, dD, dbias = (torch.zeros((batch, *p.shape), dtype=u.dtype) for p in (A_, D_, bias_))
     # B and C are shared by the channels: each task sums over its own, then the tasks are added in a fixed order
-    dB_parts, dC_parts = (torch.empty((len(ranges), batch, time, d_state), dtype=u.dtype) for _ in range(2))
+    shared = len(ranges) > 1
+    dB_parts, dC_parts = (torch.empty((len(ranges), *whole.shape), dtype=u.dtype) if shared else whole[None]
+                          for whole in (dB, dC))
     arrays = (_array(dy), _array(u), _array(delta), A_, _array(B), _array(C), D_, _array(z), bias_,
               chunk_states.numpy(), du.numpy(), ddelta.numpy(), dz.numpy())
     tasks = [(*arrays, dB_parts[i, index].numpy(), dC_parts[i, index].numpy(), dA.numpy(), dD.numpy(),
               dbias.numpy(), index, start, stop, lanes)
              for index in range(batch) for i, (start, stop) in enumerate(ranges)]
     _run(_scan_backward_kernel, tasks, u.dtype)
-    torch.sum(dB_parts, 0, out=dB)
-    torch.sum(dC_parts, 0, out=dC)
+    if shared:
+        torch.sum(dB_parts, 0, out=dB)
+        torch.sum(dC_parts, 0, out=dC)
     return (du, ddelta, dA.sum(0)[:, :d_inner].T.contiguous(), dD.sum((0, 1))[:d_inner].contiguous(),
             dbias.sum((0, 1))[:d_inner].contiguous())

@@ -10,15 +10,21 @@ weight it loads: reading the weights is most of the work.
 
 import math
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from scan_cpu import LOG2_E, VECTOR_BYTES, exp2, load, sigmoid, softplus, store, sum_lanes, zeros_like
+import scan_cpu
+from scan_cpu import LOG2_E, VECTOR_BYTES, exp2_of_product, load, sigmoid, softplus, store, sum_lanes, zeros_like
 
-TILE = 4  # samples that share a loaded weight: 4 sums of one 64-byte vector each fit the registers of AVX2
+TILE = 4  # samples that share a loaded weight
+# Numba keeps machine code on disk until this file or an argument's type changes; what comes from scan_cpu.py is in it
+# too. The type of an argument that is left out is its default value: so this one.
+SCAN_SOURCE = zlib.crc32(Path(scan_cpu.__file__).read_bytes())
 
 
 class Weights(NamedTuple):
@@ -126,7 +132,7 @@ def scan(n_samples, u, delta, x_dbl, xz, h, A, D, dt_rank, d_state, lanes, y):
             dt_u = dt * u_c
             out = load(D, 0, c) * u_c
             for n in range(d_state):
-                state = exp2(load(A, n, c) * dt) * load(h, s * d_state + n, c) + dt_u * x_dbl[s, dt_rank + n]
+                state = exp2_of_product(load(A, n, c), dt) * load(h, s * d_state + n, c) + dt_u * x_dbl[s, dt_rank + n]
                 store(h, s * d_state + n, c, state)
                 out = out + state * x_dbl[s, dt_rank + d_state + n]
             store(y, s, c, out * z * sigmoid(z))
@@ -141,7 +147,7 @@ def gelu(x):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions):
+def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions, scan_source=SCAN_SOURCE):
     """All steps of a block for one tile of samples; `prediction`, conv_state and h are moved on in place.
 
     prediction (TILE, feature_dim padded); conv_state (layers, TILE * (d_conv - 1), d_inner); h (layers,
