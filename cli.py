@@ -11,10 +11,12 @@ import re
 import sys
 from pathlib import Path
 
-# How torch runs on a CPU, read when it is imported. Its threads sleep when they have nothing to do: the scan's own,
-# which alternate with them, need the cores. What it allocates lies in huge pages (Linux): a step of training asks for a
-# hundred megabytes and gives them back, as tens of thousands of small pages otherwise.
+# How torch runs on a CPU, read when it is imported. Its threads sleep when they have nothing to do (GNU's after a
+# fraction of a millisecond, the gap between two operations): the scan's own, which alternate with them, need the cores.
+# What it allocates lies in huge pages (Linux): a step of training asks for a hundred megabytes and gives them back, as
+# tens of thousands of small pages otherwise.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 EXIT_BAD_INPUT = 2
