@@ -68,7 +68,7 @@ $(DEMO)/plots/dimension.png: $(DEMO)/data/umap.png
 # The study: what a run's flags add to the README's setting stands behind its name.
 STUDY_FLAGS := --d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval
 STUDY_RUNS  := full_42 full_43 full_44 frozen_42 frozen_43 frozen_44 slow A_frozen gates_A_frozen horizon64
-STUDY_BEST  := regularised small_42 small_43 small_44
+STUDY_BEST  := regularised averaged_42 averaged_43 averaged_44 small_42 small_43 small_44
 STUDY_SUB4  := subspace4 subspace4_contrastive_42 subspace4_contrastive_43 subspace4_contrastive_44
 study_run    = $(STUDY)/$(1)_prediction_2.png
 $(call study_run,full_43): FLAGS := --seed 43
@@ -81,8 +81,12 @@ $(call study_run,A_frozen): FLAGS := --freeze-A
 $(call study_run,gates_A_frozen): FLAGS := --gate-lr-factor 0 --freeze-A
 $(call study_run,horizon64): FLAGS := --max-horizon 64
 $(call study_run,regularised): FLAGS := --epochs 150 --max-horizon 4 --aug-noise 1
-SMALL := --d-model 64 --n-layers 4 --d-state 16 --d-ff 128 --seq-len 512 --batch-size 16 --epochs 80 \
-    --warmup-epochs 2 --lr 3e-3 --dropout 0.05 --max-horizon 2 --aug-noise 1.5 --ema 0.99
+BELOW_1  := --seq-len 512 --epochs 80 --warmup-epochs 2 --dropout 0.05 --max-horizon 2 --aug-noise 1.5 --ema 0.99
+AVERAGED := $(BELOW_1) --batch-size 32 --lr 2e-3
+SMALL    := $(BELOW_1) --batch-size 16 --lr 3e-3 --d-model 64 --n-layers 4 --d-state 16 --d-ff 128
+$(call study_run,averaged_42): FLAGS := $(AVERAGED)
+$(call study_run,averaged_43): FLAGS := $(AVERAGED) --seed 43
+$(call study_run,averaged_44): FLAGS := $(AVERAGED) --seed 44
 $(call study_run,small_42): FLAGS := $(SMALL)
 $(call study_run,small_43): FLAGS := $(SMALL) --seed 43
 $(call study_run,small_44): FLAGS := $(SMALL) --seed 44

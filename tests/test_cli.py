@@ -136,3 +136,17 @@ def test_a_flag_is_one_line_and_never_abbreviated(capsys):
 def test_table():
     assert cli.table(["name", "value"], [["a", 1], ["long", 22]]) == (
         "name  value\n----  -----\na         1\nlong     22")
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"])
+def test_what_the_user_set_for_torch_stays(name):
+    code = f"import os, sys, cli; print(os.environ[{name!r}], 'torch' in sys.modules)"
+    others = {key: value for key, value in os.environ.items() if key != name}
+
+    def shown(environment):
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True,
+                              check=True).stdout.split()
+
+    value, torch_is_there = shown(others)
+    assert value and torch_is_there == "False"  # torch reads them when it is imported
+    assert shown({**others, name: "7"}) == ["7", "False"]

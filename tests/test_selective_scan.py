@@ -1,6 +1,7 @@
 """The scan's CPU kernels, glue and one-step recurrence against the loop over time in plain torch, in float64."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -427,3 +428,32 @@ x = torch.randn(1, 3, 2)
 print(scan_cpu.conv_silu_forward(x, torch.zeros(2, 4), torch.zeros(2)).abs().max().item())
 """
     assert run_python(code) == "0.0\n"
+
+
+def test_the_step_is_compiled_anew_when_the_scan_has_changed(tmp_path):
+    """Numba's cache on disk looks at step_cpu.py, but run_tile holds code of scan_cpu.py too."""
+    for name in ("scan_cpu.py", "step_cpu.py"):
+        shutil.copy(REPO / name, tmp_path)
+    code = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import step_cpu
+from mamba_model import CausalTimeSeriesMamba
+model = CausalTimeSeriesMamba(3, d_model=4, n_layers=1, d_state=2, d_ff=4).eval()
+prediction, states = torch.zeros(1, 3), [layer.mamba.init_state(1) for layer in model.layers]
+with torch.no_grad():
+    advance = step_cpu.stepper(model, prediction, states)
+    advance(torch.zeros(1, 2, 3).numpy(), torch.full((2,), -1).numpy(), torch.zeros(1, 1, 1, 4).numpy())
+print(step_cpu.__file__, sum(step_cpu.run_tile.stats.cache_hits.values()))
+"""
+
+    def hits():
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        file, hits = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout.split()
+        assert file == str(tmp_path / "step_cpu.py")
+        return int(hits)
+
+    assert [hits(), hits()] == [0, 1]
+    with open(tmp_path / "scan_cpu.py", "a") as file:
+        file.write("# changed\n")
+    assert hits() == 0
