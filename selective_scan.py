@@ -231,7 +231,7 @@ def _inner_backward(
         dy, xc, delta, A, B, C, D, z, dt_proj_bias, chunk_states, dz, dB, dC
     )
     d_delta = d_delta.flatten(0, 1)
-    d_low_rank.copy_((d_delta @ dt_weight).view_as(d_low_rank))
+    torch.mm(d_delta, dt_weight, out=d_low_rank.flatten(0, 1))
     d_dt_weight = d_delta.T @ low_rank.flatten(0, 1)
     d_x_proj_weight = dx_dbl.flatten(0, 1).T @ xc.flatten(0, 1)
     dxc.flatten(0, 1).addmm_(dx_dbl.flatten(0, 1), x_proj_weight.to(xz.dtype))
