@@ -20,6 +20,16 @@ TINY_DATA = ["--no-umap", "--n-steps", "3000", "--n-circles", "4", "--ambient-di
 TINY_MODEL = {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A GPU is there for the tests that ask for one. The others say what happens on a CPU, whatever the machine has."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that it starts
+        return (yield)
+
+
 @pytest.fixture
 def one_thread():
     """Arrays as small as the tests' are slower with more, above all when other processes want the cores too."""

@@ -21,6 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 CAN_RUN = INTERPRETED or torch.cuda.is_available()
 runs_kernels = pytest.mark.skipif(not CAN_RUN, reason="needs a GPU or the interpreter")
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 if INTERPRETED:
     from triton.runtime import interpreter

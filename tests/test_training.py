@@ -554,7 +554,6 @@ def test_bad_flags(refused, shared_data, tmp_path, more, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_without_a_gpu(refused, shared_data, tmp_path):
     argv = flags(shared_data, tmp_path / "a.pt", "--device", "cuda")
     assert "no CUDA GPU" in refused("masked_model_gpu_mamba_next", *argv)
