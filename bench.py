@@ -55,43 +55,43 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
-import contextlib  # noqa: E402
-import copy  # noqa: E402
-import csv  # noqa: E402
-import dataclasses  # noqa: E402
-import functools  # noqa: E402
-import gc  # noqa: E402
-import importlib.util  # noqa: E402
-import io  # noqa: E402
-import itertools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import platform  # noqa: E402
-import subprocess  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-import warnings  # noqa: E402
-from statistics import median  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
-from unittest import mock  # noqa: E402
+import contextlib
+import copy
+import csv
+import dataclasses
+import functools
+import gc
+import importlib.util
+import io
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from statistics import median
+from types import SimpleNamespace
+from unittest import mock
 
 for _name, _level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
     os.environ.setdefault(_name, _level)  # read at import: torch's profiler talks to stderr otherwise
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-import dataset  # noqa: E402
-import estimate_dimension  # noqa: E402
-import figures  # noqa: E402
-import generate  # noqa: E402
-import markov_circles_timeseries as circles  # noqa: E402
-import masked_model_gpu_mamba_next as training  # noqa: E402
-from mamba_model import CausalTimeSeriesMamba, MambaBlock  # noqa: E402
-from selective_scan import choose_backend  # noqa: E402
+import dataset
+import estimate_dimension
+import figures
+import generate
+import markov_circles_timeseries as circles
+import masked_model_gpu_mamba_next as training
+from kernels.selective_scan import choose_backend
+from mamba_model import CausalTimeSeriesMamba, MambaBlock
 
 REPO = Path(__file__).resolve().parent
 PATIENCE = 30.0  # seconds: what takes longer is measured once
@@ -356,7 +356,7 @@ def kernel_limits(limits, batch, time, d_inner, d_state):
     What it reads and writes once over the bandwidth, or its exps over their rate, whichever is more: one exp for each
     state update, and two a channel and step for softplus and gate.
     """
-    import scan_triton
+    from kernels import scan_triton
 
     row, narrow = 2 * batch * time * d_inner, 2 * batch * time * d_state  # bytes of u and of B
     states = 2 * np.prod(scan_triton.chunk_states_shape(batch, time, d_inner, d_state))

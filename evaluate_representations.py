@@ -89,26 +89,26 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
-import concurrent.futures  # noqa: E402
-import csv  # noqa: E402
-import hashlib  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import multiprocessing  # noqa: E402
-import os  # noqa: E402
-import signal  # noqa: E402
-import threading  # noqa: E402
-import warnings  # noqa: E402
-from concurrent.futures.process import BrokenProcessPool  # noqa: E402
+import concurrent.futures
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from concurrent.futures.process import BrokenProcessPool
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import dataset  # noqa: E402
-import figures  # noqa: E402
-import mamba_model  # noqa: E402
-from estimate_dimension import dimension_from_distances, knn, levina_bickel, umap_embedding  # noqa: E402
+import dataset
+import figures
+import mamba_model
+from estimate_dimension import dimension_from_distances, knn, levina_bickel, umap_embedding
 
 KS = (10, 30, 100)  # neighbours of the dimension estimate
 K_SHOWN = 30  # the one in panel titles and in the comparison

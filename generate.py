@@ -112,18 +112,18 @@ def find_problem(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
-import json  # noqa: E402
-import math  # noqa: E402
-import time  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+import json
+import math
+import time
+from dataclasses import dataclass
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import dataset  # noqa: E402
-import figures  # noqa: E402
-from mamba_model import load_checkpoint, stem  # noqa: E402
+import dataset
+import figures
+from mamba_model import load_checkpoint, stem
 
 BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: memory besides the result
 SHOWN_STEPS, SHOWN_SAMPLES = 4096, 3  # more than that can't be told apart in a figure
@@ -209,10 +209,10 @@ def choose_stepper(model):
     if model.backend_for(device) == "reference":
         return loop_stepper
     if device.type == "cuda":
-        import step_cuda
+        from kernels import step_cuda
 
         return step_cuda.stepper
-    import step_cpu
+    from kernels import step_cpu
 
     return step_cpu.stepper
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
-from selective_scan import (
+from kernels.selective_scan import (
     choose_backend,
     conv_step,
     mamba_inner,

@@ -151,15 +151,15 @@ def parse_command_line():
 if __name__ == "__main__":
     ARGS = parse_command_line()  # before the slow imports: --help and a bad flag answer at once
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import distributed  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import distributed
+from tqdm import tqdm
 
-import dataset  # noqa: E402
-import figures  # noqa: E402
-from mamba_model import (  # noqa: E402
+import dataset
+import figures
+from mamba_model import (
     CausalTimeSeriesMamba,
     horizons_up_to,
     load_checkpoint,

@@ -44,13 +44,13 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import numpy as np
+import torch
+from tqdm import tqdm
 
-import dataset  # noqa: E402
-import figures  # noqa: E402
-import mamba_model  # noqa: E402
+import dataset
+import figures
+import mamba_model
 
 SIGNALS = ("delta", "z", "B", "C", "conv")
 SYMBOLS = {"delta": "Δ", "z": "z", "B": "B", "C": "C", "conv": "conv"}

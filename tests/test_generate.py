@@ -13,7 +13,7 @@ import torch
 
 import cli
 import generate
-import step_cpu
+from kernels import step_cpu
 from mamba_model import CausalTimeSeriesMamba, save_checkpoint
 
 ROOT = Path(generate.__file__).parent
@@ -182,7 +182,7 @@ def test_output_bursts_have_the_std_asked_for_and_only_in_the_bursts(monkeypatch
 
 INTERPRETED = """
 import numpy as np, torch
-import generate, step_cuda
+import generate; from kernels import step_cuda
 from test_generate import make_model, make_seed
 step_cuda.SEGMENT = 3
 model = make_model(torch.float32, feature_dim=5, d_model=10, n_layers=2, d_state=3, d_ff=9, d_conv=3, expand=1)
@@ -205,7 +205,7 @@ def test_cuda_kernels_in_the_interpreter_are_the_plain_loop():
 @pytest.mark.parametrize("n", [1, 3, 17])
 @pytest.mark.parametrize("shape", [{}, {"feature_dim": 5, "d_model": 48, "n_layers": 3, "d_state": 5, "d_ff": 33}])
 def test_cuda_graph_is_the_plain_loop(monkeypatch, shape, n, bursts):
-    import step_cuda
+    from kernels import step_cuda
 
     torch.manual_seed(0)
     model = CausalTimeSeriesMamba(**shape).cuda().eval().use_scan("auto", "cuda")

@@ -35,7 +35,7 @@ if INTERPRETED:
 
     interpreter._patch_lang_tensor = patch_tensor_for_numpy_2_4
 
-import scan_triton  # noqa: E402
+from kernels import scan_triton  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SHAPES = {

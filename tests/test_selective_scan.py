@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import scan_cpu
-import selective_scan
 from cli import UserError
-from selective_scan import (
+from kernels import scan_cpu, selective_scan
+from kernels.selective_scan import (
     causal_conv_reference,
     choose_backend,
     conv_step,
@@ -409,11 +408,12 @@ def run_python(code, **environment):
 
 def test_choice_is_printed_once_and_loads_no_kernel():
     code = """
-import sys, torch, selective_scan
+import sys, torch
+from kernels import selective_scan
 torch.set_num_threads(2)
 selective_scan.choose_backend("auto", "cpu")
 selective_scan.choose_backend("cpu", "cpu")
-print(sorted({"numba", "triton", "mamba_ssm", "scan_cpu"} & set(sys.modules)))
+print(sorted({"numba", "triton", "mamba_ssm", "kernels.scan_cpu"} & set(sys.modules)))
 """
     assert run_python(code) == "scan back end: cpu (numba, 2 threads)\n[]\n"
 
@@ -423,7 +423,7 @@ def test_kernels_run_where_numba_can_write_no_cache(tmp_path):
     code = """
 import numba.core.caching as caching, torch
 caching.CacheImpl._locator_classes = []
-import scan_cpu
+from kernels import scan_cpu
 x = torch.randn(1, 3, 2)
 print(scan_cpu.conv_silu_forward(x, torch.zeros(2, 4), torch.zeros(2)).abs().max().item())
 """
@@ -432,12 +432,12 @@ print(scan_cpu.conv_silu_forward(x, torch.zeros(2, 4), torch.zeros(2)).abs().max
 
 def test_the_step_is_compiled_anew_when_the_scan_has_changed(tmp_path):
     """Numba's cache on disk looks at step_cpu.py, but run_tile holds code of scan_cpu.py too."""
-    for name in ("scan_cpu.py", "step_cpu.py"):
-        shutil.copy(REPO / name, tmp_path)
+    folder = tmp_path / "kernels"
+    shutil.copytree(REPO / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))
     code = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-import step_cpu
+from kernels import step_cpu
 from mamba_model import CausalTimeSeriesMamba
 model = CausalTimeSeriesMamba(3, d_model=4, n_layers=1, d_state=2, d_ff=4).eval()
 prediction, states = torch.zeros(1, 3), [layer.mamba.init_state(1) for layer in model.layers]
@@ -450,10 +450,10 @@ print(step_cpu.__file__, sum(step_cpu.run_tile.stats.cache_hits.values()))
     def hits():
         command = [sys.executable, "-c", code, str(tmp_path)]
         file, hits = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout.split()
-        assert file == str(tmp_path / "step_cpu.py")
+        assert file == str(folder / "step_cpu.py")
         return int(hits)
 
     assert [hits(), hits()] == [0, 1]
-    with open(tmp_path / "scan_cpu.py", "a") as file:
+    with open(folder / "scan_cpu.py", "a") as file:
         file.write("# changed\n")
     assert hits() == 0

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cli import UserError
 
 BACKENDS = ("auto", "triton", "mamba-ssm", "cpu", "reference")
-KERNEL_MODULES = {"cpu": "scan_cpu", "triton": "scan_triton"}
+KERNEL_MODULES = {"cpu": "kernels.scan_cpu", "triton": "kernels.scan_triton"}
 
 
 # ---- reference -------------------------------------------------------------------------------------------------

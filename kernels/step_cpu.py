@@ -18,8 +18,18 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-import scan_cpu
-from scan_cpu import LOG2_E, VECTOR_BYTES, exp2_of_product, load, sigmoid, softplus, store, sum_lanes, zeros_like
+from kernels import scan_cpu
+from kernels.scan_cpu import (
+    LOG2_E,
+    VECTOR_BYTES,
+    exp2_of_product,
+    load,
+    sigmoid,
+    softplus,
+    store,
+    sum_lanes,
+    zeros_like,
+)
 
 TILE = 4  # samples that share a loaded weight
 # Numba keeps machine code on disk until this file or an argument's type changes; what comes from scan_cpu.py is in it
