@@ -90,6 +90,7 @@ import figures
 import generate
 import markov_circles_timeseries as circles
 import masked_model_gpu_mamba_next as training
+from kernels.cuda_graph import captured
 from kernels.selective_scan import choose_backend
 from mamba_model import CausalTimeSeriesMamba, MambaBlock
 
@@ -547,7 +548,7 @@ def replayed_pass(block, x, backend):
             y = block(x, backend)
         y.backward(gradient.to(y.dtype))
 
-    replay = training.captured(both, x.detach().requires_grad_(False), list, x.device)
+    replay = captured(both, x.detach().requires_grad_(False), list, x.device)
     return timed(lambda: replay(x), x.device)
 
 
@@ -684,7 +685,7 @@ def replayed_step(model, x, args, compiled=False):
     optimizer = training.build_optimizer(training.parameter_groups(model, args.lr, 1.0, False), args.lr, x.device)
     sums = torch.zeros(3, device=x.device)
     step = training.make_step(torch.compile(model) if compiled else model, training.make_loss(args), optimizer, sums)
-    replay = training.captured(step, x, lambda: [
+    replay = captured(step, x, lambda: [
         *model.parameters(), sums, *(t for state in optimizer.state.values() for t in state.values())], x.device)
     return timed(lambda: replay(x), x.device)
 

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.cuda_graph import captured
+
 SEGMENT = 128  # steps between two visits of the host
 ROWS = 8  # outputs of a projection a program computes: small, so that a few samples still use many multiprocessors
 TILE = 8192  # weights a program holds at a time
@@ -238,20 +240,6 @@ def step_launcher(model, b, n):
     return launch
 
 
-def captured(launch, device):
-    """`launch` as the replay of a CUDA graph. Runs it first, to compile: buffers must be filled afterwards."""
-    with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            launch()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launch()
-    return graph.replay
-
-
 @torch.inference_mode()
 def stepper(model, prediction, states):
     """The recurrence from `prediction` (n, feature_dim) and `states` on, as `model.prefill` returns them.
@@ -261,7 +249,9 @@ def stepper(model, prediction, states):
     n, device = len(prediction), prediction.device
     b = allocate(model, n)
     launch = step_launcher(model, b, n)
-    step = captured(launch, device) if device.type == "cuda" else launch  # the CPU: Triton's interpreter
+    # On a CPU the kernels run in Triton's interpreter, without a graph. The warm-up before a capture leaves its own
+    # values in the buffers, so they are filled only now, and no state needs to be put back.
+    step = captured(launch, None, list, device) if device.type == "cuda" else launch
     b["prediction"].copy_(prediction)
     for mine, given in zip(b["states"], states, strict=True):
         for buffer, values in zip(mine, given, strict=True):
