@@ -19,6 +19,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# The windows that a model is trained on unless flags say otherwise: steps per window, steps between the starts of two
+# windows, and the share of the series, at its end, that is validation.
+WINDOW_DEFAULTS = {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -149,6 +152,14 @@ def add_device(group):
 def add_scan(group):
     group.add_argument("--scan", default="auto", choices=["auto", "triton", "mamba-ssm", "cpu", "reference"],
                        help="back end of the selective scan; auto: triton on a GPU, cpu elsewhere")
+
+
+def add_computing(parser):
+    """The group of flags that say how to compute: --seed, --device and --scan."""
+    group = parser.add_argument_group("computing")
+    add_seed(group)
+    add_device(group)
+    add_scan(group)
 
 
 def pick_device(name):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError, one_line
+from cli import WINDOW_DEFAULTS, UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
 DEFLATE_MAX_RATIO = 1032  # no DEFLATE stream expands by more (zlib's technical notes)
@@ -23,7 +23,6 @@ LARGEST_VALUE = 1e30  # data units; its square is still far from the end of floa
 # The numbers of config.json that are used, and how large they may be.
 CONFIG_NUMBERS = {"noise_std": LARGEST_VALUE, "center_walk_std": LARGEST_VALUE, "dwell_mean": 1.7e308,
                   "dwell_std": 1.7e308}
-WINDOW_DEFAULTS = {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}  # of the training script
 LONGEST_PERIOD = 2**40  # steps; far beyond any series, and exact in float64
 BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the cache
 MAPPED = {"X.npy": "=f4", "states.npy": "=i8", "thetas.npy": "=f8"}  # as long as the series: the types they map as
@@ -294,7 +293,7 @@ def find_problem(series):
     return None
 
 
-def runs(states):
+def visits(states):
     """The visits of a state sequence: circles (n,), first steps (n,) and lengths (n,) in steps."""
     circles, starts, first, before = [], [], 0, -1
     for block in blocks(states):
@@ -304,6 +303,9 @@ def runs(states):
         first, before = first + len(block), block[-1]
     starts = np.concatenate(starts)
     return np.concatenate(circles), starts, np.diff(starts, append=first)
+
+
+runs = visits  # the name until every caller has moved to `visits`
 
 
 def check_fits_model(series, model, checkpoint):
@@ -412,6 +414,31 @@ def to_device(X, device):
         tensor[first:first + len(block)] = torch.from_numpy(block.copy())
         first += len(block)
     return tensor
+
+
+class Windows:
+    """The windows of one series, cut out where the series lies and delivered on a device.
+
+    X: (n_steps, feature_dim) float32 array, in memory or mapped. `on_device` says whether the whole series lies on the
+    device as a tensor; otherwise `X` stays the array, and `loader` cuts windows out of it in other processes.
+    `starts_device` is where the tensors of window starts that `at` gets should live.
+    """
+
+    def __init__(self, X, seq_len, device):
+        import torch
+
+        self.seq_len, self.device = seq_len, torch.device(device)
+        self.on_device = fits_on(self.device, X)
+        self.X = to_device(X, self.device) if self.on_device else X
+        self.starts_device = self.device if self.on_device else torch.device("cpu")
+
+    def at(self, starts):
+        """The windows that begin at the steps `starts`, (n,) int64 on `starts_device`: (n, seq_len, feature_dim)."""
+        return gather(self.X, starts, self.seq_len).to(self.device)
+
+    def loader(self, batches, num_workers):
+        """Yields the windows of each batch (a list of window starts) of a series that is not on the device."""
+        return host_batches(self.X, batches, self.seq_len, self.device, num_workers)
 
 
 class HostWindows:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import cli
+import dataset
 from kernels.selective_scan import (
     choose_backend,
     conv_step,
@@ -221,6 +222,41 @@ class CausalTimeSeriesMamba(nn.Module):
         return self.heads(h), next_states
 
 
+def at_least_float32(x):
+    """Half precision as float32, wider numbers as they are: what is summed over many steps."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def autocast(device, enabled):
+    """A region in which matrix products on a GPU take bfloat16; on a CPU, or when not enabled, nothing changes."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled and device.type == "cuda")
+
+
+def horizon_mse(predictions, target):
+    """The mean squared error per horizon, (n_horizons,): predictions["k"][:, t] against target[:, t + k].
+
+    predictions: {str(k): (batch, time, feature_dim)}; target (batch, time, feature_dim).
+    """
+    return torch.stack([F.mse_loss(at_least_float32(p[:, :-int(k)]), target[:, int(k):])
+                        for k, p in predictions.items()])
+
+
+@torch.no_grad()
+def validation_mse(model, windows, starts, batch_size, amp):
+    """Mean squared error per horizon over all windows, each counting equally: (n_horizons,) on the device.
+
+    windows: a dataset.Windows; starts: (n_windows,) int64 on windows.starts_device; the model must be in eval mode.
+    No number travels to the host, so a CUDA graph can capture the whole function.
+    """
+    sums = []
+    for batch in starts.split(batch_size):
+        x = windows.at(batch)
+        with autocast(x.device, amp):
+            predictions = model(x)
+        sums.append(horizon_mse(predictions, x) * len(batch))
+    return torch.stack(sums).sum(0) / len(starts)
+
+
 def modern_keys(state_dict):
     """State-dict keys of older files (`_orig_mod.` of torch.compile, `output_proj.` before there were horizons)
     under today's names."""
@@ -330,6 +366,19 @@ def load_checkpoint(path, device="cpu"):
         raise user_error_at(path, f"does not hold a CausalTimeSeriesMamba ({reason(error)}); "
                                 "give another --checkpoint") from None
     return model.to(device).eval(), args
+
+
+def open_model(path, data_dir, device, scan, series=None):
+    """Load a checkpoint and the data that it is used on: (model, the flags of its training, the dataset.Series).
+
+    scan: the back end as --scan names it. series: the data, when they are loaded already. Raises UserError when either
+    is missing or damaged, when they don't fit each other or when the back end isn't there.
+    """
+    model, args = load_checkpoint(path, device)
+    model.use_scan(scan, device)
+    series = dataset.load_series(data_dir) if series is None else series
+    dataset.check_fits_model(series, model, path)
+    return model, args, series
 
 
 def save_checkpoint(path, epoch, model_state_dict, optimizer_state_dict, train_loss, val_loss, args, **resume):
