@@ -358,7 +358,6 @@ def test_umap_with_too_few_points_says_so_and_keeps_the_data(refused, tmp_path, 
     assert dataset.load_series(tmp_path).n_steps == 15
 
 
-@pytest.mark.slow
 def test_umap_keeps_the_circles_apart_and_repeats_itself(tmp_path):
     series = mc.generate(config(*SMALL, "--ambient-dim", 20, "--noise-std", 0.5))
     points, states = series.X[::10], series.states[::10]

@@ -51,7 +51,6 @@ SHAPES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(CAN_RUN, reason="the tests below run by themselves here")
 def test_through_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

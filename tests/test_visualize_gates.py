@@ -289,7 +289,6 @@ def test_command_line_end_to_end_without_umap_and_numba(work):
     assert not imported(done.stderr) & {"umap", "numba"}
 
 
-@pytest.mark.slow
 def test_real_umap_end_to_end(work):
     command = [sys.executable, SCRIPT, *flags(work, "--umap", "--umap-points", "60", "--layer", "1")]
     subprocess.run(command, capture_output=True, check=True, cwd=work)
