@@ -98,7 +98,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
@@ -108,15 +107,12 @@ from tqdm import tqdm
 import dataset
 import figures
 import mamba_model
-from estimate_dimension import dimension_from_distances, knn, levina_bickel, umap_embedding
+import measures
 
 KS = (10, 30, 100)  # neighbours of the dimension estimate
 K_SHOWN = 30  # the one in panel titles and in the comparison
-VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
 PROBE_FRACTION = 0.7  # of time, to fit the probes
 PROBE_STEPS = 20_000  # at most, drawn from that part
-RIDGE = 1.0
-KMEANS_RESTARTS = 4
 STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}
 POINTS_WORTH_A_POOL = 10_000  # starting a process costs as long as embedding about this many points
 
@@ -220,148 +216,12 @@ def validation_mse(model, X, starts, seq_len):
 # Measures
 
 
-def spectrum(values, block=2**16):
-    """Mean (width,), variances and directions of the principal axes of values (n, width), the largest first, float64.
-
-    Returns (mean, eigenvalues (width,), eigenvectors (width, width), one a column) of the covariance.
-    """
-    mean, total = values.mean(axis=0, dtype=np.float64), 0.0
-    for i in range(0, len(values), block):  # no float64 copy of all values
-        centred = values[i:i + block] - mean
-        total = total + centred.T @ centred
-    eigenvalues, vectors = np.linalg.eigh(total / len(values))
-    return mean, np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
-
-
-def participation_ratio(eigenvalues):
-    """Effective rank (Σλ)² / Σλ² of a covariance: 1 for a line, the width for an isotropic cloud; None without any
-    variance."""
-    square = np.square(eigenvalues).sum()
-    return float(eigenvalues.sum()**2 / square) if square > 0 else None
-
-
-def principal_components(values, mean, vectors, n):
-    """The first n principal components of values (n_rows, width), float32; narrower values stay as they are."""
-    if n is None or n >= values.shape[1]:
-        return values
-    axes = vectors[:, :n].astype(np.float32)
-    return values @ axes - (mean @ axes).astype(np.float32)
-
-
-def whitened(train, test):
-    """Both sets in units of the train set's principal axes; axes without variance are left out.
-
-    For a linear probe the same as standardising each feature, but that its fit converges in far fewer iterations and
-    its penalty treats all directions alike.
-    """
-    mean, eigenvalues, vectors = spectrum(train)
-    kept = eigenvalues > 1e-10 * eigenvalues[0]
-    axes = (vectors[:, kept] / np.sqrt(eigenvalues[kept])).astype(np.float32)
-    shift = (mean @ axes).astype(np.float32)
-    return train @ axes - shift, test @ axes - shift
-
-
 def probe_split(n_rows, rng):
     """Row numbers to fit the probes, at most PROBE_STEPS from the first PROBE_FRACTION of time, and the rows to score
     them, all later ones: (train (n,), a slice)."""
     boundary = round(n_rows * PROBE_FRACTION)
     train = np.sort(rng.permutation(boundary)[:PROBE_STEPS])
     return train, slice(boundary, n_rows)
-
-
-def circle_probe(train, train_states, test, test_states):
-    """Accuracy of a multinomial logistic regression fitted on train and scored on test; None when train has only one
-    circle. A linear probe (Alain & Bengio 2016, arXiv 1610.01644)."""
-    from sklearn.linear_model import LogisticRegression
-
-    if len(np.unique(train_states)) < 2 or train.shape[1] == 0:
-        return None
-    probe = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit(train, train_states)
-    return float((probe.predict(test) == test_states).mean())
-
-
-def phase_probe(train, train_thetas, test, test_thetas):
-    """R² of (cos θ, sin θ), the mean of both, of a ridge regression fitted on train and scored on test; angles in
-    radians. Negative when worse than the mean of the test part."""
-    from sklearn.metrics import r2_score
-
-    target = np.stack([np.cos(train_thetas), np.sin(train_thetas)], axis=1)
-    mean = target.mean(axis=0)
-    weights = np.linalg.solve(train.T @ train + RIDGE * np.eye(train.shape[1]), train.T @ (target - mean))
-    return float(r2_score(np.stack([np.cos(test_thetas), np.sin(test_thetas)], axis=1), test @ weights + mean))
-
-
-def majority_vote(labels, n_labels, width):
-    """The commonest label among the `width` steps around each step (fewer at both ends); ties go to the lowest.
-
-    labels (n,) int in 0…n_labels - 1; width odd.
-    """
-    n, half = len(labels), width // 2
-    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
-    winner, most = np.zeros(n, np.int64), np.full(n, -1)
-    for label in range(n_labels):  # one running count at a time: memory does not grow with n_labels
-        total = np.concatenate([[0], np.cumsum(labels == label)])
-        count = total[high] - total[low]
-        better = count > most
-        winner[better], most[better] = label, count[better]
-    return winner
-
-
-def fit_kmeans(points, n_clusters, seed):
-    from sklearn.cluster import KMeans
-
-    with warnings.catch_warnings():
-        # A level that has collapsed to fewer distinct points than circles: its low scores say so.
-        warnings.filterwarnings("ignore", message="Number of distinct clusters")
-        return KMeans(min(n_clusters, len(points)), n_init=KMEANS_RESTARTS, random_state=seed).fit(points)
-
-
-def agreement(labels, states, n_labels, prefix):
-    """ARI and NMI of cluster labels (n,) against the states, raw and after majority_vote."""
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    smooth = majority_vote(labels, n_labels, VOTE_STEPS)
-    return {f"{prefix}_ari": float(adjusted_rand_score(states, labels)),
-            f"{prefix}_nmi": float(normalized_mutual_info_score(states, labels)),
-            f"{prefix}_ari_smooth": float(adjusted_rand_score(states, smooth)),
-            f"{prefix}_nmi_smooth": float(normalized_mutual_info_score(states, smooth))}
-
-
-def cluster_scores(values, rows, states, n_circles, seed):
-    """`agreement` of k-means clusters of all values (n, width) with the states; centres fitted on the given rows."""
-    kmeans = fit_kmeans(values[rows], n_circles, seed)
-    return agreement(kmeans.predict(values), states, kmeans.n_clusters, "kmeans")
-
-
-def embedding_scores(embedding, nearest, shown_states, states, n_circles, seed):
-    """What can be told apart in a UMAP: silhouette of its circles, and k-means clusters of its points against states.
-
-    embedding (n_shown, 2) and shown_states (n_shown,) of the sampled steps; nearest (n,) int: for every step the
-    sampled one that is nearest in the level itself, whose cluster it gets.
-    """
-    kmeans = fit_kmeans(embedding, n_circles, seed)
-    return {"umap_silhouette": silhouette(embedding, shown_states),
-            **agreement(kmeans.labels_[nearest], states, kmeans.n_clusters, "umap")}
-
-
-def silhouette(points, states):
-    """Mean silhouette of the circles, Euclidean (Rousseeuw 1987); None with fewer than two circles among the points."""
-    from sklearn.metrics import silhouette_score
-
-    n_present = len(np.unique(states))
-    return float(silhouette_score(points, states)) if 2 <= n_present < len(points) else None
-
-
-def nearest_within(distances, indices, n, k):
-    """The k nearest neighbours of the first n points among these n, from lists of neighbours among more points.
-
-    Exact: a list holds all points nearer than its last. None when some list names fewer than k of the n.
-    """
-    inside = indices[:n] < n
-    if inside.sum(axis=1).min() < k:
-        return None
-    order = np.argsort(~inside, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(distances[:n], order, axis=1), np.take_along_axis(indices[:n], order, axis=1)
 
 
 def neighborhood(points, lb_points, umap_points, umap_neighbors):
@@ -373,17 +233,18 @@ def neighborhood(points, lb_points, umap_points, umap_neighbors):
     """
     dimension = graph = None
     if lb_points:
-        distances, indices = knn(points[:lb_points], max(KS))
+        distances, indices = measures.knn(points[:lb_points], max(KS))
         try:
             # Repeated points would count as neighbours at distance 0: levina_bickel leaves them out and asks anew.
             distinct = distances[:, 0].min() > 0
-            dimension = dimension_from_distances(distances, KS) if distinct else levina_bickel(points[:lb_points], KS)
+            dimension = (measures.dimension_from_distances(distances, KS) if distinct
+                         else measures.levina_bickel(points[:lb_points], KS))
         except cli.UserError:
             dimension = dict.fromkeys(KS)
         if 0 < umap_points <= lb_points:
-            graph = nearest_within(distances, indices, umap_points, umap_neighbors - 1)
+            graph = measures.knn_of_first(distances, indices, umap_points, umap_neighbors - 1)
     if umap_points and graph is None:
-        graph = knn(points[:umap_points], umap_neighbors - 1)
+        graph = measures.knn(points[:umap_points], umap_neighbors - 1)
     return dimension, graph
 
 
@@ -397,26 +258,26 @@ def level_measures(values, series, rows, args):
     from sklearn.metrics import pairwise_distances_argmin
 
     states, thetas = series.states[-len(values):], series.thetas[-len(values):]
-    mean, eigenvalues, vectors = spectrum(values)
-    reduced = principal_components(values, mean, vectors, args.pca)
+    mean, eigenvalues, vectors = measures.spectrum(values)
+    reduced = measures.principal_components(values, mean, vectors, args.pca)
     points = reduced[rows]
     n_umap, n_lb = min(args.umap_points, len(rows)), 0 if args.no_lb else min(args.lb_points, len(rows))
     dimension, graph = neighborhood(points, n_lb, 0 if args.no_umap else n_umap, args.umap_neighbors)
 
     fit, score = probe_split(len(values), np.random.default_rng(args.seed))
-    train, test = whitened(values[fit], values[score])
-    measures = {
+    train, test = measures.whitened(values[fit], values[score])
+    level = {
         "width": values.shape[1],
-        "probe_accuracy": circle_probe(train, states[fit], test, states[score]),
-        "phase_r2": phase_probe(train, thetas[fit], test, thetas[score]),
-        **cluster_scores(reduced, rows, states, series.n_circles, args.seed),
-        "silhouette": silhouette(points[:n_umap], states[rows[:n_umap]]),
-        "effective_rank": participation_ratio(eigenvalues),
+        "probe_accuracy": measures.circle_probe(train, states[fit], test, states[score]),
+        "phase_r2": measures.phase_probe(train, thetas[fit], test, thetas[score]),
+        **measures.cluster_scores(reduced, rows, states, series.n_circles, args.seed),
+        "silhouette": measures.silhouette(points[:n_umap], states[rows[:n_umap]]),
+        "effective_rank": measures.participation_ratio(eigenvalues),
         "dimension": dimension,
     }
     if args.no_umap:
-        return measures, None, None, None
-    return measures, points[:n_umap], graph, pairwise_distances_argmin(reduced, points[:n_umap])
+        return level, None, None, None
+    return level, points[:n_umap], graph, pairwise_distances_argmin(reduced, points[:n_umap])
 
 
 def best_layer(levels):
@@ -605,22 +466,22 @@ def comparison_csv(rows):
 # Figures
 
 
-def level_title(measures):
+def level_title(level):
     """A level's name with its dimension, and the silhouette of the circles as the panel shows them."""
-    dimension = (measures["dimension"] or {}).get(K_SHOWN)
+    dimension = (level["dimension"] or {}).get(K_SHOWN)
     facts = [f"dim {dimension:.1f}"] if dimension is not None else []
-    if measures["umap_silhouette"] is not None:
-        facts.append(f"silhouette here {measures['umap_silhouette']:.2f}")
-    return "\n".join([measures["level"], ", ".join(facts)]).strip()
+    if level["umap_silhouette"] is not None:
+        facts.append(f"silhouette here {level['umap_silhouette']:.2f}")
+    return "\n".join([level["level"], ", ".join(facts)]).strip()
 
 
 # (title, {line label: how to read it from a level's measures}); the first line of a panel is the solid one.
 PANELS = [
     ("circle accuracy of a linear probe", {"": lambda m: m["probe_accuracy"]}),
     ("phase R², (cos θ, sin θ)", {"": lambda m: m["phase_r2"]}),
-    ("ARI of k-means", {f"vote over {VOTE_STEPS} steps": lambda m: m["kmeans_ari_smooth"],
+    ("ARI of k-means", {f"vote over {measures.VOTE_STEPS} steps": lambda m: m["kmeans_ari_smooth"],
                         "raw": lambda m: m["kmeans_ari"], "in the UMAP, vote": lambda m: m.get("umap_ari_smooth")}),
-    ("NMI of k-means", {f"vote over {VOTE_STEPS} steps": lambda m: m["kmeans_nmi_smooth"],
+    ("NMI of k-means", {f"vote over {measures.VOTE_STEPS} steps": lambda m: m["kmeans_nmi_smooth"],
                         "raw": lambda m: m["kmeans_nmi"], "in the UMAP, vote": lambda m: m.get("umap_nmi_smooth")}),
     ("silhouette of the circles", {"in the level": lambda m: m["silhouette"],
                                    "in its UMAP": lambda m: m.get("umap_silhouette")}),
@@ -743,18 +604,18 @@ def load_models(args, series, device):
 
 def evaluate(model, series, windows, depths, rows, args, pool, name):
     """Measures of all levels of a model, the futures of their UMAPs, the sampled step nearest to each: three lists."""
-    names, measures, futures, nearest = level_names(model.n_layers), [], [], []
+    names, measured, futures, nearest = level_names(model.n_layers), [], [], []
     levels = representations(model, series.X, windows[0], depths, args.velocity)
     for depth, values in tqdm(levels, desc=name, total=len(depths), unit="level", disable=None):
         if not np.isfinite(values).all():
             raise cli.UserError(f"{name}: {names[depth]} holds NaN or infinity on these data; give another "
                                 "--checkpoint or the --data-dir it was trained on")
         level, points, graph, nearest_sample = level_measures(values, series, rows, args)
-        measures.append({"level": names[depth], "depth": depth, **level})
+        measured.append({"level": names[depth], "depth": depth, **level})
         if not args.no_umap:
-            futures.append(submit(pool, umap_embedding, points, graph, args.seed))
+            futures.append(submit(pool, measures.umap_embedding, points, graph, args.seed))
             nearest.append(nearest_sample)
-    return measures, futures, nearest
+    return measured, futures, nearest
 
 
 def write_report(report, args, prefix, subtitle):
@@ -774,9 +635,9 @@ def write_umaps(report, embeddings, states, n_circles, args, prefix, subtitle):
         fig = figures.umap_figure(embeddings, titles, states, n_circles, title)
         figures.save(fig, args.save_dir / f"{prefix}_umap.png")
         return
-    for measures, embedding, level in zip(report["levels"], embeddings, titles, strict=True):
-        fig = figures.umap_figure([embedding], [level], states, n_circles, title)
-        figures.save(fig, args.save_dir / f"{prefix}_umap_{measures['level'].replace(' ', '')}.png")
+    for level, embedding, panel_title in zip(report["levels"], embeddings, titles, strict=True):
+        fig = figures.umap_figure([embedding], [panel_title], states, n_circles, title)
+        figures.save(fig, args.save_dir / f"{prefix}_umap_{level['level'].replace(' ', '')}.png")
 
 
 def write_comparison(reports, args, suffix, subtitle):
@@ -828,9 +689,9 @@ def main(args):
             report["best_layer"] = best["level"] if best else None
             shown = series.states[first + rows[:report["umap_points"]]]
             embeddings = [future.result() for future in futures]
-            for measures, embedding, to_shown in zip(report["levels"], embeddings, nearest, strict=False):
-                measures |= embedding_scores(embedding, to_shown, shown, series.states[first:], series.n_circles,
-                                             args.seed)
+            for level, embedding, to_shown in zip(report["levels"], embeddings, nearest, strict=False):
+                level |= measures.embedding_scores(embedding, to_shown, shown, series.states[first:], series.n_circles,
+                                                   args.seed)
             write_report(report, args, name + suffix, subtitle)
             if embeddings:
                 write_umaps(report, embeddings, shown, series.n_circles, args, name + suffix, subtitle)

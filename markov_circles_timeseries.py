@@ -117,7 +117,7 @@ import numpy as np  # noqa: E402
 import dataset  # noqa: E402
 import figures  # noqa: E402
 from dataset import Series, load_series, pick  # noqa: E402
-from estimate_dimension import distinct, knn, levina_bickel, umap_embedding  # noqa: E402
+from measures import distinct, knn, levina_bickel, umap_embedding  # noqa: E402
 
 BLOCK_VALUES = 2**17  # values of X filled at a time: the temporaries stay in the cache
 VISITS_A_ROUND = 1024

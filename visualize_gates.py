@@ -51,6 +51,7 @@ from tqdm import tqdm
 import dataset
 import figures
 import mamba_model
+from measures import eta_squared, knn, standardise, umap_embedding
 
 SIGNALS = ("delta", "z", "B", "C", "conv")
 SYMBOLS = {"delta": "Δ", "z": "z", "B": "B", "C": "C", "conv": "conv"}
@@ -140,29 +141,6 @@ def signals_at(model, X, starts, seq_len, steps, layers):
 # Statistics
 
 
-def eta_squared(values, groups):
-    """Share of each column's variance that the group explains: one-way ANOVA, η² = SS_between / SS_total.
-
-    values (n, channels), groups (n,) int from 0; returns (channels,) in [0, 1], 0 for a column that never changes.
-    Steps of one visit are alike, so few visits a group push η² up: compare layers and signals, test no hypothesis.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    centred = values - values.mean(axis=0)
-    member = groups[:, None] == np.arange(groups.max() + 1)
-    counts = member.sum(axis=0)
-    means = (member.T @ centred) / np.maximum(counts, 1)[:, None]
-    between, total = counts @ means**2, (centred**2).sum(axis=0)
-    varies = np.ptp(values, axis=0) > 0
-    return np.where(varies, between / np.where(varies, total, 1), 0).clip(0, 1)
-
-
-def standardise(values):
-    """Columns of values (n, channels) to mean 0 and standard deviation 1; a column that never changes to 0."""
-    values = np.asarray(values, dtype=np.float64)
-    varies = np.ptp(values, axis=0) > 0
-    return np.where(varies, (values - values.mean(axis=0)) / np.where(varies, values.std(axis=0), 1), 0)
-
-
 def by_mean_delta(signals):
     """The signals of one layer with the channels of d_inner in the order of their mean step size, smallest first.
 
@@ -179,13 +157,6 @@ def log2_over_mean(delta):
     """
     delta = np.maximum(delta, np.finfo(np.float32).tiny)  # softplus underflows to 0
     return np.log2(delta / delta.mean(axis=0))
-
-
-def umap_embedding(values, seed):
-    """Two UMAP coordinates (n, 2) of standardised values (n, channels) (McInnes et al. 2018, arXiv 1802.03426)."""
-    import umap  # slow to import, and only --umap needs it
-
-    return umap.UMAP(n_neighbors=UMAP_NEIGHBORS, random_state=seed, n_jobs=1).fit_transform(values)
 
 
 # Figures
@@ -330,7 +301,8 @@ def draw_umaps(args, model, series, starts, seq_len, folder):
         embeddings, titles = [], []
         for layer in tqdm(layers, desc=f"UMAP of {signal}", unit="layer", leave=False, disable=None):
             values = points[layer][signal]
-            embeddings.append(umap_embedding(standardise(values), args.seed))
+            scaled = standardise(values)
+            embeddings.append(umap_embedding(scaled, knn(scaled, UMAP_NEIGHBORS - 1), args.seed))
             titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
         fig = figures.umap_figure(embeddings, titles, states, series.n_circles,
                                   f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import math
 import os
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +17,8 @@ import dataset
 import evaluate_representations as ev
 import figures
 import mamba_model
-from estimate_dimension import knn, levina_bickel
+import measures
+from measures import knn, levina_bickel
 
 SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
 QUICK = ["--no-umap", "--lb-points", 400, "--umap-points", 300, "--device", "cpu"]
@@ -40,14 +40,6 @@ def save_model(path, model, **args):
 
 def names_in(folder):
     return {path.name for path in folder.iterdir()}
-
-
-def blobs(n, centres, width=5, spread=0.01, seed=0):
-    """Tight clusters far apart: points (n, width) and the cluster of each, in visits of about 40 steps."""
-    rng = np.random.default_rng(seed)
-    labels = (np.arange(n) // 40) % centres
-    means = 10 * np.linalg.qr(rng.standard_normal((width, width)))[0][:centres]
-    return (means[labels] + spread * rng.standard_normal((n, width))).astype(np.float32), labels
 
 
 # ---- levels ----------------------------------------------------------------------------------------------------
@@ -152,46 +144,6 @@ def test_validation_mse_pairs_prediction_with_what_it_predicts():
 # ---- measures --------------------------------------------------------------------------------------------------
 
 
-def test_spectrum_is_that_of_the_covariance_and_needs_no_whole_copy():
-    values = (np.random.default_rng(0).standard_normal((500, 6)) @ np.diag([5, 4, 3, 2, 1, 0.1]) + 7).astype(np.float32)
-    mean, eigenvalues, vectors = ev.spectrum(values, block=64)
-    covariance = np.cov(values.T.astype(np.float64), bias=True)
-    np.testing.assert_allclose(mean, values.mean(axis=0, dtype=np.float64), rtol=1e-9)
-    np.testing.assert_allclose(vectors @ np.diag(eigenvalues) @ vectors.T, covariance, atol=1e-8)
-    assert (np.diff(eigenvalues) <= 0).all()
-
-
-def test_participation_ratio_against_traces():
-    values = np.random.default_rng(0).standard_normal((300, 5)) * [3, 2, 1, 1, 0.5]
-    C = np.cov(values.T, bias=True)
-    assert ev.participation_ratio(ev.spectrum(values)[1]) == pytest.approx(np.trace(C)**2 / np.trace(C @ C))
-    assert ev.participation_ratio(np.ones(8)) == pytest.approx(8)
-    assert ev.participation_ratio(np.array([4.0, 0, 0])) == 1
-    assert ev.participation_ratio(np.zeros(3)) is None
-
-
-def test_principal_components_are_those_of_a_singular_value_decomposition():
-    values = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32) * np.float32([9, 7, 5, 3, 2, 1]) + 3
-    mean, _, vectors = ev.spectrum(values)
-    reduced = ev.principal_components(values, mean, vectors, 3)
-    u, s, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
-    np.testing.assert_allclose(np.abs(reduced), np.abs(u[:, :3] * s[:3]), rtol=1e-3, atol=1e-3)
-    for n in (None, 6, 100):
-        assert ev.principal_components(values, mean, vectors, n) is values
-
-
-def test_whitening_takes_the_train_sets_axes_and_drops_those_without_variance():
-    rng = np.random.default_rng(0)
-    mix = rng.standard_normal((3, 5))  # five features of three dimensions
-    train, test = (rng.standard_normal((n, 3)) @ mix + 5 for n in (400, 50))
-    white, other = ev.whitened(train, test)
-    assert white.shape == (400, 3) and other.shape == (50, 3)
-    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(3), atol=1e-4)
-    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
-    stacked, _ = ev.whitened(train, np.concatenate([train, test]))
-    np.testing.assert_allclose(ev.whitened(train, train[:10])[1], stacked[:10], atol=1e-4)
-
-
 @pytest.mark.parametrize("n_rows", [10, 1000, 100_000])
 def test_probes_are_fitted_on_the_past_and_scored_on_the_future(n_rows):
     train, scored = ev.probe_split(n_rows, np.random.default_rng(0))
@@ -201,170 +153,17 @@ def test_probes_are_fitted_on_the_past_and_scored_on_the_future(n_rows):
     assert len(set(train.tolist())) == len(train) == min(ev.PROBE_STEPS, n_rows - len(tested))
 
 
-def test_circle_probe_is_perfect_where_circles_are_apart_and_at_chance_for_shuffled_labels():
-    values, labels = blobs(2000, 4, spread=1.0)
-    assert ev.circle_probe(values[:1400], labels[:1400], values[1400:], labels[1400:]) == 1.0
-    shuffled = np.random.default_rng(1).permutation(labels)
-    accuracy = ev.circle_probe(values[:1400], shuffled[:1400], values[1400:], shuffled[1400:])
-    assert abs(accuracy - 0.25) < 4 * math.sqrt(0.25 * 0.75 / 600)  # four standard deviations of pure guessing
-
-
-def test_circle_probe_is_linear():
-    angle = np.random.default_rng(0).uniform(0, 2 * np.pi, 2000)
-    labels = np.arange(2000) % 2
-    rings = (np.stack([np.cos(angle), np.sin(angle)], axis=1) * (1 + 2 * labels[:, None])).astype(np.float32)
-    assert ev.circle_probe(rings[:1400], labels[:1400], rings[1400:], labels[1400:]) < 0.65  # concentric: not linear
-
-
-def test_circle_probe_without_a_choice_is_none():
-    values = np.ones((10, 2))
-    assert ev.circle_probe(values, np.zeros(10, int), values, np.zeros(10, int)) is None
-    assert ev.circle_probe(values[:, :0], np.arange(10) % 2, values[:, :0], np.arange(10) % 2) is None
-
-
-def test_phase_probe_is_r2_of_a_ridge_regression():
-    rng = np.random.default_rng(0)
-    thetas = rng.uniform(0, 2 * np.pi, 900)
-    wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)
-    values = wave @ rng.standard_normal((2, 6)) + 0.5 * rng.standard_normal((900, 6))
-    train, test = ev.whitened(values[:600], values[600:])
-    # The same ridge as least squares on rows appended to the design, and R² as a loop over its definition.
-    mean = wave[:600].mean(axis=0)
-    design = np.concatenate([train, math.sqrt(ev.RIDGE) * np.eye(train.shape[1])])
-    weights = np.linalg.lstsq(design, np.concatenate([wave[:600] - mean, np.zeros((train.shape[1], 2))]))[0]
-    scores = []
-    for i in range(2):
-        y, guess = wave[600:, i], test @ weights[:, i] + mean[i]
-        scores.append(1 - ((y - guess)**2).sum() / ((y - y.mean())**2).sum())
-    found = ev.phase_probe(train, thetas[:600], test, thetas[600:])
-    assert found == pytest.approx(np.mean(scores), abs=1e-4)
-    assert 0.5 < found < 1
-
-
-def test_phase_probe_at_its_ends():
-    rng = np.random.default_rng(0)
-    thetas = rng.uniform(0, 2 * np.pi, 2000)
-    wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)
-    assert ev.phase_probe(wave[:1400], thetas[:1400], wave[1400:], thetas[1400:]) > 0.999
-    noise = rng.standard_normal((2000, 3))
-    assert abs(ev.phase_probe(noise[:1400], thetas[:1400], noise[1400:], thetas[1400:])) < 0.05
-
-
-@pytest.mark.parametrize("width", [1, 3, 11, 301])
-def test_majority_vote_against_a_loop(width):
-    labels = np.random.default_rng(0).integers(0, 5, 200)
-    labels[labels == 3] = 1  # a label that never occurs
-    wanted = []
-    for t in range(len(labels)):
-        window = labels[max(0, t - width // 2):t + width // 2 + 1].tolist()
-        wanted.append(min(set(window), key=lambda label: (-window.count(label), label)))
-    np.testing.assert_array_equal(ev.majority_vote(labels, 5, width), wanted)
-
-
-def rand_index(a, b):
-    """Adjusted Rand index by counting pairs (Hubert & Arabie 1985)."""
-    same_a, same_b = ((x[:, None] == x)[np.triu_indices(len(x), 1)] for x in (a, b))
-    both, expected = (same_a & same_b).sum(), same_a.sum() * same_b.sum() / len(same_a)
-    return (both - expected) / ((same_a.sum() + same_b.sum()) / 2 - expected)
-
-
-def mutual_information(a, b):
-    """Mutual information over the mean of the entropies, from counted frequencies."""
-    def entropy(x):
-        p = np.unique(x, return_counts=True, axis=0)[1] / len(x)
-        return -(p * np.log(p)).sum()
-
-    joint = entropy(np.stack([a, b], axis=1))
-    return (entropy(a) + entropy(b) - joint) / ((entropy(a) + entropy(b)) / 2)
-
-
-def test_cluster_scores_of_known_clusters():
-    values, clusters = blobs(1200, 3)
-    states = clusters.copy()
-    states[900:] = np.arange(300) // 100  # what the clusters don't see
-    found = ev.cluster_scores(values, np.arange(0, 1200, 3), states, 3, seed=0)
-    assert found["kmeans_ari"] == pytest.approx(rand_index(states, clusters))
-    assert found["kmeans_nmi"] == pytest.approx(mutual_information(states, clusters))
-    assert 0.3 < found["kmeans_ari"] < 0.8
-
-
-def test_smoothing_removes_flicker():
-    steps = np.arange(1800)
-    states = steps // 600
-    means = 10 * np.eye(3)
-    flicker = np.where(steps % 7 == 0, (states + 1) % 3, states)
-    values = (means[flicker] + 0.01 * np.random.default_rng(0).standard_normal((1800, 3))).astype(np.float32)
-    found = ev.cluster_scores(values, np.arange(1800), states, 3, seed=0)
-    assert found["kmeans_ari"] == pytest.approx(rand_index(states, flicker)) and found["kmeans_ari"] < 0.8
-    assert found["kmeans_nmi"] == pytest.approx(mutual_information(states, flicker))
-    # Which number a cluster gets is chance, and the lowest wins a tie: one of the six ways to number them.
-    ways = [ev.majority_vote(np.array(names)[flicker], 3, ev.VOTE_STEPS) for names in itertools.permutations(range(3))]
-    wanted = [(rand_index(states, smooth), mutual_information(states, smooth)) for smooth in ways]
-    scores = found["kmeans_ari_smooth"], found["kmeans_nmi_smooth"]
-    assert any(scores == pytest.approx(way) for way in wanted) and min(scores) > 0.95
-
-
-def test_clusters_of_noise_and_of_a_collapsed_level_score_nothing():
-    rng = np.random.default_rng(0)
-    found = ev.cluster_scores(rng.standard_normal((3000, 4)), np.arange(3000), rng.integers(0, 5, 3000), 5, seed=0)
-    assert all(abs(score) < 0.05 for name, score in found.items() if "smooth" not in name)
-    collapsed = ev.cluster_scores(np.ones((200, 4)), np.arange(200), np.arange(200) % 4, 4, seed=0)
-    assert set(collapsed.values()) == {0.0}
-
-
-def test_rings_around_one_centre_are_told_apart_where_a_umap_lays_them_side_by_side():
-    rng = np.random.default_rng(0)
-    states = (np.arange(1200) // 100) % 2
-    angle = rng.uniform(0, 2 * np.pi, 1200)
-    planes = np.linalg.qr(rng.standard_normal((6, 4)))[0].T.reshape(2, 2, 6)
-    level = np.einsum("tp,tpd->td", np.stack([np.cos(angle), np.sin(angle)], axis=1), planes[states])
-    shown = rng.permutation(1200)[:400]
-    embedding = np.stack([10 * states[shown] + np.cos(angle[shown]), np.sin(angle[shown])], axis=1)  # as UMAP would
-    nearest = np.array([np.argmin(((level[shown] - point)**2).sum(axis=1)) for point in level])
-    found = ev.embedding_scores(embedding, nearest, states[shown], states, 2, seed=0)
-    assert found["umap_silhouette"] == pytest.approx(ev.silhouette(embedding, states[shown])) and \
-        found["umap_silhouette"] > 0.8
-    assert found["umap_ari"] == pytest.approx(rand_index(states, states[shown][nearest])) and found["umap_ari"] > 0.95
-    plain = ev.cluster_scores(level, np.arange(1200), states, 2, seed=0)
-    assert plain["kmeans_ari"] < 0.3 and ev.silhouette(level, states) < 0.3
-
-
-def test_silhouette_against_a_loop():
-    rng = np.random.default_rng(0)
-    states = rng.integers(0, 3, 60)
-    points = rng.standard_normal((60, 4)) + 2 * np.eye(4)[states]
-    values = []
-    for i in range(60):
-        mean = {s: np.mean([np.linalg.norm(points[i] - points[j]) for j in range(60) if states[j] == s and j != i])
-                for s in range(3)}
-        own, other = mean.pop(states[i]), min(mean.values())
-        values.append((other - own) / max(own, other))
-    assert ev.silhouette(points, states) == pytest.approx(np.mean(values))
-    assert ev.silhouette(points, np.zeros(60, int)) is None
-
-
-def test_nearest_within_is_exact_or_says_that_it_cannot_be():
-    points = np.random.default_rng(0).standard_normal((300, 4))
-    distances, indices = knn(points, 60)
-    wanted = knn(points[:200], 9)
-    found = ev.nearest_within(distances, indices, 200, 9)
-    np.testing.assert_array_equal(found[1], wanted[1])
-    np.testing.assert_allclose(found[0], wanted[0])
-    assert ev.nearest_within(distances[:, :9], indices[:, :9], 200, 9) is None
-    assert ev.nearest_within(distances, indices, 40, 39) is None
-
-
 @pytest.mark.parametrize(("n_umap", "neighbours"), [(150, 10), (300, 15), (400, 10), (120, 60)])
 def test_one_neighbour_query_serves_dimension_and_umap(monkeypatch, n_umap, neighbours):
     points = np.random.default_rng(0).standard_normal((400, 5))
     queries = []
-    monkeypatch.setattr(ev, "knn", lambda points, k: queries.append((len(points), k)) or knn(points, k))
+    monkeypatch.setattr(measures, "knn", lambda points, k: queries.append((len(points), k)) or knn(points, k))
     dimension, graph = ev.neighborhood(points, 300, n_umap, neighbours)
+    assert queries[0] == (300, 100) and len(queries) == 1 + (n_umap in (400, 120))
     assert dimension == pytest.approx(levina_bickel(points[:300], ev.KS), rel=1e-9)
     wanted = knn(points[:n_umap], neighbours - 1)
     np.testing.assert_array_equal(graph[1], wanted[1])
     np.testing.assert_allclose(graph[0], wanted[0])
-    assert queries[0] == (300, 100) and len(queries) == 1 + (n_umap in (400, 120))
 
 
 def test_neighborhood_leaves_out_what_is_not_asked_for():
@@ -390,15 +189,6 @@ def test_the_best_layer_is_no_input_and_the_first_of_equals():
 
 
 # ---- UMAP ------------------------------------------------------------------------------------------------------
-
-
-def test_umap_keeps_clusters_apart_and_repeats_itself():
-    points, labels = blobs(200, 3, spread=0.5)
-    embedding = ev.umap_embedding(points, knn(points, 9), seed=1)
-    assert embedding.shape == (200, 2) and np.isfinite(embedding).all()
-    np.testing.assert_array_equal(embedding, ev.umap_embedding(points, knn(points, 9), seed=1))
-    _, neighbours = knn(embedding, 5)
-    assert (labels[neighbours] == labels[:, None]).mean() > 0.99
 
 
 def test_a_pool_is_used_where_it_pays(monkeypatch):
@@ -464,7 +254,8 @@ def test_end_to_end(run, shared_data, tiny_checkpoint, tmp_path):
     assert levels[0]["dimension"] == pytest.approx({str(k): value for k, value in dimension.items()})
     C = np.cov(series.X.T.astype(np.float64), bias=True)
     assert levels[0]["effective_rank"] == pytest.approx(np.trace(C)**2 / np.trace(C @ C), rel=1e-6)
-    assert levels[0]["silhouette"] == pytest.approx(ev.silhouette(series.X[rows[:300]], series.states[rows[:300]]))
+    shown = rows[:300]
+    assert levels[0]["silhouette"] == pytest.approx(measures.silhouette(series.X[shown], series.states[shown]))
 
     (error,) = report["errors"]
     model, _ = mamba_model.load_checkpoint(tiny_checkpoint)
@@ -494,7 +285,7 @@ def test_levels_velocity_and_pca_have_files_of_their_own(run, shared_data, tmp_p
     states = dataset.load_series(shared_data).states[1:]  # a change belongs to the step that it leads to
     run(*QUICK, "--no-lb", "--layers", "input", "--velocity", "--umap-points", 2000)
     report = json.loads((tmp_path / "plots" / "tiny_velocity_metrics.json").read_text())
-    assert report["levels"][0]["silhouette"] == pytest.approx(ev.silhouette(change[rows], states[rows]), rel=1e-5)
+    assert report["levels"][0]["silhouette"] == pytest.approx(measures.silhouette(change[rows], states[rows]), rel=1e-5)
     _, files = run(*QUICK, "--no-lb", "--layers", "output", "--pca", 20)
     assert {"tiny_pca20_summary.png", "tiny_pca20_metrics.json"} <= files and "tiny_metrics.json" not in files
 
@@ -521,7 +312,7 @@ def test_umap_end_to_end(run, tmp_path):
 
 def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, monkeypatch):
     drawn, draw = [], figures.umap_figure
-    monkeypatch.setattr(ev, "umap_embedding", lambda points, graph, seed: points[:, :2])
+    monkeypatch.setattr(measures, "umap_embedding", lambda points, graph, seed: points[:, :2])
     monkeypatch.setattr(figures, "umap_figure", lambda *given: drawn.append(given) or draw(*given))
     flags = ["--umap-points", 1500, "--no-lb", "--device", "cpu"]
     _, files = run(*flags)

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 import cli
 import dataset
 import markov_circles_timeseries as mc
-from estimate_dimension import knn
+from measures import knn
 
 QUIET = ["--noise-std", "0"]
 SMALL = ["--n-steps", "4000", "--n-circles", "4", "--ambient-dim", "6", "--min-period", "10", "--max-period", "40",

@@ -171,30 +171,6 @@ def test_a_long_series_costs_a_bounded_number_of_windows():
 # Statistics
 
 
-def test_eta_squared_matches_a_loop_over_groups():
-    rng = np.random.default_rng(0)
-    groups = rng.integers(0, 5, 200)
-    groups[groups == 3] = 2  # a circle that is never visited
-    values = rng.normal(size=(200, 4)) + groups[:, None] * np.array([0, 0.3, 1, 5]) + 100
-    for column, share in zip(values.T, vg.eta_squared(values, groups), strict=True):
-        within = sum(((column[groups == g] - column[groups == g].mean()) ** 2).sum() for g in set(groups.tolist()))
-        assert share == pytest.approx(1 - within / ((column - column.mean()) ** 2).sum(), abs=1e-10)
-
-
-def test_eta_squared_at_its_ends():
-    groups = np.array([0, 0, 1, 1, 2, 2])
-    values = np.stack([groups * 2.0, np.array([0, 1, 0, 1, 0, 1.0]), np.full(6, 0.1)], axis=1)
-    np.testing.assert_allclose(vg.eta_squared(values, groups), [1, 0, 0], atol=1e-12)
-
-
-def test_standardise_leaves_a_constant_channel_at_zero():
-    values = np.random.default_rng(0).normal(3, 7, size=(50, 3))
-    values[:, 1] = 0.1
-    scaled = vg.standardise(values)
-    np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-12)
-    np.testing.assert_allclose(scaled.std(axis=0), [1, 0, 1], atol=1e-12)
-
-
 def test_channels_move_together_and_B_and_C_stay():
     rng = np.random.default_rng(0)
     signals = {name: rng.uniform(size=(10, 6)) for name in vg.SIGNALS}
@@ -249,7 +225,7 @@ def test_the_layer_asked_for_is_the_layer_drawn(monkeypatch, work):
 def test_umap_names_a_grid_a_signal_and_colours_by_circle(monkeypatch, work):
     drawn = []
     real = figures.umap_figure
-    monkeypatch.setattr(vg, "umap_embedding", lambda values, seed: values[:, :2])
+    monkeypatch.setattr(vg, "umap_embedding", lambda values, graph, seed: values[:, :2])
     monkeypatch.setattr(figures, "umap_figure", lambda *given: drawn.append(given) or real(*given))
     run_here(work, "--umap", "--umap-points", "50")
     assert plots(work) == sorted(f"m_gates_umap_{name}.png" for name in vg.SIGNALS)

@@ -1,0 +1,304 @@
+"""What can be measured of a cloud of points: dimension, spectrum, probes, clusters, variance explained, and its UMAP.
+
+Points are always the rows of an array (n, width). The scripts decide which points are measured; nothing here knows
+about models, files or flags. scikit-learn and umap-learn take seconds to import, so the functions that need them
+import them themselves.
+"""
+
+import warnings
+
+import numpy as np
+
+import cli
+
+BLOCK_VALUES = 2**22  # neighbour differences in memory at a time
+BLOCK_ROWS = 2**16  # rows of which `spectrum` makes a float64 copy at a time
+VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
+RIDGE = 1.0
+KMEANS_RESTARTS = 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Neighbours and dimension
+
+
+def distinct(points):
+    """The points (n, dim) without repeats, in another order."""
+    return np.unique(points, axis=0)
+
+
+def knn(points, k):
+    """The k nearest neighbours of every point, without the point itself: (distances (n, k), indices (n, k)).
+
+    points (n, dim); Euclidean distances, float64, nearest first. All pairs of points are compared by parallel BLAS
+    products, which in 20 dimensions is twice as fast as a tree. Raises UserError for fewer than k + 1 points, NaN or
+    infinity.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    points = np.asarray(points)
+    if len(points) < k + 1:
+        raise cli.UserError(f"{k} neighbours need {k + 1} points, and there are {len(points)}; "
+                            "use a smaller k or more points")
+    if not np.isfinite(points).all():
+        raise cli.UserError("the points hold NaN or infinity")
+    indices = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors(return_distance=False)
+    # |a|² + |b|² - 2ab loses the digits of a small distance between points far from the origin. So only the choice of
+    # the neighbours is taken from the products; their distances are computed anew from the differences.
+    distances = np.empty((len(points), k))
+    block = max(1, BLOCK_VALUES // (k * points.shape[1]))
+    for first in range(0, len(points), block):
+        rows = slice(first, first + block)
+        difference = points[indices[rows]].astype(np.float64) - points[rows, None]
+        distances[rows] = np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
+    order = np.argsort(distances, axis=1, kind="stable")
+    return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
+
+
+def knn_of_first(distances, indices, n, k):
+    """The k nearest neighbours of the first n points among these n, read off `knn` of more points.
+
+    Exact: the list of a point names every point that is nearer than the last one named. Returns None when some list
+    names fewer than k of the first n points; only a new query can find the others.
+    """
+    inside = indices[:n] < n
+    if inside.sum(axis=1).min() < k:
+        return None
+    order = np.argsort(~inside, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances[:n], order, axis=1), np.take_along_axis(indices[:n], order, axis=1)
+
+
+def dimension_from_distances(distances, ks):
+    """Maximum-likelihood dimension for each k: {k: dimension}.
+
+    distances (n, max(ks) or more), positive, nearest first: T_1(x) <= T_2(x) <= … from each point x.
+
+        1 / m_k(x) = 1/(k-1) Σ_{j<k} log(T_k(x) / T_j(x))       Levina & Bickel 2004, eq. 8
+        1 / m_k    = mean over x of 1 / m_k(x)                   MacKay & Ghahramani 2005
+
+    The mean of the inverses pools the likelihoods of all points; the mean of m_k(x) itself would be biased upwards at
+    small k. The factor is 1/(k-1), that of the likelihood, not the 1/(k-2) that unbiases a single m_k(x). Raises
+    UserError when all k neighbours of every point are equally far away.
+    """
+    logs = np.log(distances[:, :max(ks)])
+    sums = logs.cumsum(axis=1)
+    inverse = {k: float((logs[:, k - 1] - sums[:, k - 2] / (k - 1)).mean()) for k in ks}
+    if min(inverse.values()) <= 0:
+        raise cli.UserError("the nearest neighbours of every point are equally far away, which no dimension "
+                            "explains; use a larger k")
+    return {k: 1 / inverse[k] for k in ks}
+
+
+def levina_bickel(points, ks):
+    """Intrinsic dimension of points (n, dim) for each k of ks (2 or more): {k: dimension}, from one neighbour query.
+
+    Repeated points count once: their distance 0 would make any dimension 0. See dimension_from_distances for the
+    estimator. Raises UserError for fewer than max(ks) + 1 distinct points, a k below 2, NaN or infinity.
+    """
+    if min(ks) < 2:
+        raise cli.UserError("k must be 2 or more: one neighbour has no distance to compare with")
+    distances, _ = knn(distinct(points), max(ks))
+    return dimension_from_distances(distances, ks)
+
+
+def umap_embedding(points, graph, seed):
+    """Two UMAP coordinates (n, 2) of points (n, width); the same for the same seed.
+
+    graph: the distances and indices (n, k) of `knn`, which leave out the point itself; UMAP's n_neighbors is k + 1,
+    because UMAP counts the point as its own first neighbour. McInnes, Healy & Melville 2018, arXiv 1802.03426.
+    """
+    import umap
+
+    distances = np.pad(graph[0], ((0, 0), (1, 0))).astype(np.float32)
+    indices = np.concatenate([np.arange(len(points))[:, None], graph[1]], axis=1)
+    reducer = umap.UMAP(n_neighbors=indices.shape[1], random_state=seed, n_jobs=1,
+                        # Without this UMAP ignores the given neighbours of fewer than 4096 points.
+                        force_approximation_algorithm=True, precomputed_knn=(indices, distances))
+    with warnings.catch_warnings():
+        # It warns that no points can be added to the embedding later; nobody here does that.
+        warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
+        return reducer.fit_transform(points)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Covariance and scale
+
+
+def spectrum(values, block=BLOCK_ROWS):
+    """Mean, variances and directions of the principal axes of values (n, width), in float64, the largest first.
+
+    Returns (mean (width,), eigenvalues (width,), eigenvectors (width, width), one per column) of the covariance. Only
+    `block` rows at a time are copied to float64.
+    """
+    mean, total = values.mean(axis=0, dtype=np.float64), 0.0
+    for first in range(0, len(values), block):
+        centred = values[first:first + block] - mean
+        total = total + centred.T @ centred
+    eigenvalues, vectors = np.linalg.eigh(total / len(values))
+    return mean, np.maximum(eigenvalues[::-1], 0), vectors[:, ::-1]
+
+
+def participation_ratio(eigenvalues):
+    """Effective rank (Σλ)² / Σλ² of a covariance with these eigenvalues (width,).
+
+    1 for a line, the width for an isotropic cloud, None when nothing varies.
+    """
+    square = np.square(eigenvalues).sum()
+    return float(eigenvalues.sum()**2 / square) if square > 0 else None
+
+
+def principal_components(values, mean, vectors, n):
+    """The first n principal components (rows, n) of values (rows, width), float32; mean and vectors from `spectrum`.
+
+    Values that are no wider than n, and any values when n is None, are returned as they are.
+    """
+    if n is None or n >= values.shape[1]:
+        return values
+    axes = vectors[:, :n].astype(np.float32)
+    return values @ axes - (mean @ axes).astype(np.float32)
+
+
+def whitened(train, test):
+    """Both sets (rows, width) in units of the train set's principal axes; axes along which nothing varies are dropped.
+
+    For a linear probe this equals standardising each feature, except that the fit converges in far fewer iterations
+    and the penalty treats all directions alike.
+    """
+    mean, eigenvalues, vectors = spectrum(train)
+    varying = eigenvalues > 1e-10 * eigenvalues[0]
+    axes = (vectors[:, varying] / np.sqrt(eigenvalues[varying])).astype(np.float32)
+    shift = (mean @ axes).astype(np.float32)
+    return train @ axes - shift, test @ axes - shift
+
+
+def standardise(values):
+    """Columns of values (n, channels) scaled to mean 0 and standard deviation 1; a column that never changes to 0."""
+    values = np.asarray(values, dtype=np.float64)
+    varies = np.ptp(values, axis=0) > 0
+    return np.where(varies, (values - values.mean(axis=0)) / np.where(varies, values.std(axis=0), 1), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Linear probes (Alain & Bengio 2016, arXiv 1610.01644)
+
+
+def circle_probe(train, train_states, test, test_states):
+    """Accuracy on the test set of a multinomial logistic regression that is fitted on the train set.
+
+    train, test (rows, width), whitened; states (rows,) int. None when the train set has one circle only, or no width.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if len(np.unique(train_states)) < 2 or train.shape[1] == 0:
+        return None
+    probe = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit(train, train_states)
+    return float((probe.predict(test) == test_states).mean())
+
+
+def phase_probe(train, train_thetas, test, test_thetas):
+    """R² on the test set of a ridge regression to (cos θ, sin θ), fitted on the train set: the mean of both targets.
+
+    train, test (rows, width), whitened; thetas (rows,) radians. Negative when worse than the mean of the test set.
+    """
+    from sklearn.metrics import r2_score
+
+    target = np.stack([np.cos(train_thetas), np.sin(train_thetas)], axis=1)
+    mean = target.mean(axis=0)
+    weights = np.linalg.solve(train.T @ train + RIDGE * np.eye(train.shape[1]), train.T @ (target - mean))
+    return float(r2_score(np.stack([np.cos(test_thetas), np.sin(test_thetas)], axis=1), test @ weights + mean))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Clusters
+
+
+def fit_kmeans(points, n_clusters, seed):
+    """A fitted sklearn KMeans of points (n, width), with at most n clusters."""
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings():
+        # A level may have collapsed to fewer distinct points than there are circles; its low scores show that.
+        warnings.filterwarnings("ignore", message="Number of distinct clusters")
+        return KMeans(min(n_clusters, len(points)), n_init=KMEANS_RESTARTS, random_state=seed).fit(points)
+
+
+def majority_vote(labels, n_labels, width):
+    """The commonest label among the `width` steps around each step; at both ends there are fewer steps around it.
+
+    labels (n,) int in 0…n_labels - 1; width odd. Ties go to the lowest label.
+    """
+    n, half = len(labels), width // 2
+    low, high = np.maximum(np.arange(n) - half, 0), np.minimum(np.arange(n) + half + 1, n)
+    winner, most = np.zeros(n, np.int64), np.full(n, -1)
+    for label in range(n_labels):  # one label at a time, so that memory does not grow with n_labels
+        total = np.concatenate([[0], np.cumsum(labels == label)])
+        count = total[high] - total[low]
+        better = count > most
+        winner[better], most[better] = label, count[better]
+    return winner
+
+
+def agreement(labels, states, n_labels, prefix):
+    """ARI and NMI of cluster labels (n,) against the states (n,), as they are and after a vote over VOTE_STEPS steps.
+
+    Returns {prefix_ari, prefix_nmi, prefix_ari_smooth, prefix_nmi_smooth}.
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    smooth = majority_vote(labels, n_labels, VOTE_STEPS)
+    return {f"{prefix}_ari": float(adjusted_rand_score(states, labels)),
+            f"{prefix}_nmi": float(normalized_mutual_info_score(states, labels)),
+            f"{prefix}_ari_smooth": float(adjusted_rand_score(states, smooth)),
+            f"{prefix}_nmi_smooth": float(normalized_mutual_info_score(states, smooth))}
+
+
+def cluster_scores(values, rows, states, n_circles, seed):
+    """`agreement` with the states (n,) of the k-means clusters of values (n, width).
+
+    The centres are fitted on the given rows; every step then gets the cluster of the nearest centre.
+    """
+    kmeans = fit_kmeans(values[rows], n_circles, seed)
+    return agreement(kmeans.predict(values), states, kmeans.n_clusters, "kmeans")
+
+
+def embedding_scores(embedding, nearest, shown_states, states, n_circles, seed):
+    """What can be told apart in a UMAP: the silhouette of its circles, and `agreement` of its k-means clusters.
+
+    embedding (n_shown, 2) and shown_states (n_shown,) belong to the sampled steps; nearest (n,) int names for every
+    step of the series the sampled one that is nearest to it in the level itself, whose cluster it gets.
+    """
+    kmeans = fit_kmeans(embedding, n_circles, seed)
+    return {"umap_silhouette": silhouette(embedding, shown_states),
+            **agreement(kmeans.labels_[nearest], states, kmeans.n_clusters, "umap")}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How far apart the circles are
+
+
+def silhouette(points, states):
+    """Mean silhouette of the circles, Euclidean (Rousseeuw 1987).
+
+    points (n, width), states (n,) int. None with fewer than two circles, or when each point has one of its own.
+    """
+    from sklearn.metrics import silhouette_score
+
+    n_present = len(np.unique(states))
+    return float(silhouette_score(points, states)) if 2 <= n_present < len(points) else None
+
+
+def eta_squared(values, groups):
+    """Share of each column's variance that the group explains: one-way ANOVA, η² = SS_between / SS_total.
+
+    values (n, channels), groups (n,) int from 0; returns (channels,) in [0, 1], 0 for a column that never changes.
+    Time steps of one visit resemble each other, so few visits per group push η² up: use it to compare layers and
+    signals, not to test a hypothesis.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    centred = values - values.mean(axis=0)
+    member = groups[:, None] == np.arange(groups.max() + 1)
+    counts = member.sum(axis=0)
+    means = (member.T @ centred) / np.maximum(counts, 1)[:, None]
+    between, total = counts @ means**2, (centred**2).sum(axis=0)
+    varies = np.ptp(values, axis=0) > 0
+    return np.where(varies, between / np.where(varies, total, 1), 0).clip(0, 1)
