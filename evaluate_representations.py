@@ -632,11 +632,11 @@ def write_umaps(report, embeddings, states, n_circles, args, prefix, subtitle):
     title = f"{report['name']}: UMAP of {len(states):,} steps{subtitle}"
     titles = [level_title(m) for m in report["levels"]]
     if not args.per_layer:
-        fig = figures.umap_figure(embeddings, titles, states, n_circles, title)
+        fig = figures.draw_umaps(embeddings, titles, states, n_circles, title)
         figures.save(fig, args.save_dir / f"{prefix}_umap.png")
         return
     for level, embedding, panel_title in zip(report["levels"], embeddings, titles, strict=True):
-        fig = figures.umap_figure([embedding], [panel_title], states, n_circles, title)
+        fig = figures.draw_umaps([embedding], [panel_title], states, n_circles, title)
         figures.save(fig, args.save_dir / f"{prefix}_umap_{level['level'].replace(' ', '')}.png")
 
 

@@ -1,7 +1,13 @@
 """How this project's figures look: style, circle colours, state strip, heatmap and scatter panels, saving.
 
-Everything here draws; nothing computes. Figures are made without pyplot: no display is needed, no global state is
-kept, and nothing has to be closed.
+Everything here draws; nothing computes. Figures are made without pyplot: no display is needed, there is no current
+figure that functions share, and nothing has to be closed.
+
+One convention for all drawing functions, here and in the scripts:
+  draw_summary(…)                        `draw_*` makes one whole Figure and returns it. It writes no file: scripts
+                                         pass the Figure to `save`, and notebooks show it.
+  heatmap_panel(fig, ax, …)              A function that is named after a thing draws that thing into the Axes or the
+  state_strip(ax, …), circle_legend(…)   Figure that it is given.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +45,7 @@ TEN_COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
 
 
 def circle_colors(n_circles):
-    """RGB colours (n_circles, 3), one a circle: ten hand-picked ones, a walk around the hues beyond ten."""
+    """RGB colours (n_circles, 3), one per circle: hand-picked for up to ten circles, hues around the wheel for more."""
     if n_circles <= len(TEN_COLORS):
         return np.array([to_rgb(c) for c in TEN_COLORS[:n_circles]])
     hues = np.arange(n_circles) / n_circles
@@ -49,7 +55,10 @@ def circle_colors(n_circles):
 
 
 def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
-    """A figure of rows x cols panels, each `panel` inches, and its axes as a 2-D array."""
+    """A Figure of rows x cols panels, each `panel` (width, height) inches, and its Axes as an array (rows, cols).
+
+    `subplots` goes to Figure.subplots: sharex, height_ratios and so on.
+    """
     fig = Figure(figsize=(panel[0] * cols, panel[1] * rows), layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots(rows, cols, squeeze=False, **subplots)
@@ -59,7 +68,7 @@ def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
 
 
 def laid_out(fig):
-    """The figure with everything in its place, for good: a later draw doesn't look for it again."""
+    """The figure after its constrained layout has been computed and switched off, so that drawing it later is quick."""
     engine = fig.get_layout_engine()
     if engine is not None:
         engine.execute(fig)
@@ -68,18 +77,19 @@ def laid_out(fig):
 
 
 def save(fig, path):
-    """Write the figure, whole or not at all, and say so."""
+    """Write the figure as a PNG, whole or not at all, and print its path."""
     save_all({path: fig})
 
 
 def save_all(figs):
-    """Write figures, {path: figure}, each whole or not at all, and say so; one is compressed while the next is drawn.
+    """Write figures, {path: figure}, as PNGs, each whole or not at all, and print their paths in this order.
 
-    (savefig would draw each of them twice, once to nowhere, to place what it has.)
+    A thread compresses one figure while the next is drawn. savefig would draw each figure twice, the first time only
+    to compute its layout.
     """
     def write(path, pixels, dpi):
         with cli.writing(path) as part:
-            # No software version in the file: the same numbers give the same bytes.
+            # Without the version of matplotlib in the file, the same numbers give the same bytes.
             matplotlib.image.imsave(part, pixels, format="png", dpi=dpi, metadata={"Software": None})
         return path
 
@@ -93,13 +103,13 @@ def save_all(figs):
 
 
 def bare(ax):
-    """Hide the ticks of an axis whose units mean nothing (UMAP coordinates) and of unused panels."""
+    """Hide the ticks of Axes whose units mean nothing, like UMAP coordinates."""
     ax.set_xticks([])
     ax.set_yticks([])
 
 
 def log_ticks(axis, multiples):
-    """Ticks of a logarithmic axis at these multiples of the powers of ten, all of them labelled in plain numbers."""
+    """Ticks of a logarithmic axis at these multiples of the powers of ten, each labelled as a plain number."""
     axis.set_major_locator(LogLocator(subs=multiples))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
@@ -112,9 +122,9 @@ def hide_unused(axes, used):
 
 
 def state_strip(ax, states, n_circles, start=0, label="circle"):
-    """The state sequence as one strip of colours, drawn as a single image however long it is.
+    """The state sequence as one strip of circle colours; a single image, so that a long sequence is drawn quickly.
 
-    states: (n_steps,) int; `start` is the time step of the first one.
+    states: (n_steps,) int; start: the time step of states[0].
     """
     colors = circle_colors(n_circles)
     ax.imshow(colors[np.asarray(states)][None], aspect="auto", interpolation="nearest",
@@ -130,8 +140,9 @@ def heatmap_panel(fig, ax, values, start=0, ylabel="", title="", unit="", cmap="
                   limits=None):
     """A heatmap of values (n_steps, n_channels) with time to the right, channels upwards, and a colour bar.
 
-    The colours span the 1st to 99th percentile, so that one outlier doesn't grey the rest; `symmetric` centres
-    them on zero, `limits` (low, high) fixes them, to compare panels.
+    start: the time step of values[0]; unit: the label of the colour bar. The colours span the 1st to 99th percentile
+    of the values, so that an outlier doesn't use up the colours of all others; `symmetric` centres them on zero, and
+    `limits` (low, high) fixes them, so that several panels can be compared.
     """
     values = np.asarray(values)
     low, high = limits if limits is not None else np.percentile(values, [1, 99])
@@ -147,17 +158,17 @@ def heatmap_panel(fig, ax, values, start=0, ylabel="", title="", unit="", cmap="
     bar = fig.colorbar(image, ax=ax, pad=0.01, fraction=0.03, extend=beyond[values.min() < low, values.max() > high])
     if unit:
         bar.set_label(unit)
-    ax.yaxis.get_major_locator().set_params(integer=True)  # channels are counted
+    ax.yaxis.get_major_locator().set_params(integer=True)  # there is no channel 2.5
     ax.set_ylabel(ylabel)
     if title:
         ax.set_title(title, loc="left")
 
 
 def scatter_panel(ax, points, colors=None, values=None, cmap="viridis", title="", size=None):
-    """A scatter of points (n, 2) in colours (n, 3), or coloured by values (n,), with bare axes.
+    """A scatter of points (n, 2) in colours (n, 3), or coloured by values (n,) through cmap, without ticks.
 
-    Returns the artist, for a colour bar. The dots are rasterised and drawn in the given order: shuffle the points
-    first where a late group would cover an early one.
+    size: the area of a dot in points²; by default the more points, the smaller. Returns the artist, for a colour bar.
+    Later points cover earlier ones: shuffle points that are sorted by group.
     """
     size = size or float(np.clip(20000 / max(len(points), 1), 1.0, 12.0))
     dots = ax.scatter(points[:, 0], points[:, 1], s=size, c=colors if values is None else values,
@@ -168,7 +179,10 @@ def scatter_panel(ax, points, colors=None, values=None, cmap="viridis", title=""
 
 
 def circle_legend(target, n_circles, present=None, **where):
-    """A legend of the circles (those in `present`, or all) on a figure or an axis."""
+    """A legend of the circles in `present` (default: all) on a Figure (outside its panels) or an Axes.
+
+    where: loc and other arguments of matplotlib's legend.
+    """
     circles = range(n_circles) if present is None else present
     colors = circle_colors(n_circles)
     handles = [Line2D([], [], linestyle="", marker="o", markersize=7, color=colors[i], label=str(i))
@@ -177,8 +191,11 @@ def circle_legend(target, n_circles, present=None, **where):
     return target.legend(handles=handles, title="circle", ncols=1 + (len(handles) - 1) // 15, **where)
 
 
-def umap_figure(embeddings, titles, states, n_circles, title):
-    """UMAPs coloured by circle, one panel an embedding (n, 2), states (n,), and one legend."""
+def draw_umaps(embeddings, titles, states, n_circles, title):
+    """UMAPs coloured by circle, one panel and title per embedding (n, 2), with one legend; a Figure.
+
+    states: (n,) int, the circle of each point, the same for all embeddings.
+    """
     cols = len(embeddings) if len(embeddings) < 4 else min(5, -(-len(embeddings) // 2))
     rows = -(-len(embeddings) // cols)
     fig, axes = new_figure(rows, cols, panel=(3.1, 3.3) if len(embeddings) > 1 else (6.5, 6.0), title=title)

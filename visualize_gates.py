@@ -304,7 +304,7 @@ def draw_umaps(args, model, series, starts, seq_len, folder):
             scaled = standardise(values)
             embeddings.append(umap_embedding(scaled, knn(scaled, UMAP_NEIGHBORS - 1), args.seed))
             titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
-        fig = figures.umap_figure(embeddings, titles, states, series.n_circles,
+        fig = figures.draw_umaps(embeddings, titles, states, series.n_circles,
                                   f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
         figures.save(fig, folder / f"{prefix}_umap_{signal}.png")
 

@@ -311,9 +311,9 @@ def test_umap_end_to_end(run, tmp_path):
 
 
 def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, monkeypatch):
-    drawn, draw = [], figures.umap_figure
+    drawn, draw = [], figures.draw_umaps
     monkeypatch.setattr(measures, "umap_embedding", lambda points, graph, seed: points[:, :2])
-    monkeypatch.setattr(figures, "umap_figure", lambda *given: drawn.append(given) or draw(*given))
+    monkeypatch.setattr(figures, "draw_umaps", lambda *given: drawn.append(given) or draw(*given))
     flags = ["--umap-points", 1500, "--no-lb", "--device", "cpu"]
     _, files = run(*flags)
     assert "tiny_umap.png" in files and len(drawn) == 1

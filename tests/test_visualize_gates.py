@@ -224,9 +224,9 @@ def test_the_layer_asked_for_is_the_layer_drawn(monkeypatch, work):
 
 def test_umap_names_a_grid_a_signal_and_colours_by_circle(monkeypatch, work):
     drawn = []
-    real = figures.umap_figure
+    real = figures.draw_umaps
     monkeypatch.setattr(vg, "umap_embedding", lambda values, graph, seed: values[:, :2])
-    monkeypatch.setattr(figures, "umap_figure", lambda *given: drawn.append(given) or real(*given))
+    monkeypatch.setattr(figures, "draw_umaps", lambda *given: drawn.append(given) or real(*given))
     run_here(work, "--umap", "--umap-points", "50")
     assert plots(work) == sorted(f"m_gates_umap_{name}.png" for name in vg.SIGNALS)
     assert all(len(embeddings) == LAYERS for embeddings, *_ in drawn)
