@@ -121,8 +121,9 @@ def _number(kind, accepts, wanted):
 
 
 INFINITY = float("inf")
-positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
-non_negative_int = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
+LARGEST_INT = 10**30  # beyond all use, and small enough to be divided as a float
+positive_int = _number(int, lambda v: 0 < v <= LARGEST_INT, "a whole number above 0 (and not above 1e30)")
+non_negative_int = _number(int, lambda v: 0 <= v <= LARGEST_INT, "a whole number, 0 or more (and not above 1e30)")
 positive_float = _number(float, lambda v: 0 < v < INFINITY, "a number above 0")
 non_negative_float = _number(float, lambda v: 0 <= v < INFINITY, "a number, 0 or more")
 seed = _number(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")

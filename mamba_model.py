@@ -2,10 +2,25 @@
 
 `MambaBlock` is Mamba-1 (Gu & Dao 2023, arXiv 2312.00752, section 3 and algorithm 2) with the parameter names and the
 initialisation of `mamba_ssm.Mamba`, so that weights move between the two. `CausalTimeSeriesMamba` stacks blocks
-between a linear input and one small head a horizon. `save_checkpoint` and `load_checkpoint` are the only ways in and
-out of a `.pt` file.
+between a linear input and one small head per horizon. `save_checkpoint` and `load_checkpoint` are the only ways in
+and out of a `.pt` file.
+
+The symbols of the paper, their names in the code and their shapes. The paper's sizes B, L, D, N and R are here batch,
+time, d_inner = expand * d_model, d_state and dt_rank = ceil(d_model / 16).
+
+    paper   code                      shape                       what it is
+    x       u                         (batch, time, d_inner)      input of the scan: in_proj, convolution, SiLU
+    -       x_dbl = x_proj(u)         (batch, time, R + 2 N)      low-rank Δ, B and C side by side
+    Δ       delta, dt after softplus  (batch, time, d_inner)      step size: softplus(dt_proj(low-rank Δ))
+    A       -exp(A_log)               (d_inner, d_state)          decay rates of the states, negative
+    B, C    B, C                      (batch, time, d_state)      how the input enters the state, how it is read out
+    D       D                         (d_inner,)                  share of the input that passes by the state
+    h       h                         (batch, d_inner, d_state)   state: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t
+    y       y                         (batch, time, d_inner)      y_t = (C_t · h_t + D u_t) SiLU(z_t)
+    -       z                         (batch, time, d_inner)      output gate, the second half of in_proj
 """
 
+import contextlib
 import io
 import math
 import re
@@ -27,14 +42,21 @@ from kernels.selective_scan import (
     selective_scan_step,
 )
 
-LARGEST_INT = 2**62  # larger flags are damage: they would leave int64
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the initial step sizes, as in mamba_ssm.Mamba
+
+
+def at_least_float32(x):
+    """Half precision as float32, wider numbers as they are: for sums over many steps, where half precision fails."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+# ---- the model -------------------------------------------------------------------------------------------------
 
 
 class MambaBlock(nn.Module):
     """Selective state space block: (batch, time, d_model) to the same shape, causal in time.
 
-    `backend` names the scan's back end (see selective_scan.choose_backend).
+    The methods take `backend`, the scan's back end, as selective_scan.choose_backend returns it.
     """
 
     def __init__(self, d_model, d_state=16, d_conv=4, expand=2):
@@ -46,26 +68,28 @@ class MambaBlock(nn.Module):
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))
+        self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))  # A = -1, …, -d_state
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         self.init_dt()
 
     @torch.no_grad()
     def init_dt(self):
-        """Step sizes log-uniform in [DT_MIN, DT_MAX] at the start, whatever the input."""
+        """Make the initial step sizes log-uniform in [DT_MIN, DT_MAX] where the input adds nothing to their bias."""
         nn.init.uniform_(self.dt_proj.weight, -self.dt_rank**-0.5, self.dt_rank**-0.5)
         dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
     def inner_parameters(self):
         """What the scan needs beside its input, in the order of selective_scan.mamba_inner."""
+        A = -torch.exp(at_least_float32(self.A_log))  # (d_inner, d_state)
         return (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
-                self.dt_proj.bias, -torch.exp(self.A_log.float() if self.A_log.dtype.itemsize < 4 else self.A_log),
-                self.D)
+                self.dt_proj.bias, A, self.D)
 
     def forward(self, x, backend):
-        return self.out_proj(mamba_inner(self.in_proj(x), *self.inner_parameters(), backend))
+        xz = self.in_proj(x)                                      # (batch, time, 2 d_inner)
+        y = mamba_inner(xz, *self.inner_parameters(), backend)    # (batch, time, d_inner)
+        return self.out_proj(y)                                   # (batch, time, d_model)
 
     def prefill(self, x, backend):
         """Like forward, and the state after the last step: (output, (conv_state, h)). No gradient."""
@@ -81,29 +105,39 @@ class MambaBlock(nn.Module):
     def step(self, x, state):
         """One time step of the recurrence: x (batch, d_model) and the state to the output and the next state."""
         conv_weight, conv_bias, _, _, dt_bias, A, D = self.inner_parameters()
-        conv_state, h = state
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv_state = conv_step(conv_state, x, conv_weight, conv_bias)
-        delta, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y, h = selective_scan_step(h, x, F.linear(delta, self.dt_proj.weight), A, B, C, D, z, dt_bias)
-        return self.out_proj(y), (conv_state, h)
+        conv_state, h = state                                     # (batch, d_inner, d_conv - 1 and d_state)
+        x, z = self.in_proj(x).chunk(2, dim=-1)                   # (batch, d_inner) each
+        u, conv_state = conv_step(conv_state, x, conv_weight, conv_bias)    # u (batch, d_inner)
+        low_rank, B, C = self.split_x_dbl(self.x_proj(u))         # B, C (batch, d_state)
+        delta = F.linear(low_rank, self.dt_proj.weight)           # (batch, d_inner), before bias and softplus
+        y, h = selective_scan_step(h, u, delta, A, B, C, D, z, dt_bias)    # y (batch, d_inner)
+        return self.out_proj(y), (conv_state, h)                  # (batch, d_model)
+
+    def split_x_dbl(self, x_dbl):
+        """The output of x_proj (…, dt_rank + 2 d_state) as low-rank Δ (…, dt_rank), B and C (…, d_state)."""
+        return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
 
     @torch.no_grad()
     def signals(self, x):
-        """What the block computes on its way, for x (batch, time, d_model), as a dict.
+        """The intermediate signals of the block for x (batch, time, d_model), as a dict.
 
-        "conv": the convolved input after SiLU, "delta": the step size after softplus and "z": the output gate
-        before SiLU, each (batch, time, d_inner); "B" and "C": (batch, time, d_state).
+        "conv": the input of the scan, convolved and after SiLU (u in the table above); "delta": the step size after
+        softplus; "z": the output gate before SiLU, each (batch, time, d_inner); "B" and "C": (batch, time, d_state).
         """
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = F.silu(self.conv1d(u.transpose(1, 2))[..., :x.shape[1]]).transpose(1, 2)
-        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        return {"conv": u, "delta": F.softplus(self.dt_proj(delta)), "z": z, "B": B, "C": C}
+        u, z = self.in_proj(x).chunk(2, dim=-1)                   # (batch, time, d_inner) each
+        u = self.conv1d(u.transpose(1, 2))[..., :x.shape[1]]      # (batch, d_inner, time): what lies ahead is cut off
+        u = F.silu(u).transpose(1, 2)                             # (batch, time, d_inner)
+        low_rank, B, C = self.split_x_dbl(self.x_proj(u))         # B, C (batch, time, d_state)
+        delta = F.softplus(self.dt_proj(low_rank))                # (batch, time, d_inner)
+        return {"conv": u, "delta": delta, "z": z, "B": B, "C": C}
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm that keeps its input's type: in an autocast region the plain one goes through float32 tensors, three
-    passes over memory in place of one. Its statistics are float32 either way."""
+    """Layer norm whose output has the type of its input.
+
+    In an autocast region torch's own converts to float32 and back: three passes over memory, where this takes one.
+    The statistics are computed in float32 either way.
+    """
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -139,9 +173,9 @@ def horizons_up_to(max_horizon):
 class CausalTimeSeriesMamba(nn.Module):
     """Predicts x[t + k] from x[0…t] for every time step t and horizon k.
 
-    `forward(x)`, x (batch, time, feature_dim), returns {str(k): (batch, time, feature_dim)}; `encode(x)` the outputs
-    of the layers in order and the horizon-1 prediction last; `init_state` / `prefill` / `step` run the same model as
-    a recurrence whose cost a step does not depend on how many came before.
+    `forward(x)`, x (batch, time, feature_dim), returns {str(k): (batch, time, feature_dim)}; `encode(x)` returns the
+    outputs of the layers in order and the horizon-1 prediction last. `init_state`, `prefill` and `step` run the same
+    model as a recurrence, whose cost per time step does not grow with the number of steps before it.
     """
 
     def __init__(self, feature_dim=20, d_model=128, n_layers=7, d_state=32, d_conv=4, expand=2, d_ff=512,
@@ -159,11 +193,15 @@ class CausalTimeSeriesMamba(nn.Module):
         self.backends = {}
 
     def use_scan(self, requested, device):
-        """Choose the scan's back end for this kind of device; raises UserError when it isn't there."""
+        """Choose the scan's back end for this kind of device, by name as --scan has it; returns the model itself.
+
+        Raises UserError when that back end isn't there.
+        """
         self.backends[torch.device(device).type] = choose_backend(requested, torch.device(device))
         return self
 
     def backend_for(self, device):
+        """The scan's back end for a torch.device: the one chosen by `use_scan`, otherwise that of "auto"."""
         if device.type not in self.backends:
             self.use_scan("auto", device)
         return self.backends[device.type]
@@ -171,35 +209,42 @@ class CausalTimeSeriesMamba(nn.Module):
     def layer_outputs(self, x):
         """The outputs of all layers, a list of (batch, time, d_model)."""
         backend = self.backend_for(x.device)
-        h, outputs = self.dropout(self.input_proj(x)), []
+        h, outputs = self.dropout(self.input_proj(x)), []         # h (batch, time, d_model)
         for layer in self.layers:
             h = layer(h, backend)
             outputs.append(h)
         return outputs
 
     def heads(self, h):
-        """Predictions of all horizons from the last layer's output h (…, d_model)."""
+        """Predictions of all horizons, {str(k): (…, feature_dim)}, from the last layer's output h (…, d_model)."""
         h = self.final_norm(h)
         return {k: head(h) for k, head in self.output_heads.items()}
 
     def forward(self, x, with_layers=False):
-        """{str(k): (batch, time, feature_dim)}; with_layers adds the list of layer outputs: (predictions, outputs)."""
+        """The predictions, {str(k): (batch, time, feature_dim)}; entry k at time t predicts x[t + k].
+
+        with_layers: return (predictions, list of the layer outputs, each (batch, time, d_model)).
+        """
         outputs = self.layer_outputs(x)
         predictions = self.heads(outputs[-1])
         return (predictions, outputs) if with_layers else predictions
 
     def encode(self, x):
+        """The outputs of the layers in order, each (batch, time, d_model), then the horizon-1 prediction."""
         outputs = self.layer_outputs(x)
         return [*outputs, self.output_heads["1"](self.final_norm(outputs[-1]))]
 
     def init_state(self, batch, device=None, dtype=None):
-        """The recurrent state before the first step: a list with (conv_state, h) of each layer."""
+        """The recurrent state before the first step: a list of one (conv_state, h) per layer."""
         return [layer.mamba.init_state(batch, device, dtype) for layer in self.layers]
 
     @torch.no_grad()
     def prefill(self, x):
-        """Run x (batch, time, feature_dim) in parallel; returns the predictions after its last step, as `step`
-        does, and the state to go on from."""
+        """Run all time steps of x (batch, time, feature_dim) at once.
+
+        Returns the predictions after the last step, {str(k): (batch, feature_dim)} as `step` does, and the states from
+        which `step` goes on.
+        """
         backend = self.backend_for(x.device)
         h, states = self.dropout(self.input_proj(x)), []
         for layer in self.layers:
@@ -222,9 +267,7 @@ class CausalTimeSeriesMamba(nn.Module):
         return self.heads(h), next_states
 
 
-def at_least_float32(x):
-    """Half precision as float32, wider numbers as they are: what is summed over many steps."""
-    return x.float() if x.dtype.itemsize < 4 else x
+# ---- how wrong a model is --------------------------------------------------------------------------------------
 
 
 def autocast(device, enabled):
@@ -257,6 +300,9 @@ def validation_mse(model, windows, starts, batch_size, amp):
     return torch.stack(sums).sum(0) / len(starts)
 
 
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+
 def modern_keys(state_dict):
     """State-dict keys of older files (`_orig_mod.` of torch.compile, `output_proj.` before there were horizons)
     under today's names."""
@@ -265,107 +311,106 @@ def modern_keys(state_dict):
 
 
 def model_from_state_dict(state_dict, dropout=0.1):
-    """Build the model whose shapes these tensors have and load them.
+    """Build the model whose shapes these tensors have, and load them in float32.
 
     The sizes come from the tensors, not from the flags beside them: a file can't ask for more memory than it fills.
-    Raises some exception (which one depends on where it shows) when the tensors don't make up a model.
+    Raises some exception (which one depends on where it shows) when the tensors don't make up a model, hold NaN or
+    infinity, or declare more numbers than the file holds. Call it inside `reading`.
     """
     state_dict = modern_keys(state_dict)
+    # A tensor is a view of a storage, and views may repeat it: without a check, a small file could describe huge ones.
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
+    if sum(value.numel() * value.itemsize for value in state_dict.values()) > sum(storages.values()):
+        raise ValueError("its tensors declare more numbers than the file holds")
     for key, value in state_dict.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise ValueError(f"{key} is not a tensor of floating-point numbers")
-        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise ValueError(f"{key} declares more numbers than the file holds")
-        if value.numel() == 0:
-            raise ValueError(f"{key} is empty")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{key} holds NaN or infinity")
+        weights = value.float().contiguous()
+        if not (value.is_floating_point() and value.numel() and weights.isfinite().all()):
+            raise ValueError(f"{key} is empty or holds something other than finite numbers")
+        state_dict[key] = weights
+
     d_model, feature_dim = state_dict["input_proj.weight"].shape
     d_inner, d_state = state_dict["layers.0.mamba.A_log"].shape
+    d_conv = state_dict["layers.0.mamba.conv1d.weight"].shape[-1]
+    d_ff = state_dict["output_heads.1.0.weight"].shape[0]
     n_layers = len({m[1] for key in state_dict if (m := re.match(r"layers\.(\d+)\.", key))})
-    horizons = sorted({int(m[1]) for key in state_dict if (m := re.match(r"output_heads\.(\d+)\.", key))})
-    if horizons != horizons_up_to(horizons[-1]):
-        raise ValueError(f"there are heads for the horizons {horizons}")
-    if d_inner % d_model:
-        raise ValueError(f"d_inner {d_inner} is no multiple of d_model {d_model}")
+    max_horizon = max(int(m[1]) for key in state_dict if (m := re.match(r"output_heads\.(\d+)\.", key)))
     # On the meta device the model takes no memory until it takes over the file's tensors.
     with torch.device("meta"):
-        model = CausalTimeSeriesMamba(
-            feature_dim, d_model, n_layers, d_state, state_dict["layers.0.mamba.conv1d.weight"].shape[-1],
-            d_inner // d_model, state_dict["output_heads.1.0.weight"].shape[0], dropout, horizons[-1])
-    model.load_state_dict({key: value.float().contiguous() for key, value in state_dict.items()}, assign=True)
+        model = CausalTimeSeriesMamba(feature_dim, d_model, n_layers, d_state, d_conv, d_inner // d_model, d_ff,
+                                      dropout, max_horizon)
+    model.load_state_dict(state_dict, assign=True)
     return model.requires_grad_()
 
 
-def read_checkpoint(path, device="cpu"):
-    """The dict of a checkpoint file, loaded without unpickling code. Raises UserError when it isn't one."""
-    path = Path(path)
-    if not path.is_file():
-        raise user_error_at(path, "not found; train it first with: python masked_model_gpu_mamba_next.py "
-                                f"--checkpoint {path}")
+@contextlib.contextmanager
+def reading(path):
+    """Turns whatever goes wrong in this block with the checkpoint at `path` into one UserError.
+
+    Warnings are silent inside, since what is wrong with the file is said once. A GPU without memory says nothing
+    against the file: that error passes.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a foreign file is said once, below
-            check_archive(path)
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise  # the GPU's, which says nothing against the file
+            warnings.simplefilter("ignore")
+            yield
+    except (cli.UserError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # zipfile and torch let out whatever they stumble over in a hostile file
-        raise user_error_at(path, f"is no checkpoint or is damaged ({reason(error)}); train it anew or give another "
-                                "--checkpoint") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model_state_dict"), dict):
-        raise user_error_at(path, "is no checkpoint of this project (no model_state_dict); give another --checkpoint")
-    args = checkpoint.get("args", {})
-    if not isinstance(args, dict):
-        raise user_error_at(path, "is no checkpoint of this project (args is not a dict); give another --checkpoint")
-    epoch = checkpoint.get("epoch", 0)
-    if not isinstance(epoch, int) or any(isinstance(n, int) and abs(n) > LARGEST_INT for n in (epoch, *args.values())):
-        raise user_error_at(path, "is no checkpoint of this project (its epoch or a number in its args is not "
-                                "possible); give another --checkpoint")
-    return checkpoint
-
-
-def check_archive(path):
-    """Raise ValueError or BadZipFile unless the file is an archive as torch.save writes it, uncompressed.
-
-    So the sizes in it can be believed before memory is taken: no member is larger than the file.
-    """
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
-                raise ValueError(f"{info.filename} declares more bytes than the file holds")
-
-
-def user_error_at(path, message):
-    return cli.UserError(f"{path} {message}")
+        raise cli.UserError(f"{path} is no checkpoint or is damaged ({reason(error)}); train it anew or give another "
+                            "--checkpoint") from None
 
 
 def reason(error):
     """The first sentence of a library's error: torch's advice on unpickling is long, and wrong here."""
     if "weights_only" in str(error) or "Weights only" in str(error):
         return "it holds pickled objects, which are never run"
+    if isinstance(error, KeyError):
+        return f"it has no {cli.one_line(error)[:160]}"
     return cli.one_line(error).split(". ")[0][:160] or type(error).__name__
 
 
+def read_checkpoint(path, device="cpu"):
+    """The dict of a checkpoint file, loaded without unpickling code; "args" is empty in files that have none.
+
+    Raises UserError when the file is missing, damaged or no checkpoint.
+    """
+    if not Path(path).is_file():
+        raise cli.UserError(f"{path} not found; train it first with: python masked_model_gpu_mamba_next.py "
+                            f"--checkpoint {path}")
+    with reading(path):
+        check_archive(path)
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["args"] = dict(checkpoint.get("args", {}))
+        str([checkpoint["args"], checkpoint.get("epoch")])  # numbers too long to print fail here, not where they are shown
+        return checkpoint
+
+
+def check_archive(path):
+    """Raise an error unless the file is an archive as torch.save writes it, with every byte as it was written.
+
+    torch.load looks at no checksum, so a flipped bit in a weight would load. It takes the memory that the archive's
+    directory asks for, which is real where nothing is compressed and the checksums are right.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+                raise ValueError(f"{info.filename} is compressed")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the bytes of {damaged} are not those that were written")
+
+
 def load_checkpoint(path, device="cpu"):
-    """Load a checkpoint for use: (model in eval mode on `device`, args as a plain dict).
+    """Load a checkpoint for use: (model in eval mode on `device`, the flags of its training as a plain dict).
 
     Files from mamba-ssm training load on a CPU and the reverse; older key names load too. Raises UserError when the
     file is missing, damaged, holds pickled code or is no model of this project.
     """
     checkpoint = read_checkpoint(path, device)
-    args = checkpoint.get("args", {})
-    dropout = args.get("dropout", 0.1)
-    try:
-        model = model_from_state_dict(checkpoint["model_state_dict"],
-                                      dropout if isinstance(dropout, float) and 0 <= dropout < 1 else 0.1)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise user_error_at(path, f"does not hold a CausalTimeSeriesMamba ({reason(error)}); "
-                                "give another --checkpoint") from None
-    return model.to(device).eval(), args
+    args = checkpoint["args"]
+    with reading(path):
+        model = model_from_state_dict(checkpoint["model_state_dict"], args.get("dropout", 0.1))
+        return model.to(device).eval(), args
 
 
 def open_model(path, data_dir, device, scan, series=None):
@@ -382,7 +427,7 @@ def open_model(path, data_dir, device, scan, series=None):
 
 
 def save_checkpoint(path, epoch, model_state_dict, optimizer_state_dict, train_loss, val_loss, args, **resume):
-    """Write a checkpoint, whole or not at all. `args` a plain dict of all flags; `resume` what resuming needs."""
+    """Write a checkpoint, whole or not at all. args: a plain dict of all flags; resume: what only resuming needs."""
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
     content = io.BytesIO()  # in memory first: on a full disk torch's own writer ends in a RuntimeError
     torch.save({"epoch": epoch, "model_state_dict": model_state_dict, "optimizer_state_dict": optimizer_state_dict,
