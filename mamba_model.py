@@ -381,7 +381,8 @@ def read_checkpoint(path, device="cpu"):
         check_archive(path)
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         checkpoint["args"] = dict(checkpoint.get("args", {}))
-        str([checkpoint["args"], checkpoint.get("epoch")])  # numbers too long to print fail here, not where they are shown
+        # A number too long for Python to print fails here, not where it is shown.
+        str([checkpoint["args"], checkpoint.get("epoch")])
         return checkpoint
 
 
