@@ -1,327 +1,56 @@
 """Selective scan and causal convolution for the CPU: Numba kernels with hand-placed SIMD.
 
-Every function works on (batch, time, channels) tensors in float32 or float64; batch and time may be strided.
-The recurrence is computed in the layout that the data has: one SIMD vector holds neighbouring channels (two
-cache lines, 32 floats or 16 doubles), the state of one state index n stays in registers while time runs over a
-chunk, and what that takes lies in L1. Only the states at chunk boundaries are kept for the backward
-pass, which recomputes the others chunk by chunk, so memory grows with batch x time x channels only
-(Gu & Dao 2023, arXiv 2312.00752, section 3.3.2, moved from GPU SRAM to CPU cache).
+Every function works on (batch, time, channels) tensors in float32 or float64; batch and time may be strided. The
+equations, forward and backward, are in selective_scan.py, and the names here are those of the equations.
 
-Why a vector type and not loops for LLVM to vectorise: the arrays may alias as far as LLVM knows, and the
-run-time checks it would add around a 32-wide inner loop cost more than the loop. With <32 x float> values LLVM
-has nothing to prove, and it splits them itself into what the machine has (AVX2, AVX-512, SSE, NEON).
+The recurrence is computed in the layout that the data has. One SIMD vector holds neighbouring channels (32 floats or 16
+doubles, see simd.py). Time is cut into chunks of CHUNK steps. Within a chunk one state index n after the other is
+worked on: its state stays in a register while time runs over the chunk, and all that this loop reads and writes lies in
+the L1 cache. Only the states at chunk boundaries are kept for the backward pass, which recomputes the others chunk by
+chunk. Memory therefore grows with batch x time x channels, not with the number of states (Gu & Dao 2023,
+arXiv 2312.00752, section 3.3.2, where the fast memory is the GPU's SRAM instead of the CPU's cache).
 """
 
 import functools
 import itertools
-import operator
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import float32, float64, int64, njit, types
-from numba.core import cgutils
-from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, lower_builtin, models, register_model
 
-CHUNK = 48  # time steps between saved states; the loops over them touch 8 tiles of CHUNK vectors, an L1 cache
-CACHE_LINE = 64  # bytes
-VECTOR_BYTES = 2 * CACHE_LINE  # two registers of AVX-512: two chains of dependent operations run side by side
-LOG2_E = float(np.log2(np.e))
+from kernels.simd import (
+    CACHE_LINE,
+    LOG2_E,
+    SIMD_SOURCE,
+    VECTOR_BYTES,
+    add_sums,
+    exp2_of_product,
+    get,
+    load,
+    prefetch,
+    sigmoid,
+    sigmoid_softplus,
+    silu_slope,
+    softplus,
+    store,
+    zeros_like,
+)
+
+CHUNK = 48  # time steps between saved states; the loops over them touch 8 tiles of CHUNK vectors: an L1 cache
 LN_2 = float(np.log(2.0))
 
 
-# ---- a SIMD vector type for Numba ----------------------------------------------------------------------------
-
-
-class Vector(types.Type):
-    """A SIMD vector of float32 or float64, VECTOR_BYTES long."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-        self.lanes = VECTOR_BYTES * 8 // dtype.bitwidth
-        super().__init__(name=f"Vector({dtype}, {self.lanes})")
-
-
-VECTORS = {float32: Vector(float32), float64: Vector(float64)}
-
-
-@register_model(Vector)
-class VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm, fe_type):
-        element = ir.FloatType() if fe_type.dtype == float32 else ir.DoubleType()
-        super().__init__(dmm, fe_type, ir.VectorType(element, fe_type.lanes))
-
-
-# "contract" lets LLVM fuse a*b + c; nothing else is relaxed, so NaN and inf behave as IEEE says.
-FLAGS = ("contract",)
-
-
-def _splat(builder, scalar, lanes):
-    vector_type = ir.VectorType(scalar.type, lanes)
-    first = builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-    return builder.shuffle_vector(first, first, zeros)
-
-
-def _constant(vector_type, value):
-    return ir.Constant(vector_type, [value] * vector_type.count)
-
-
-def _define_operator(op, method):
-    """Makes `op` work on two vectors, and on a vector and a scalar (which is broadcast)."""
-    cases = []
-    for scalar, vector in VECTORS.items():
-        cases += [signature(vector, *args) for args in ((vector, vector), (vector, scalar), (scalar, vector))]
-    infer_global(op)(type("VectorOperator", (ConcreteTemplate,), {"key": op, "cases": cases}))
-
-    def lower(context, builder, sig, args):
-        lanes = sig.return_type.lanes
-        wide = [arg if isinstance(t, Vector) else _splat(builder, arg, lanes)
-                for t, arg in zip(sig.args, args, strict=True)]
-        return getattr(builder, method)(*wide, flags=FLAGS)
-
-    for types_ in ((Vector, Vector), (Vector, types.Float), (types.Float, Vector)):
-        lower_builtin(op, *types_)(lower)
-
-
-_define_operator(operator.add, "fadd")
-_define_operator(operator.sub, "fsub")
-_define_operator(operator.mul, "fmul")
-_define_operator(operator.truediv, "fdiv")
-
-
-def _item_pointer(context, builder, array_type, array, indices):
-    array = context.make_array(array_type)(context, builder, array)
-    return cgutils.get_item_pointer(context, builder, array_type, array, indices, wraparound=False)
-
-
-def _vector_pointer(context, builder, array_type, array, indices):
-    pointer = _item_pointer(context, builder, array_type, array, indices)
-    vector_type = context.get_value_type(VECTORS[array_type.dtype])
-    return builder.bitcast(pointer, vector_type.as_pointer()), array_type.dtype.bitwidth // 8
-
-
-@intrinsic
-def load(typingctx, array, row, column):
-    """The vector that starts at array[row, column]; the array's last dimension is contiguous."""
-
-    def codegen(context, builder, sig, args):
-        pointer, align = _vector_pointer(context, builder, sig.args[0], args[0], args[1:])
-        return builder.load(pointer, align=align)
-
-    return VECTORS[array.dtype](array, int64, int64), codegen
-
-
-@intrinsic
-def store(typingctx, array, row, column, vector):
-    """Writes the vector to array[row, column : column + lanes]."""
-
-    def codegen(context, builder, sig, args):
-        pointer, align = _vector_pointer(context, builder, sig.args[0], args[0], args[1:3])
-        builder.store(args[3], pointer, align=align)
-        return context.get_dummy_value()
-
-    return types.void(array, int64, int64, vector), codegen
-
-
-@intrinsic
-def get(typingctx, array, row, column):
-    """array[row, column] for indices that are not negative: Numba's own indexing spends instructions on the sign."""
-
-    def codegen(context, builder, sig, args):
-        return builder.load(_item_pointer(context, builder, sig.args[0], args[0], args[1:]))
-
-    return array.dtype(array, int64, int64), codegen
-
-
-@intrinsic
-def prefetch(typingctx, array, row, column):
-    """Asks for the cache lines of the vector that starts at array[row, column]; the place may lie outside."""
-
-    def codegen(context, builder, sig, args):
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [byte],
-                                               ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]))
-        first = builder.bitcast(_item_pointer(context, builder, sig.args[0], args[0], args[1:]), byte)
-        to_read, into_l2, data = ir.Constant(i32, 0), ir.Constant(i32, 2), ir.Constant(i32, 1)
-        for offset in range(0, VECTOR_BYTES, CACHE_LINE):
-            builder.call(ask, [builder.gep(first, [ir.Constant(i32, offset)]), to_read, into_l2, data])
-        return context.get_dummy_value()
-
-    return types.void(array, int64, int64), codegen
-
-
-@intrinsic
-def zeros_like(typingctx, vector):
-    return vector(vector), lambda context, builder, sig, args: _constant(args[0].type, 0.0)
-
-
-def _halve(builder, width, x, y=None):
-    """x, or x and y side by side, hold parts of `width` lanes: each one's low half plus its high half, in a row."""
-    lanes = x.type.count * (1 if y is None else 2)
-    low = [first + lane for first in range(0, lanes, width) for lane in range(width // 2)]
-    index = ir.VectorType(ir.IntType(32), len(low))
-    low, high = (builder.shuffle_vector(x, x if y is None else y, ir.Constant(index, [i + shift for i in low]))
-                 for shift in (0, width // 2))
-    return builder.fadd(low, high, flags=FLAGS)
-
-
-@intrinsic
-def sum_lanes(typingctx, vector):
-    """The sum over the lanes, by halving: the order is fixed."""
-
-    def codegen(context, builder, sig, args):
-        (value,) = args
-        while value.type.count > 1:
-            value = _halve(builder, value.type.count, value)
-        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
-
-    return vector.dtype(vector), codegen
-
-
-@intrinsic
-def add_sums(typingctx, array, row, a, b):
-    """array[row] += a's lanes summed to an eighth of their number, and behind them b's.
-
-    To go on to one number each would take as many instructions again, for ever less: `finish_sums` does it at the end.
-    """
-
-    def codegen(context, builder, sig, args):
-        lanes = sig.args[2].lanes
-        a, b = (_halve(builder, lanes, x) for x in args[2:])
-        sums = _halve(builder, lanes // 4, _halve(builder, lanes // 2, a, b))
-        zero = context.get_constant(types.int64, 0)
-        pointer = _item_pointer(context, builder, sig.args[0], args[0], (args[1], zero))
-        pointer = builder.bitcast(pointer, sums.type.as_pointer())
-        align = sig.args[0].dtype.bitwidth // 8
-        builder.store(builder.fadd(builder.load(pointer, align=align), sums), pointer, align=align)
-        return context.get_dummy_value()
-
-    return types.void(array, int64, a, b), codegen
-
-
-@intrinsic
-def maximum(typingctx, a, b):
-    """max(a, b) lane by lane; NaN in `a` stays NaN."""
-
-    def codegen(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[1], args[0])
-
-    return a(a, a), codegen
-
-
-@intrinsic
-def where_negative(typingctx, x, a, b):
-    """a where x < 0, else b, lane by lane."""
-
-    def codegen(context, builder, sig, args):
-        return builder.select(builder.fcmp_ordered("<", args[0], _constant(args[0].type, 0.0)), args[1], args[2])
-
-    return a(x, a, b), codegen
-
-
-# ---- elementary functions ------------------------------------------------------------------------------------
-
-
-def _horner(builder, x, coefficients):
-    result = _constant(x.type, coefficients[-1])
-    for coefficient in coefficients[-2::-1]:
-        result = builder.fadd(builder.fmul(result, x, flags=FLAGS), _constant(x.type, coefficient), flags=FLAGS)
-    return result
-
-
-def _exp2_coefficients(degree):
-    """Power-series coefficients of the Chebyshev interpolant of 2^r on [-1/2, 1/2]."""
-    chebyshev = np.polynomial.Chebyshev.interpolate(np.exp2, degree, domain=[-0.5, 0.5])
-    return [float(c) for c in chebyshev.convert(kind=np.polynomial.Polynomial).coef]
-
-
-# mantissa bits, exponent bias, degree of the polynomial for 2^r, number of terms of the atanh series
-FORMATS = {float32: (23, 127, 5, 7), float64: (52, 1023, 11, 17)}
-
-
-@intrinsic
-def exp2_of_product(typingctx, x, y):
-    """2^(x y) lane by lane for a finite x y below the largest exponent (128, 1024); 0 below the normal range.
-
-    2^(x y) = 2^n 2^r with n = round(x y): the sum x y + 1.5 * 2^mantissa + bias has n + bias in its low bits, and
-    these, moved into the exponent field, are 2^n; 2^r with |r| <= 1/2 is a polynomial. x y is fused into both sums,
-    where the machine can do that: its rounding does not reach the result. The exponents here, those of decays, are
-    never above 0: nothing is spent on an overflow.
-    """
-
-    def codegen(context, builder, sig, args):
-        vector_type, dtype = context.get_value_type(sig.return_type), sig.return_type.dtype
-        x, y = (arg if isinstance(t, Vector) else _splat(builder, arg, sig.return_type.lanes)
-                for t, arg in zip(sig.args, args, strict=True))
-        mantissa, bias, degree, _ = FORMATS[dtype]
-        integers = ir.VectorType(ir.IntType(dtype.bitwidth), sig.return_type.lanes)
-        fused = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector_type, [vector_type] * 3),
-                                               f"llvm.fmuladd.v{vector_type.count}f{dtype.bitwidth}")
-        shift = _constant(vector_type, 1.5 * 2.0**mantissa + bias)
-        shifted = builder.call(fused, [x, y, shift])
-        r = builder.call(fused, [x, y, builder.fsub(shift, shifted)])
-        lowest = _constant(vector_type, 1.5 * 2.0**mantissa)  # n = -bias, whose bits are those of 0
-        clamped = builder.select(builder.fcmp_ordered("<", shifted, lowest), lowest, shifted)
-        bits = builder.shl(builder.bitcast(clamped, integers), _constant(integers, mantissa))
-        return builder.fmul(_horner(builder, r, _exp2_coefficients(degree)), builder.bitcast(bits, vector_type))
-
-    return (x if isinstance(x, Vector) else y)(x, y), codegen
-
-
-@intrinsic
-def log1p(typingctx, x):
-    """log(1 + x) lane by lane for 0 <= x <= 1, as 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...), s = x / (2 + x)."""
-
-    def codegen(context, builder, sig, args):
-        (x,) = args
-        terms = FORMATS[sig.args[0].dtype][3]
-        s = builder.fdiv(x, builder.fadd(x, _constant(x.type, 2.0)))
-        series = _horner(builder, builder.fmul(s, s), [2.0 / (2 * k + 1) for k in range(terms)])
-        return builder.fmul(s, series)
-
-    return x(x), codegen
-
-
-@njit(forceinline=True)
-def sigmoid_softplus(x):
-    """(sigmoid(x), softplus(x)), both from exp(-|x|)."""
-    zero = zeros_like(x)
-    one = zero + 1.0
-    # from 1000 on, 0 in float32 and float64: so infinite x is served too
-    e = exp2_of_product(maximum(zero - maximum(x, zero - x), zero - 1e3), zero + LOG2_E)
-    inverse = one / (one + e)
-    return where_negative(x, e * inverse, inverse), maximum(x, zero) + log1p(e)
-
-
-@njit(forceinline=True)
-def sigmoid(x):
-    return sigmoid_softplus(x)[0]
-
-
-@njit(forceinline=True)
-def softplus(x):
-    return sigmoid_softplus(x)[1]
-
-
-@njit(forceinline=True)
-def silu_slope(x, gate):
-    """d silu(x) / dx, with gate = sigmoid(x)."""
-    return gate + x * gate * ((zeros_like(x) + 1.0) - gate)
-
-
 # ---- tiles ---------------------------------------------------------------------------------------------------
-# A tile (steps, lanes) holds one vector of channels over a chunk of time. Channels past the end of the data are
-# zero in it and are not stored back, so that the arithmetic never has to care where a row ends.
+# A tile (steps, lanes) holds one vector of channels over a chunk of time. Where the channels end within a vector, the
+# lanes behind them are zero in the tile and are not stored back, so the arithmetic can always take whole vectors.
 
 
 @njit
 def empty_tiles(count, steps, lanes, like):
-    """`count` tiles of like's type, each vector on cache lines of its own: one that is spread over three is slow."""
+    """`count` tiles of like's dtype, aligned to cache lines: otherwise each vector touches three lines, not two."""
     line = CACHE_LINE // like.itemsize
     space = np.empty(count * steps * lanes + line, like.dtype)
     begin = -(space.ctypes.data // like.itemsize) % line
@@ -330,7 +59,7 @@ def empty_tiles(count, steps, lanes, like):
 
 @njit
 def load_tile(tile, rows, begin, steps, column):
-    """tile[:steps] = rows[begin : begin + steps, column : column + lanes]."""
+    """tile[:steps] = rows[begin : begin + steps, column : column + lanes], zero in columns that `rows` doesn't have."""
     lanes = tile.shape[1]
     if column + lanes <= rows.shape[1]:
         for t in range(steps):
@@ -343,7 +72,7 @@ def load_tile(tile, rows, begin, steps, column):
 
 @njit
 def store_tile(tile, rows, begin, steps, column):
-    """The reverse of load_tile."""
+    """The reverse of load_tile: rows[begin : begin + steps, column : column + lanes] = tile[:steps]."""
     if column + tile.shape[1] <= rows.shape[1]:
         for t in range(steps):
             store(rows, begin + t, column, load(tile, t, 0))
@@ -363,23 +92,23 @@ def transpose_rows(rows, begin, steps, out):
 
 @njit
 def finish_sums(sums, begin, steps, dB, dC):
-    """dB, dC[begin + t, n] = the sums that `add_sums` has left in sums[n * CHUNK + t]."""
+    """Write dB[begin + t, n] and dC[begin + t, n] from the partial sums that `add_sums` left in sums[n * CHUNK + t]."""
     parts = sums.shape[1] // 2
     for t in range(steps):
         for n in range(dB.shape[1]):
-            left, right = get(sums, n * CHUNK + t, 0), get(sums, n * CHUNK + t, parts)
+            dB_sum, dC_sum = get(sums, n * CHUNK + t, 0), get(sums, n * CHUNK + t, parts)
             for part in range(1, parts):
-                left += get(sums, n * CHUNK + t, part)
-                right += get(sums, n * CHUNK + t, parts + part)
-            dB[begin + t, n], dC[begin + t, n] = left, right
+                dB_sum += get(sums, n * CHUNK + t, part)
+                dC_sum += get(sums, n * CHUNK + t, parts + part)
+            dB[begin + t, n], dC[begin + t, n] = dB_sum, dC_sum
 
 
 @njit(forceinline=True)
 def prefetch_rows(rows, begin, end, column):
-    """Asks for rows[begin : end, column : column + lanes].
+    """Start to bring rows[begin : end, column : column + lanes] into the cache.
 
-    A tile's lines lie a whole row apart, where no processor looks ahead by itself. All at once they would wait for each
-    other: so a few at a time, while something else is computed.
+    The cache lines of a tile lie a whole row apart, a pattern that no processor foresees by itself. Asked for all at
+    once, they would wait for each other, so the callers ask for a few at a time while they compute something else.
     """
     for t in range(begin, end):
         prefetch(rows, t, column)
@@ -387,19 +116,20 @@ def prefetch_rows(rows, begin, end, column):
 
 @njit
 def fill_zero(tile, begin, end):
-    """tile[begin:end] = 0. A loop, since Numba takes seconds to compile a slice assignment."""
+    """tile[begin:end] = 0. Written as a loop because Numba takes seconds to compile the slice assignment."""
     for row in range(begin, end):
         for column in range(tile.shape[1]):
             tile[row, column] = 0.0
 
 
-# ---- kernels: one batch row and a range of channels each -----------------------------------------------------
-# Parameters by channel come transposed and padded to whole vectors (`_pad_channels`).
+# ---- kernels: one batch row and a range of channels per call -------------------------------------------------
+# Parameters with one value per channel come transposed and padded to whole vectors (`_pad_channels`). The last argument
+# of each kernel, simd_source, is never passed: simd.py explains it at SIMD_SOURCE.
 
 
 @njit
 def convolve(tile, weight, bias, column, steps, out):
-    """out[t] = bias + sum_k weight[k] tile[t + k], before the SiLU; the tile begins taps - 1 steps earlier."""
+    """out[t] = bias + sum_k weight[k] tile[t + k], before the SiLU; the tile begins taps - 1 steps before out does."""
     taps = weight.shape[0]
     for t in range(steps):
         pre = load(bias, 0, column)
@@ -410,177 +140,199 @@ def convolve(tile, weight, bias, column, steps, out):
 
 @njit
 def load_history(tile, rows, begin, steps, taps, column):
-    """load_tile of `steps` steps and of the taps - 1 before them, zeros before the start."""
+    """load_tile for the steps begin - (taps - 1) ... begin + steps - 1, zero before the start of the sequence."""
     missing = max(0, taps - 1 - begin)
     fill_zero(tile, 0, missing)
     load_tile(tile[missing:], rows, begin - (taps - 1) + missing, steps + taps - 1 - missing, column)
 
 
-def _conv_forward_kernel(x, weight, bias, xc, index, start, stop, lanes):
+def _conv_forward_kernel(x, weight, bias, xc, index, start, stop, lanes, simd_source=SIMD_SOURCE):
+    """xc[index, :, start:stop] = silu(convolution of x); weight (taps, channels), bias (1, channels)."""
     x, xc = x[index], xc[index]
     taps, time = weight.shape[0], x.shape[0]
-    x_s = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
-    pre_s = empty_tiles(1, CHUNK, lanes, x)[0]
+    x_tile = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
+    pre_tile = empty_tiles(1, CHUNK, lanes, x)[0]
     for begin in range(0, time, CHUNK):
         steps = min(CHUNK, time - begin)
         for c in range(start, stop, lanes):
-            load_history(x_s, x, begin, steps, taps, c)
-            convolve(x_s, weight, bias, c, steps, pre_s)
+            load_history(x_tile, x, begin, steps, taps, c)
+            convolve(x_tile, weight, bias, c, steps, pre_tile)
             for t in range(steps):
                 prefetch(xc, begin + t, c)
                 prefetch(x, begin + t, c + lanes)
-                pre = load(pre_s, t, 0)
-                store(pre_s, t, 0, pre * sigmoid(pre))
-            store_tile(pre_s, xc, begin, steps, c)
+                pre = load(pre_tile, t, 0)
+                store(pre_tile, t, 0, pre * sigmoid(pre))
+            store_tile(pre_tile, xc, begin, steps, c)
 
 
-def _conv_backward_kernel(x, weight, bias, dxc, dx, dweight, dbias, index, start, stop, lanes):
-    """dweight (taps, channels) and dbias (1, channels) are this row's own, zero on entry."""
+def _conv_backward_kernel(x, weight, bias, dxc, dx, dweight, dbias, index, start, stop, lanes, simd_source=SIMD_SOURCE):
+    """Writes dx[index, :, start:stop]. dweight (batch, taps, channels) and dbias (batch, 1, channels) are added to:
+    zero on entry, and each batch row has its own."""
     x, dxc, dx, dweight, dbias = x[index], dxc[index], dx[index], dweight[index], dbias[index]
     taps, time = weight.shape[0], x.shape[0]
-    # dx of a chunk needs dpre of the taps - 1 steps behind it too: computed twice, they are few
-    x_s = empty_tiles(1, CHUNK + 2 * (taps - 1), lanes, x)[0]
-    pre_s = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
-    dpre_s = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
+    # dx[t] needs dpre[t] ... dpre[t + taps - 1]. The last of these belong to the next chunk and are computed twice:
+    # they are few.
+    x_tile = empty_tiles(1, CHUNK + 2 * (taps - 1), lanes, x)[0]
+    pre_tile = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
+    dpre_tile = empty_tiles(1, CHUNK + taps - 1, lanes, x)[0]
     for begin in range(0, time, CHUNK):
         steps = min(CHUNK, time - begin)
         beyond = min(taps - 1, time - begin - steps)
         for c in range(start, stop, lanes):
-            load_history(x_s, x, begin, steps + beyond, taps, c)
-            convolve(x_s, weight, bias, c, steps + beyond, pre_s)
-            load_tile(dpre_s, dxc, begin, steps + beyond, c)
+            # dpre: the convolution again, and the gradient through the SiLU; zero beyond the end of the sequence
+            load_history(x_tile, x, begin, steps + beyond, taps, c)
+            convolve(x_tile, weight, bias, c, steps + beyond, pre_tile)
+            load_tile(dpre_tile, dxc, begin, steps + beyond, c)
             for t in range(steps + beyond):
                 prefetch(dx, begin + t, c)
                 prefetch(x, begin + t, c + lanes)
                 prefetch(dxc, begin + t, c + lanes)
-                pre = load(pre_s, t, 0)
-                store(dpre_s, t, 0, load(dpre_s, t, 0) * silu_slope(pre, sigmoid(pre)))
-            fill_zero(dpre_s, steps + beyond, dpre_s.shape[0])
+                pre = load(pre_tile, t, 0)
+                store(dpre_tile, t, 0, load(dpre_tile, t, 0) * silu_slope(pre, sigmoid(pre)))
+            fill_zero(dpre_tile, steps + beyond, dpre_tile.shape[0])
+            # the sums over time: dbias = sum_t dpre[t], dweight[k] = sum_t dpre[t] x[t + k - (taps - 1)]
             total = load(dbias, 0, c)
             for t in range(steps):
-                total = total + load(dpre_s, t, 0)
+                total = total + load(dpre_tile, t, 0)
             store(dbias, 0, c, total)
             for k in range(taps):
                 total = load(dweight, k, c)
                 for t in range(steps):
-                    total = total + load(dpre_s, t, 0) * load(x_s, t + k, 0)
+                    total = total + load(dpre_tile, t, 0) * load(x_tile, t + k, 0)
                 store(dweight, k, c, total)
+            # dx[t] = sum_k weight[k] dpre[t + (taps - 1) - k], written over pre, which is no longer needed
             for t in range(steps):
-                grad = load(dpre_s, t + taps - 1, 0) * load(weight, 0, c)
+                grad = load(dpre_tile, t + taps - 1, 0) * load(weight, 0, c)
                 for k in range(1, taps):
-                    grad = grad + load(dpre_s, t + taps - 1 - k, 0) * load(weight, k, c)
-                store(pre_s, t, 0, grad)
-            store_tile(pre_s, dx, begin, steps, c)
+                    grad = grad + load(dpre_tile, t + taps - 1 - k, 0) * load(weight, k, c)
+                store(pre_tile, t, 0, grad)
+            store_tile(pre_tile, dx, begin, steps, c)
 
 
-def _scan_forward_kernel(u, delta, A, B, C, D, z, bias, states, last, y, index, start, stop, lanes):
-    """A (d_state, channels) holds A log2(e); states (chunks, d_state, channels): [0] is given, the rest written."""
+def _scan_forward_kernel(u, delta, A2, B, C, D, z, delta_bias, states, last, y, index, start, stop, lanes,
+                         simd_source=SIMD_SOURCE):
+    """Writes y and last[index, :, start:stop], and the states (batch, chunks, d_state, channels) before each chunk but
+    the first, which is given. A2 (d_state, channels) is A log2(e)."""
     u, delta, z, B, C = u[index], delta[index], z[index], B[index], C[index]
     states, last, y = states[index], last[index], y[index]
-    time, d_state = u.shape[0], A.shape[0]
-    u_s, dt_s, dtu_s, z_s, y_s = empty_tiles(5, CHUNK, lanes, u)
-    B_s, C_s = np.empty((2, d_state, CHUNK), u.dtype)
-    h_s = empty_tiles(1, d_state, lanes, u)[0]
+    time, d_state = u.shape[0], A2.shape[0]
+    u_tile, dt_tile, v_tile, z_tile, o_tile = empty_tiles(5, CHUNK, lanes, u)
+    B_rows, C_rows = np.empty((2, d_state, CHUNK), u.dtype)
+    h_tile = empty_tiles(1, d_state, lanes, u)[0]
     for begin in range(0, time, CHUNK):
         steps = min(CHUNK, time - begin)
         chunk = begin // CHUNK
         next_state = states[chunk + 1] if begin + CHUNK < time else last
-        share = -(-steps // d_state)  # of the rows to be prefetched, while one state index is worked on
-        transpose_rows(B, begin, steps, B_s)
-        transpose_rows(C, begin, steps, C_s)
+        share = -(-steps // d_state)  # rows to prefetch while one state index is worked on
+        transpose_rows(B, begin, steps, B_rows)
+        transpose_rows(C, begin, steps, C_rows)
         for c in range(start, stop, lanes):
-            load_tile(u_s, u, begin, steps, c)
-            load_tile(dt_s, delta, begin, steps, c)
-            load_tile(z_s, z, begin, steps, c)
-            load_tile(h_s, states[chunk], 0, d_state, c)
+            # ---- what doesn't depend on the state: dt, v = dt u, and D u as the first term of o
+            load_tile(u_tile, u, begin, steps, c)
+            load_tile(dt_tile, delta, begin, steps, c)
+            load_tile(z_tile, z, begin, steps, c)
+            load_tile(h_tile, states[chunk], 0, d_state, c)
             for t in range(steps):
-                dt = softplus(load(dt_s, t, 0) + load(bias, 0, c))
-                u_t = load(u_s, t, 0)
-                store(dt_s, t, 0, dt)
-                store(dtu_s, t, 0, dt * u_t)
-                store(y_s, t, 0, u_t * load(D, 0, c))
+                dt = softplus(load(dt_tile, t, 0) + load(delta_bias, 0, c))
+                u_t = load(u_tile, t, 0)
+                store(dt_tile, t, 0, dt)
+                store(v_tile, t, 0, dt * u_t)
+                store(o_tile, t, 0, u_t * load(D, 0, c))
+            # ---- the recurrence, one state index after the other: h = a h + v B, o += C h
             for n in range(d_state):
-                a_log2 = load(A, n, c)
-                h = load(h_s, n, 0)
+                A2_n = load(A2, n, c)
+                h = load(h_tile, n, 0)
                 for t in range(steps):
-                    h = exp2_of_product(load(dt_s, t, 0), a_log2) * h + load(dtu_s, t, 0) * get(B_s, n, t)
-                    store(y_s, t, 0, load(y_s, t, 0) + h * get(C_s, n, t))
-                store(h_s, n, 0, h)
+                    h = exp2_of_product(load(dt_tile, t, 0), A2_n) * h + load(v_tile, t, 0) * get(B_rows, n, t)
+                    store(o_tile, t, 0, load(o_tile, t, 0) + h * get(C_rows, n, t))
+                store(h_tile, n, 0, h)
                 first, beyond = begin + min(n * share, steps), begin + min((n + 1) * share, steps)
                 prefetch(next_state, n, c)
                 prefetch_rows(y, first, beyond, c)
                 if c + lanes < stop:
                     for rows in (u, delta, z):
                         prefetch_rows(rows, first, beyond, c + lanes)
+            # ---- the gate: y = o silu(z), written over o
             for t in range(steps):
-                gate = load(z_s, t, 0)
-                store(y_s, t, 0, load(y_s, t, 0) * (gate * sigmoid(gate)))
-            store_tile(h_s, next_state, 0, d_state, c)
-            store_tile(y_s, y, begin, steps, c)
+                z_t = load(z_tile, t, 0)
+                store(o_tile, t, 0, load(o_tile, t, 0) * (z_t * sigmoid(z_t)))
+            store_tile(h_tile, next_state, 0, d_state, c)
+            store_tile(o_tile, y, begin, steps, c)
 
 
-def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta, dz, dB, dC, dA, dD, dbias,
-                          index, start, stop, lanes):
-    """dB, dC (time, d_state): written. dA (d_state, channels), dD, dbias (1, channels): zero on entry, added to."""
+def _scan_backward_kernel(dy, u, delta, A2, B, C, D, z, delta_bias, states, du, ddelta, dz, dB, dC, dA, dD, ddelta_bias,
+                          index, start, stop, lanes, simd_source=SIMD_SOURCE):
+    """The equations of selective_scan.py under their names, over chunks from the last to the first.
+
+    dB, dC (time, d_state) are written: the sums over this call's channels. dA (batch, d_state, channels), dD and
+    ddelta_bias (batch, 1, channels) are added to: zero on entry, and each batch row has its own.
+    """
     u, delta, z, dy, B, C, states = u[index], delta[index], z[index], dy[index], B[index], C[index], states[index]
     du, ddelta, dz = du[index], ddelta[index], dz[index]
-    dA, dD, dbias = dA[index], dD[index], dbias[index]
-    time, d_state = u.shape[0], A.shape[0]
-    # dg: gradient of y before the gate; dv: gradient of v = dt u, the input of the state
-    u_s, dt_s, slope_s, v_s, z_s, gate_s, y_s, dy_s, dg_s, ddt_s, dv_s, a_s = empty_tiles(12, CHUNK, lanes, u)
-    h_s = empty_tiles(1, CHUNK + 1, lanes, u)[0]  # [t]: the state before step t
-    B_s, C_s = np.empty((2, d_state, CHUNK), u.dtype)
-    sums_s = empty_tiles(1, d_state * CHUNK, lanes // 4, u)[0]  # of dB and dC, see add_sums
-    first_s = empty_tiles(1, d_state, lanes, u)[0]
-    carry = np.zeros((d_state, dA.shape[1]), u.dtype)  # a_{t+1} dh_{t+1}, handed from chunk to chunk
+    dA, dD, ddelta_bias = dA[index], dD[index], ddelta_bias[index]
+    time, d_state = u.shape[0], A2.shape[0]
+    tiles = empty_tiles(12, CHUNK, lanes, u)
+    u_tile, dt_tile, slope_tile, v_tile, z_tile, gate_tile = tiles[0], tiles[1], tiles[2], tiles[3], tiles[4], tiles[5]
+    o_tile, dy_tile, do_tile, ddt_tile, dv_tile, a_tile = tiles[6], tiles[7], tiles[8], tiles[9], tiles[10], tiles[11]
+    h_tile = empty_tiles(1, CHUNK + 1, lanes, u)[0]  # of one state index; h_tile[t] is the state before step t
+    first_tile = empty_tiles(1, d_state, lanes, u)[0]  # the state before the chunk, of all state indices
+    B_rows, C_rows = np.empty((2, d_state, CHUNK), u.dtype)
+    sums = empty_tiles(1, d_state * CHUNK, lanes // 4, u)[0]  # partial sums of dB and dC, see add_sums
+    carries = np.zeros((d_state, dA.shape[1]), u.dtype)  # the carry of each state, handed from chunk to chunk
     for chunk in range((time - 1) // CHUNK, -1, -1):
         begin = chunk * CHUNK
         steps, saved = min(CHUNK, time - begin), states[chunk]
-        share = -(-steps // d_state)  # of the rows to be prefetched, while one state index is worked on
-        transpose_rows(B, begin, steps, B_s)
-        transpose_rows(C, begin, steps, C_s)
-        fill_zero(sums_s, 0, d_state * CHUNK)
+        share = -(-steps // d_state)  # rows to prefetch while one state index is worked on
+        transpose_rows(B, begin, steps, B_rows)
+        transpose_rows(C, begin, steps, C_rows)
+        fill_zero(sums, 0, d_state * CHUNK)
         for c in range(start, stop, lanes):
-            load_tile(u_s, u, begin, steps, c)
-            load_tile(dt_s, delta, begin, steps, c)
-            load_tile(z_s, z, begin, steps, c)
-            load_tile(dy_s, dy, begin, steps, c)
-            load_tile(first_s, saved, 0, d_state, c)
+            # ---- what doesn't depend on the state: dt and its slope, v = dt u, the gate, do = dy silu(z); and the
+            # first terms of the sums over the state indices: D u of o, zero of ddt and dv
+            load_tile(u_tile, u, begin, steps, c)
+            load_tile(dt_tile, delta, begin, steps, c)
+            load_tile(z_tile, z, begin, steps, c)
+            load_tile(dy_tile, dy, begin, steps, c)
+            load_tile(first_tile, saved, 0, d_state, c)
             for t in range(steps):
-                raw, u_t, gate = load(dt_s, t, 0) + load(bias, 0, c), load(u_s, t, 0), sigmoid(load(z_s, t, 0))
-                slope, dt = sigmoid_softplus(raw)
-                store(dt_s, t, 0, dt)
-                store(slope_s, t, 0, slope)
-                store(v_s, t, 0, dt * u_t)
-                store(gate_s, t, 0, gate)
-                store(y_s, t, 0, u_t * load(D, 0, c))
-                store(dg_s, t, 0, load(dy_s, t, 0) * (load(z_s, t, 0) * gate))
-                store(ddt_s, t, 0, zeros_like(dt))
-                store(dv_s, t, 0, zeros_like(dt))
+                u_t, z_t = load(u_tile, t, 0), load(z_tile, t, 0)
+                gate = sigmoid(z_t)
+                slope, dt = sigmoid_softplus(load(dt_tile, t, 0) + load(delta_bias, 0, c))
+                store(dt_tile, t, 0, dt)
+                store(slope_tile, t, 0, slope)
+                store(v_tile, t, 0, dt * u_t)
+                store(gate_tile, t, 0, gate)
+                store(o_tile, t, 0, u_t * load(D, 0, c))
+                store(do_tile, t, 0, load(dy_tile, t, 0) * (z_t * gate))
+                store(ddt_tile, t, 0, zeros_like(dt))
+                store(dv_tile, t, 0, zeros_like(dt))
             for n in range(d_state):
-                a_log2 = load(A, n, c)
-                h = load(first_s, n, 0)
-                store(h_s, 0, 0, h)
+                # ---- forward once more, from the saved state: h and a of every step, which the way back needs
+                A2_n = load(A2, n, c)
+                h = load(first_tile, n, 0)
+                store(h_tile, 0, 0, h)
                 for t in range(steps):
-                    a = exp2_of_product(load(dt_s, t, 0), a_log2)
-                    h = a * h + load(v_s, t, 0) * get(B_s, n, t)
-                    store(a_s, t, 0, a)
-                    store(h_s, t + 1, 0, h)
-                    store(y_s, t, 0, load(y_s, t, 0) + h * get(C_s, n, t))
-                carried = load(carry, n, c)
-                da = load(dA, n, c)
+                    a = exp2_of_product(load(dt_tile, t, 0), A2_n)
+                    h = a * h + load(v_tile, t, 0) * get(B_rows, n, t)
+                    store(a_tile, t, 0, a)
+                    store(h_tile, t + 1, 0, h)
+                    store(o_tile, t, 0, load(o_tile, t, 0) + h * get(C_rows, n, t))
+                # ---- backward through the recurrence: dh, what it gives dB, dC, dv, dA and ddt, and the next carry.
+                # h begins as the state after the last step.
+                carry = load(carries, n, c)
+                dA_n = load(dA, n, c)
                 for t in range(steps - 1, -1, -1):
-                    dg = load(dg_s, t, 0)
-                    dh = carried + dg * get(C_s, n, t)
-                    add_sums(sums_s, n * CHUNK + t, dh * load(v_s, t, 0), dg * h)
-                    store(dv_s, t, 0, load(dv_s, t, 0) + dh * get(B_s, n, t))
-                    carried = dh * load(a_s, t, 0)
-                    h = load(h_s, t, 0)
-                    dexponent = carried * h
-                    da = da + dexponent * load(dt_s, t, 0)
-                    store(ddt_s, t, 0, load(ddt_s, t, 0) + dexponent * a_log2)
-                store(carry, n, c, carried)
-                store(dA, n, c, da)
+                    do = load(do_tile, t, 0)
+                    dh = carry + do * get(C_rows, n, t)
+                    add_sums(sums, n * CHUNK + t, dh * load(v_tile, t, 0), do * h)  # dB, dC
+                    store(dv_tile, t, 0, load(dv_tile, t, 0) + dh * get(B_rows, n, t))
+                    carry = dh * load(a_tile, t, 0)
+                    h = load(h_tile, t, 0)
+                    de = carry * h
+                    dA_n = dA_n + de * load(dt_tile, t, 0)
+                    store(ddt_tile, t, 0, load(ddt_tile, t, 0) + de * A2_n)  # times ln 2 below: A = A2 ln 2
+                store(carries, n, c, carry)
+                store(dA, n, c, dA_n)
                 first, beyond = begin + min(n * share, steps), begin + min((n + 1) * share, steps)
                 for rows in (du, ddelta, dz):
                     prefetch_rows(rows, first, beyond, c)
@@ -588,24 +340,27 @@ def _scan_backward_kernel(dy, u, delta, A, B, C, D, z, bias, states, du, ddelta,
                     prefetch(saved, n, c + lanes)
                     for rows in (u, delta, z, dy):
                         prefetch_rows(rows, first, beyond, c + lanes)
-            sum_dD, sum_dbias = load(dD, 0, c), load(dbias, 0, c)
+            # ---- from the sums over all state indices: ddelta, du and dz, each written over a tile that is no longer
+            # needed, and the sums over time, dD and ddelta_bias
+            dD_sum, dbias_sum = load(dD, 0, c), load(ddelta_bias, 0, c)
             for t in range(steps):
-                u_t, dg, dv, gate = load(u_s, t, 0), load(dg_s, t, 0), load(dv_s, t, 0), load(gate_s, t, 0)
-                ddt = (load(ddt_s, t, 0) * LN_2 + dv * u_t) * load(slope_s, t, 0)
-                store(ddt_s, t, 0, ddt)
-                store(u_s, t, 0, dv * load(dt_s, t, 0) + dg * load(D, 0, c))
-                store(z_s, t, 0, load(dy_s, t, 0) * load(y_s, t, 0) * silu_slope(load(z_s, t, 0), gate))
-                sum_dD = sum_dD + dg * u_t
-                sum_dbias = sum_dbias + ddt
-            store(dD, 0, c, sum_dD)
-            store(dbias, 0, c, sum_dbias)
-            store_tile(u_s, du, begin, steps, c)
-            store_tile(ddt_s, ddelta, begin, steps, c)
-            store_tile(z_s, dz, begin, steps, c)
-        finish_sums(sums_s, begin, steps, dB, dC)
+                u_t, do, dv, gate = load(u_tile, t, 0), load(do_tile, t, 0), load(dv_tile, t, 0), load(gate_tile, t, 0)
+                ddelta_t = (load(ddt_tile, t, 0) * LN_2 + dv * u_t) * load(slope_tile, t, 0)
+                store(ddt_tile, t, 0, ddelta_t)
+                store(u_tile, t, 0, dv * load(dt_tile, t, 0) + do * load(D, 0, c))
+                store(z_tile, t, 0, load(dy_tile, t, 0) * load(o_tile, t, 0) * silu_slope(load(z_tile, t, 0), gate))
+                dD_sum = dD_sum + do * u_t
+                dbias_sum = dbias_sum + ddelta_t
+            store(dD, 0, c, dD_sum)
+            store(ddelta_bias, 0, c, dbias_sum)
+            store_tile(u_tile, du, begin, steps, c)
+            store_tile(ddt_tile, ddelta, begin, steps, c)
+            store_tile(z_tile, dz, begin, steps, c)
+        finish_sums(sums, begin, steps, dB, dC)
 
 
-# Argument types as dimensions; int64 arguments follow. Fixed, so that contiguous and strided arrays share the code.
+# The number of dimensions of each array argument; four int64 follow. All arrays are declared as strided, so that one
+# compiled kernel serves contiguous and strided ones.
 DIMENSIONS = {
     _conv_forward_kernel: (3, 2, 2, 3),
     _conv_backward_kernel: (3, 2, 2, 3, 3, 3, 3),
@@ -616,14 +371,14 @@ DIMENSIONS = {
 
 @functools.cache
 def _compile(kernel, dtype):
-    """The kernel's machine code for float32 or float64, from Numba's disk cache where there is one."""
+    """The kernel compiled for float32 or float64, or taken from Numba's cache on disk."""
     real = {torch.float32: float32, torch.float64: float64}[dtype]
     arrays = [types.Array(real, ndim, "A") for ndim in DIMENSIONS[kernel]]
-    sig = types.void(*arrays, int64, int64, int64, int64)
+    sig = types.void(*arrays, int64, int64, int64, int64, types.Omitted(SIMD_SOURCE))
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(sig, cache=True, **options)(kernel)
-    except RuntimeError:  # neither this folder nor the user's cache folder can be written
+    except RuntimeError:  # no cache: neither this folder nor the user's cache folder can be written
         return njit(sig, **options)(kernel)
 
 
@@ -632,12 +387,13 @@ def _compile(kernel, dtype):
 
 @functools.cache
 def _thread_pool(n_threads, process_id):
-    """Plain threads, since the kernels release the GIL. By process id: threads do not survive a fork."""
+    """Plain threads, since the kernels release the GIL. The process id is an argument because threads don't survive a
+    fork: a forked process gets a pool of its own."""
     return ThreadPoolExecutor(n_threads, thread_name_prefix="scan")
 
 
-def _run(kernel, tasks, dtype):
-    """Calls the kernel once for each tuple of arguments in `tasks`, over torch.get_num_threads() threads."""
+def _call_in_threads(kernel, tasks, dtype):
+    """Call the kernel once for each tuple of arguments in `tasks`, on up to torch.get_num_threads() threads."""
     compiled = _compile(kernel, dtype)
     waiting = deque(tasks)
 
@@ -651,14 +407,14 @@ def _run(kernel, tasks, dtype):
 
     n_helpers = min(torch.get_num_threads(), len(tasks)) - 1
     helpers = [_thread_pool(n_helpers, os.getpid()).submit(work) for _ in range(n_helpers)]
-    work()  # this thread too: it is awake, and on a core of its own
+    work()  # this thread works too: it is awake already, where the helpers have to be woken
     for helper in helpers:
-        if not helper.cancel():  # one that has not begun has nothing left to do
+        if not helper.cancel():  # a helper that hasn't begun has nothing left to do, and is not waited for
             helper.result()
 
 
 def _slices(batch, channels, lanes):
-    """(start, stop) channel ranges, whole vectors, enough of them to give every thread a task."""
+    """(start, stop) ranges of channels in whole vectors, enough of them that every thread gets a task."""
     n_vectors = -(-channels // lanes)
     n_slices = min(n_vectors, -(-torch.get_num_threads() // batch))
     edges = [n_vectors * i // n_slices * lanes for i in range(n_slices + 1)]
@@ -673,30 +429,31 @@ def _lanes(tensor):
 
 
 def _pad_channels(parameter, lanes):
-    """(channels, k) or (channels,) -> (k, channels rounded up to whole vectors), zeros behind."""
+    """(channels, k) or (channels,) to an array (k, channels rounded up to whole vectors), zeros behind the channels."""
     matrix = parameter.detach().reshape(parameter.shape[0], -1).T
     return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % lanes)).contiguous().numpy()
 
 
 def _array(tensor):
-    """A NumPy view; a copy only if the last dimension is not contiguous, which no caller here does."""
+    """The tensor as a NumPy view, or as a copy if its last dimension isn't contiguous (no caller here has such)."""
     tensor = tensor.detach()
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).numpy()
 
 
 def conv_silu_forward(x, weight, bias):
-    """silu(causal depthwise convolution): x (batch, time, channels), weight (channels, taps), bias (channels,)."""
+    """silu(causal depthwise convolution of x): x (batch, time, channels), weight (channels, taps), bias (channels,)."""
     xc = torch.empty(x.shape, dtype=x.dtype)
     lanes = _lanes(x)
     arrays = _array(x), _pad_channels(weight, lanes), _pad_channels(bias, lanes), xc.numpy()
     tasks = [(*arrays, index, start, stop, lanes)
              for index in range(x.shape[0]) for start, stop in _slices(x.shape[0], x.shape[2], lanes)]
-    _run(_conv_forward_kernel, tasks, x.dtype)
+    _call_in_threads(_conv_forward_kernel, tasks, x.dtype)
     return xc
 
 
 def conv_silu_backward(x, weight, bias, dxc, dx):
-    """Writes the gradient of x into dx (batch, time, channels); returns those of weight and bias."""
+    """Write the gradient of x into dx (batch, time, channels), and return those of weight and bias, from dxc, that of
+    `conv_silu_forward`'s result."""
     lanes = _lanes(x)
     weight_, bias_ = _pad_channels(weight, lanes), _pad_channels(bias, lanes)
     dweight = torch.zeros((x.shape[0], *weight_.shape), dtype=x.dtype)
@@ -704,7 +461,7 @@ def conv_silu_backward(x, weight, bias, dxc, dx):
     arrays = _array(x), weight_, bias_, _array(dxc), dx.numpy(), dweight.numpy(), dbias.numpy()
     tasks = [(*arrays, index, start, stop, lanes)
              for index in range(x.shape[0]) for start, stop in _slices(x.shape[0], x.shape[2], lanes)]
-    _run(_conv_backward_kernel, tasks, x.dtype)
+    _call_in_threads(_conv_backward_kernel, tasks, x.dtype)
     channels = x.shape[2]
     return dweight.sum(0)[:, :channels].T.contiguous(), dbias.sum((0, 1))[:channels].contiguous()
 
@@ -715,18 +472,16 @@ def chunk_states_shape(batch, time, d_inner, d_state):
 
 
 def chunk_states_dtype(dtype):
-    """Type of those states for inputs of type `dtype`."""
+    """Dtype of those states for inputs of type `dtype`."""
     return dtype
 
 
 def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
-    """Selective scan: with dt = softplus(delta + delta_bias),
+    """The scan of selective_scan.py: returns y, the states that the backward pass needs, and the last state.
 
-        h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    y_t = (C_t . h_t + D u_t) silu(z_t).
-
-    u, delta, z (batch, time, d_inner); A (d_inner, d_state); B, C (batch, time, d_state); D, delta_bias (d_inner,);
-    h0 (batch, d_inner, d_state), zero by default. Returns y like u, the states at chunk starts
-    (`chunk_states_shape`), and the last state (batch, d_inner, d_state).
+    u, delta, z (batch, time, d_inner); A (d_inner, d_state); B, C (batch, time, d_state); D, delta_bias (d_inner,).
+    h0 (batch, d_inner, d_state) is the state before the first step, zero if it is None, as the model has it: only the
+    tests give another. y has u's shape, the states `chunk_states_shape`, the last state h0's shape.
     """
     batch, time, d_inner = u.shape
     lanes = _lanes(u)
@@ -734,38 +489,38 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
     states[:, 0] = 0 if h0 is None else h0.transpose(1, 2)
     last = torch.empty((batch, A.shape[1], d_inner), dtype=u.dtype)
     y = torch.empty(u.shape, dtype=u.dtype)
-    arrays = (_array(u), _array(delta), _pad_channels(A * LOG2_E, lanes), _array(B), _array(C),
-              _pad_channels(D, lanes), _array(z), _pad_channels(delta_bias, lanes),
+    A2, D_, bias_ = (_pad_channels(parameter, lanes) for parameter in (A * LOG2_E, D, delta_bias))
+    arrays = (_array(u), _array(delta), A2, _array(B), _array(C), D_, _array(z), bias_,
               states.numpy(), last.numpy(), y.numpy())
     tasks = [(*arrays, index, start, stop, lanes)
              for index in range(batch) for start, stop in _slices(batch, d_inner, lanes)]
-    _run(_scan_forward_kernel, tasks, u.dtype)
+    _call_in_threads(_scan_forward_kernel, tasks, u.dtype)
     return y, states, last.transpose(1, 2)
 
 
-def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, h0=None):
-    """Gradients of `scan_forward`'s y. Writes dz, dB, dC into the given views; returns (du, ddelta, dA, dD, dbias).
+def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC):
+    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the states that it returned.
 
-    ddelta is the gradient of the raw delta, before bias and softplus. h0 is already in chunk_states; it gets no
-    gradient.
+    Writes dz, dB and dC into the views given; returns (du, ddelta, dA, dD, ddelta_bias).
     """
     batch, _, d_inner = u.shape
     lanes = _lanes(u)
     ranges = _slices(batch, d_inner, lanes)
     du, ddelta = torch.empty(u.shape, dtype=u.dtype), torch.empty(u.shape, dtype=u.dtype)
-    A_, D_, bias_ = (_pad_channels(p, lanes) for p in (A * LOG2_E, D, delta_bias))
-    dA, dD, dbias = (torch.zeros((batch, *p.shape), dtype=u.dtype) for p in (A_, D_, bias_))
-    # B and C are shared by the channels: each task sums over its own, then the tasks are added in a fixed order
-    shared = len(ranges) > 1
-    dB_parts, dC_parts = (torch.empty((len(ranges), *whole.shape), dtype=u.dtype) if shared else whole[None]
+    A2, D_, bias_ = (_pad_channels(parameter, lanes) for parameter in (A * LOG2_E, D, delta_bias))
+    dA, dD, dbias = (torch.zeros((batch, *parameter.shape), dtype=u.dtype) for parameter in (A2, D_, bias_))
+    # B and C are shared by all channels. Each task sums over its own channels, and the sums of the tasks are added in a
+    # fixed order, so that the result doesn't depend on which thread is faster.
+    several = len(ranges) > 1
+    dB_parts, dC_parts = (torch.empty((len(ranges), *whole.shape), dtype=u.dtype) if several else whole[None]
                           for whole in (dB, dC))
-    arrays = (_array(dy), _array(u), _array(delta), A_, _array(B), _array(C), D_, _array(z), bias_,
+    arrays = (_array(dy), _array(u), _array(delta), A2, _array(B), _array(C), D_, _array(z), bias_,
               chunk_states.numpy(), du.numpy(), ddelta.numpy(), dz.numpy())
     tasks = [(*arrays, dB_parts[i, index].numpy(), dC_parts[i, index].numpy(), dA.numpy(), dD.numpy(),
               dbias.numpy(), index, start, stop, lanes)
              for index in range(batch) for i, (start, stop) in enumerate(ranges)]
-    _run(_scan_backward_kernel, tasks, u.dtype)
-    if shared:
+    _call_in_threads(_scan_backward_kernel, tasks, u.dtype)
+    if several:
         torch.sum(dB_parts, 0, out=dB)
         torch.sum(dC_parts, 0, out=dC)
     return (du, ddelta, dA.sum(0)[:, :d_inner].T.contiguous(), dD.sum((0, 1))[:d_inner].contiguous(),

@@ -10,17 +10,15 @@ weight it loads: reading the weights is most of the work.
 
 import math
 import os
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from kernels import scan_cpu
-from kernels.scan_cpu import (
+from kernels.simd import (
     LOG2_E,
+    SIMD_SOURCE,
     VECTOR_BYTES,
     exp2_of_product,
     load,
@@ -32,9 +30,6 @@ from kernels.scan_cpu import (
 )
 
 TILE = 4  # samples that share a loaded weight
-# Numba keeps machine code on disk until this file or an argument's type changes; what comes from scan_cpu.py is in it
-# too. The type of an argument that is left out is its default value: so this one.
-SCAN_SOURCE = zlib.crc32(Path(scan_cpu.__file__).read_bytes())
 
 
 class Weights(NamedTuple):
@@ -157,7 +152,7 @@ def gelu(x):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions, scan_source=SCAN_SOURCE):
+def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions, simd_source=SIMD_SOURCE):
     """All steps of a block for one tile of samples; `prediction`, conv_state and h are moved on in place.
 
     prediction (TILE, feature_dim padded); conv_state (layers, TILE * (d_conv - 1), d_inner); h (layers,

@@ -134,7 +134,7 @@ def test_scan_values_and_gradients(shape, with_h0, dtype):
     got_y, states, got_last = scan_cpu.scan_forward(u, delta, A, B, C, D, z, bias, h0)
     dz, dB, dC = (between(torch.empty_like(t)) for t in (z, B, C))
     du, ddelta, dA, dD, dbias = scan_cpu.scan_backward(
-        between(dy.to(dtype)), u, delta, A, B, C, D, z, bias, states, dz, dB, dC, h0
+        between(dy.to(dtype)), u, delta, A, B, C, D, z, bias, states, dz, dB, dC
     )
     assert relative_error(got_y, y) < TOLERANCE[dtype]
     assert relative_error(got_last, last) < TOLERANCE[dtype]
@@ -210,6 +210,29 @@ def test_decay_is_exact_over_the_range_of_exp(dtype):
     # the exponent's own rounding is |dt A| eps, and no exponential can undo it
     allowed = expected * (16 + 4 * exponents.abs()) * torch.finfo(dtype).eps + smallest
     assert ((h.double().flatten() - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("A_log", [20.0, 40.0, 80.0, 200.0])
+def test_an_extreme_decay_forgets_at_once(A_log, dtype):
+    """A = -exp(A_log): from 5e8 to infinity. exp(dt A) is 0, so a state is its last input alone, never NaN."""
+    time, d_inner, d_state = CHUNK + 3, 5, 2
+    u, delta, _, B, C, D, z, bias = cast(scan_inputs(1, time, d_inner, d_state), dtype)
+    A = -torch.full((d_inner, d_state), A_log, dtype=dtype).exp()
+    h0 = torch.ones(1, d_inner, d_state, dtype=dtype)
+    y, states, last = scan_cpu.scan_forward(u, delta, A, B, C, D, z, bias, h0)
+    h = (F.softplus(delta + bias) * u).double()[..., None] * B.double()[:, :, None]
+    expected = ((h * C[:, :, None]).sum(-1) + D * u) * F.silu(z.double())
+    assert relative_error(last, h[:, -1]) < TOLERANCE[dtype]
+    assert relative_error(y, expected) < TOLERANCE[dtype]
+    if A.isfinite().all():  # dA is 0 and the rest is finite, as autograd says of the reference
+        leaves = [t.double().requires_grad_() for t in (u, delta, A, B, C, D, z, bias)]
+        wanted = torch.autograd.grad(selective_scan_reference(*leaves, h0=h0.double())[0].sum(), leaves)
+        dz, dB, dC = (torch.empty_like(t) for t in (z, B, C))
+        du, ddelta, dA, dD, dbias = scan_cpu.scan_backward(torch.ones_like(y), u, delta, A, B, C, D, z, bias, states,
+                                                           dz, dB, dC)
+        for got, want in zip((du, ddelta, dA, dB, dC, dD, dz, dbias), wanted, strict=True):
+            assert relative_error(got, want) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
@@ -430,30 +453,31 @@ print(scan_cpu.conv_silu_forward(x, torch.zeros(2, 4), torch.zeros(2)).abs().max
     assert run_python(code) == "0.0\n"
 
 
-def test_the_step_is_compiled_anew_when_the_scan_has_changed(tmp_path):
-    """Numba's cache on disk looks at step_cpu.py, but run_tile holds code of scan_cpu.py too."""
+def test_kernels_are_compiled_anew_when_the_code_inlined_into_them_has_changed(tmp_path):
+    """Numba's cache on disk looks at scan_cpu.py and step_cpu.py, but their kernels hold code of simd.py too."""
     folder = tmp_path / "kernels"
     shutil.copytree(REPO / "kernels", folder, ignore=shutil.ignore_patterns("__pycache__"))
     code = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from kernels import step_cpu
+from kernels import scan_cpu, step_cpu
 from mamba_model import CausalTimeSeriesMamba
 model = CausalTimeSeriesMamba(3, d_model=4, n_layers=1, d_state=2, d_ff=4).eval()
 prediction, states = torch.zeros(1, 3), [layer.mamba.init_state(1) for layer in model.layers]
 with torch.no_grad():
     advance = step_cpu.stepper(model, prediction, states)
     advance(torch.zeros(1, 2, 3).numpy(), torch.full((2,), -1).numpy(), torch.zeros(1, 1, 1, 4).numpy())
-print(step_cpu.__file__, sum(step_cpu.run_tile.stats.cache_hits.values()))
+scan = scan_cpu._compile(scan_cpu._conv_forward_kernel, torch.float32)
+print(step_cpu.__file__, *(sum(kernel.stats.cache_hits.values()) for kernel in (step_cpu.run_tile, scan)))
 """
 
     def hits():
         command = [sys.executable, "-c", code, str(tmp_path)]
-        file, hits = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout.split()
+        file, *hits = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout.split()
         assert file == str(folder / "step_cpu.py")
-        return int(hits)
+        return [int(n) for n in hits]
 
-    assert [hits(), hits()] == [0, 1]
-    with open(folder / "scan_cpu.py", "a") as file:
+    assert [hits(), hits()] == [[0, 0], [1, 1]]
+    with open(folder / "simd.py", "a") as file:
         file.write("# changed\n")
-    assert hits() == 0
+    assert hits() == [0, 0]
