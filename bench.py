@@ -84,6 +84,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import circle_process
 import dataset
 import estimate_dimension
 import figures
@@ -896,7 +897,7 @@ def measure_generate(bench):
 def generate_by_step(config, block_values=None):
     """The same process as markov_circles_timeseries.generate, one step at a time; a dataset.Series."""
     rng = np.random.default_rng(config["seed"])
-    process = circles.make_process(config, rng)
+    process = circle_process.draw_process(config)
     X = np.zeros((config["n_steps"], config["ambient_dim"]), np.float32)
     states, thetas = np.zeros(len(X), np.int64), np.zeros(len(X))
     circle, left, step = rng.integers(config["n_circles"]), 0, 0

@@ -15,15 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from circle_process import LARGEST_VALUE, LONGEST_PERIOD
 from cli import WINDOW_DEFAULTS, UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
 DEFLATE_MAX_RATIO = 1032  # no DEFLATE stream expands by more (zlib's technical notes)
-LARGEST_VALUE = 1e30  # data units; its square is still far from the end of float64
 # The numbers of config.json that are used, and how large they may be.
 CONFIG_NUMBERS = {"noise_std": LARGEST_VALUE, "center_walk_std": LARGEST_VALUE, "dwell_mean": 1.7e308,
                   "dwell_std": 1.7e308}
-LONGEST_PERIOD = 2**40  # steps; far beyond any series, and exact in float64
 BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the cache
 MAPPED = {"X.npy": "=f4", "states.npy": "=i8", "thetas.npy": "=f8"}  # as long as the series: the types they map as
 PAGES_AROUND = 1 << 21  # bytes, aligned, that the system may map at a time when one of them is touched: a huge page

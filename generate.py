@@ -121,6 +121,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import circle_process
 import dataset
 import figures
 from mamba_model import load_checkpoint, stem
@@ -345,21 +346,11 @@ def analyse(process, seeds, generated, predictions):
     smoothed = [optimal_filter.smooth(process, np.concatenate(pair), initial="stationary")
                 for pair in zip(seeds, generated, strict=True)]
     labels, thetas = (np.stack([s[name][seed_len:] for s in smoothed]) for name in ("circle", "theta"))
-    points = process.radii[labels][..., None] * (
-        np.cos(thetas)[..., None] * process.planes[labels, 0] + np.sin(thetas)[..., None] * process.planes[labels, 1])
-    path = np.linalg.norm(predictions - points, axis=-1)
-    nearest = np.stack([nearest_distance(process, rows) for rows in predictions])
+    path = np.linalg.norm(predictions - circle_process.points(process, labels, thetas), axis=-1)
+    nearest = np.stack([circle_process.distance(process, rows) for rows in predictions])
     patience = max(int(process.periods.min()) // 2, 1)
     return {"labels": labels, "thetas": thetas, "nearest_distance": nearest, "path_distance": path,
             "steps_on_process": np.array([steps_on(row > off_distance(process), patience) for row in path])}
-
-
-def nearest_distance(process, X):
-    """Distance of each row of X (n, feature_dim) to the nearest point of any circle: (n,)."""
-    X = np.asarray(X, dtype=np.float64)
-    in_plane = np.linalg.norm((X @ process.planes.reshape(-1, X.shape[1]).T).reshape(len(X), -1, 2), axis=2)
-    beside = np.maximum((X**2).sum(axis=1)[:, None] - in_plane**2, 0)
-    return np.sqrt((beside + (in_plane - process.radii)**2).min(axis=1))
 
 
 def summarise(process, song):

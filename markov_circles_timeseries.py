@@ -13,14 +13,29 @@ Examples:
 """
 
 import argparse
+import contextlib
+import json
+import struct
 import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
+import circle_process
 import cli
+import dataset
+import figures
+from circle_process import BLOCK_VALUES, LARGEST_VALUE, LONGEST_PERIOD
+from dataset import Series, load_series, pick
+from measures import distinct, knn, levina_bickel, umap_embedding
 
-# Visits are cut at this many steps, far beyond any series: sums of visits stay exact in int64.
-LONGEST_VISIT = 2**40
-# Larger numbers would leave float32, in which X is stored.
-LARGEST_VALUE = 1e30
+N_SAMPLE_WINDOWS, SAMPLE_WINDOW = 3, 1000
+FIRST_STEPS = 5000
+MOST_BARS, TIME_BINS = 2000, 1000  # visits drawn as bars each; beyond, the stretches of time whose shares are drawn
+ALIGNMENT = 64  # bytes; where the values of an uncompressed array begin in the file, as in an npy file
+FEW_CIRCLES = 12  # up to here each circle gets its tick and each probability its number
+UMAP_POINTS, UMAP_NEIGHBORS, DIMENSION_K = 5000, 15, 20
 
 
 def parse_args(argv=None):
@@ -90,7 +105,7 @@ def check_config(config):
         (c.min_period < 2, "--min-period must be 2 or more: a circle of one step doesn't move"),
         (c.min_period > c.max_period,
          f"--min-period {c.min_period} is larger than --max-period {c.max_period}"),
-        (c.max_period > LONGEST_VISIT, f"--max-period must be {LONGEST_VISIT} or less"),
+        (c.max_period > LONGEST_PERIOD, f"--max-period must be {LONGEST_PERIOD} or less"),
         (c.drift and c.subspace_dim < 3, "--drift needs a --subspace-dim of 3 or more: a plane tilts out of itself"),
         (max(c.radius_mean, c.radius_std, c.noise_std, c.center_walk_std) > LARGEST_VALUE,
          f"radii and standard deviations must be {LARGEST_VALUE:g} or less"),
@@ -101,232 +116,14 @@ def check_config(config):
             raise cli.UserError(message)
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
-
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import struct  # noqa: E402
-import zipfile  # noqa: E402
-from bisect import bisect_right  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-import dataset  # noqa: E402
-import figures  # noqa: E402
-from dataset import Series, load_series, pick  # noqa: E402
-from measures import distinct, knn, levina_bickel, umap_embedding  # noqa: E402
-
-BLOCK_VALUES = 2**17  # values of X filled at a time: the temporaries stay in the cache
-VISITS_A_ROUND = 1024
-N_SAMPLE_WINDOWS, SAMPLE_WINDOW = 3, 1000
-FIRST_STEPS = 5000
-MOST_BARS, TIME_BINS = 2000, 1000  # visits drawn as bars each; beyond, the stretches of time whose shares are drawn
-ALIGNMENT = 64  # bytes; where the values of an uncompressed array begin in the file, as in an npy file
-FEW_CIRCLES = 12  # up to here each circle gets its tick and each probability its number
-UMAP_POINTS, UMAP_NEIGHBORS, DIMENSION_K = 5000, 15, 20
-
-
-# ---------------------------------------------------------------------------------------------------- the process
-
-@dataclass
-class Process:
-    """K circles and the chain between them: what a series is drawn from.
-
-    radii (K,); entry_angles (K,) radians; periods (K,) int64, steps a revolution; planes (K, 2, ambient_dim),
-    orthonormal pairs inside the span of basis (subspace_dim, ambient_dim), orthonormal rows;
-    transition_matrix (K, K).
-    """
-
-    radii: np.ndarray
-    entry_angles: np.ndarray
-    periods: np.ndarray
-    planes: np.ndarray
-    basis: np.ndarray
-    transition_matrix: np.ndarray
-
-
-@dataclass
-class Visits:
-    """The visits in their order: circles (n_visits,) int64, starts (n_visits + 1,) int64, the first step of each and
-    the end of the last, which may lie beyond the series."""
-
-    circles: np.ndarray
-    starts: np.ndarray
-
-
-def make_process(config, rng):
-    """Draw the circles and the chain between them; config as in config.json."""
-    K, mean = config["n_circles"], config["radius_mean"]
-    radii = rng.normal(mean, config["radius_std"], K).clip(0.5 * mean, 1.5 * mean)
-    basis = np.linalg.qr(rng.standard_normal((config["ambient_dim"], config["subspace_dim"])))[0].T
-    pairs = np.linalg.qr(rng.standard_normal((K, config["subspace_dim"], 2)))[0]
-    return Process(
-        radii=radii,
-        entry_angles=rng.uniform(0, 2 * np.pi, K),
-        periods=np.rint(np.linspace(config["min_period"], config["max_period"], K)).astype(np.int64),
-        planes=pairs.transpose(0, 2, 1) @ basis,
-        basis=basis,
-        transition_matrix=draw_transition_matrix(K, rng),
-    )
-
-
-def draw_transition_matrix(K, rng):
-    """A sparse chain over K >= 2 circles on a ring: (K, K), rows sum to 1, the diagonal is zero.
-
-    Each circle leads to its two ring neighbours (one when K is 2) and, from K = 4 on, to one or two circles further
-    away, a shortcut being on average half as likely as a neighbour.
-    """
-    P = np.zeros((K, K))
-    n_shortcuts = min(2, (K - 2) // 2)
-    for i in range(K):
-        neighbours = [(i - 1) % K, (i + 1) % K]
-        P[i, neighbours] = rng.uniform(0.5, 1.5, 2)
-        far = (i + 2 + rng.choice(max(K - 3, 0), n_shortcuts, replace=False)) % K if n_shortcuts else []
-        P[i, far] = rng.uniform(0.25, 0.75, n_shortcuts)
-    return P / P.sum(axis=1, keepdims=True)
-
-
-def draw_visits(process, config, rng):
-    """Draw visits until they cover config["n_steps"] steps.
-
-    The first circle is uniform, the next ones follow the transition matrix. A visit lasts max(1, round(d / period))
-    whole revolutions with d ~ N(dwell_mean, dwell_std).
-    """
-    cumulative = process.transition_matrix.cumsum(axis=1)
-    cumulative /= cumulative[:, -1:]  # ends in exactly 1, above every draw
-    rows = cumulative.tolist()
-    circle = None
-    circles, lengths, n_steps = [], [], 0
-    while n_steps < config["n_steps"]:
-        uniform = rng.random(VISITS_A_ROUND).tolist()
-        dwell = rng.normal(config["dwell_mean"], config["dwell_std"], VISITS_A_ROUND)
-        chain = []
-        for u in uniform:
-            circle = int(u * len(rows)) if circle is None else bisect_right(rows[circle], u)
-            chain.append(circle)
-        periods = process.periods[chain]
-        revolutions = np.rint(dwell / periods).clip(1, np.maximum(1, LONGEST_VISIT // periods)).astype(np.int64)
-        circles.append(chain)
-        lengths.append(revolutions * periods)
-        n_steps += int(lengths[-1].sum())
-    starts = np.concatenate([[0], *lengths]).cumsum()
-    n_visits = int(np.searchsorted(starts, config["n_steps"]))
-    return Visits(np.concatenate(circles)[:n_visits], starts[:n_visits + 1])
-
-
-def locate(visits, first, last):
-    """The visit of each step in [first, last), and how many steps into it: two (last - first,) int64 arrays."""
-    low = np.searchsorted(visits.starts, first, side="right") - 1
-    high = np.searchsorted(visits.starts, last)
-    steps_in_block = np.diff(visits.starts[low:high + 1].clip(first, last))
-    visit = np.repeat(np.arange(low, high), steps_in_block)
-    return visit, np.arange(first, last) - visits.starts[visit]
-
-
-def phases(process, circle, step):
-    """Phase in [0, 2π) `step` steps after the entry into `circle`; both (n,)."""
-    # The step is reduced first: each revolution repeats the same numbers exactly.
-    period = process.periods[circle]
-    return (process.entry_angles[circle] + 2 * np.pi * (step % period) / period) % (2 * np.pi)
-
-
-def circle_points(process, circle, theta):
-    """Noise-free points r (cos θ v1 + sin θ v2), (n, ambient_dim) float32, of circle (n,) at phase theta (n,)."""
-    r = process.radii[circle]
-    coordinates = np.stack([r * np.cos(theta), r * np.sin(theta)], axis=1).astype(np.float32)
-    return np.einsum("tp,tpd->td", coordinates, process.planes.astype(np.float32)[circle])
-
-
-def draw_tilt_axes(process, visits, rng):
-    """A unit vector for each visit, in the subspace and orthogonal to the circle's plane: (n_visits, ambient_dim)."""
-    planes = process.planes[visits.circles]
-    axes = rng.standard_normal((len(visits.circles), len(process.basis))) @ process.basis
-    axes -= np.einsum("vp,vpd->vd", np.einsum("vpd,vd->vp", planes, axes), planes)
-    return axes / np.linalg.norm(axes, axis=1, keepdims=True)
-
-
-def add_tilt(points, process, visits, axes, visit, step, theta, drift_rate):
-    """Move the points of even-numbered circles onto planes that tilt as the visit goes on; changes `points`.
-
-    v2 becomes cos α v2 + sin α axis, α growing from 0 at the first step of the visit to drift_rate at its last.
-    """
-    rows = np.flatnonzero(visits.circles[visit] % 2 == 0)
-    visit = visit[rows]
-    circle = visits.circles[visit]
-    alpha = drift_rate * step[rows] / (np.diff(visits.starts)[visit] - 1)
-    height = (process.radii[circle] * np.sin(theta[rows]))[:, None]
-    points[rows] += height * ((np.cos(alpha) - 1)[:, None] * process.planes[circle, 1]
-                              + np.sin(alpha)[:, None] * axes[visit])
-
-
-def walk(center, n, std, rng):
-    """The next n positions of the centre's random walk, (n, dim), the first being `center`, and the one after."""
-    steps = rng.standard_normal((n, len(center)))
-    path = np.concatenate([center[None], std * steps]).cumsum(axis=0)
-    return path[:-1], path[-1]
-
-
-def draw_circles_and_visits(config):
-    """What a series is drawn from: (Process, Visits, the random generators of noise, tilts and walk).
-
-    Circles, visits, noise and each variant have random streams of their own: the same seed visits the same circles
-    with and without noise, drift or a walking centre. Raises UserError when the flags contradict each other.
-    """
-    check_config(config)
-    circle_rng, visit_rng, *rngs = np.random.default_rng(config["seed"]).spawn(5)
-    process = make_process(config, circle_rng)
-    return process, draw_visits(process, config, visit_rng), rngs
-
-
-def parts(config, block_values=BLOCK_VALUES):
-    """The steps of the series as consecutive slices, block_values values of X in each."""
-    n_steps, block = config["n_steps"], max(1, block_values // config["ambient_dim"])
-    return (slice(first, min(first + block, n_steps)) for first in range(0, n_steps, block))
-
-
-def hidden_states(process, visits, part):
-    """Of each step in the slice `part`: its circle, its phase, its visit and how many steps into it, (n,) each."""
-    visit, step = locate(visits, part.start, part.stop)
-    circle = visits.circles[visit]
-    return circle, phases(process, circle, step), visit, step
-
-
-def draw_points(config, process, visits, rngs, block_values=BLOCK_VALUES):
-    """Draw X block by block; yields (part, X[part]). The size of a block changes no value."""
-    noise_rng, tilt_rng, walk_rng = rngs
-    axes = draw_tilt_axes(process, visits, tilt_rng) if config["drift"] else None
-    dim = config["ambient_dim"]
-    center = np.zeros(dim)
-    for part in parts(config, block_values):
-        circle, theta, visit, step = hidden_states(process, visits, part)
-        X = noise_rng.standard_normal((len(circle), dim), dtype=np.float32)
-        X *= np.float32(config["noise_std"])
-        points = circle_points(process, circle, theta)
-        if config["drift"]:
-            add_tilt(points, process, visits, axes, visit, step, theta, config["drift_rate"])
-        if config["center_walk_std"] > 0:
-            path, center = walk(center, len(points), config["center_walk_std"], walk_rng)
-            points += path
-        X += points
-        yield part, X
-
-
 def generate(config, block_values=BLOCK_VALUES):
     """Draw a series; returns a dataset.Series. config: the keys of config.json.
 
     The memory taken is that of the series. Raises UserError when the flags contradict each other.
     """
     check_config(config)
-    n_steps = config["n_steps"]
-    X = np.empty((n_steps, config["ambient_dim"]), np.float32)
-    states, thetas = np.empty(n_steps, np.int64), np.empty(n_steps)
-    process, visits, rngs = draw_circles_and_visits(config)
-    for part, points in draw_points(config, process, visits, rngs, block_values):
-        X[part] = points
-        states[part], thetas[part], _, _ = hidden_states(process, visits, part)
+    process = circle_process.draw_process(config)
+    X, states, thetas = circle_process.draw_series(process, config, config["n_steps"], config["seed"], block_values)
     return Series(X=X, states=states, thetas=thetas, transition_matrix=process.transition_matrix,
                   radii=process.radii, entry_angles=process.entry_angles, periods=process.periods,
                   planes=process.planes, config=dict(config))
@@ -363,14 +160,17 @@ def save_uncompressed(config, data_dir, block_values=BLOCK_VALUES):
     The values are those of `generate`; the memory taken is that of the visits and a block. A zip takes one member
     after the other, so circles and phases are worked out from the visits once more for each: cheap beside the noise.
     """
-    process, visits, rngs = draw_circles_and_visits(config)
+    check_config(config)
     n_steps, dim = config["n_steps"], config["ambient_dim"]
+    process = circle_process.draw_process(config)
+    plan = circle_process.plan_series(process, config, n_steps, config["seed"])
 
     def hidden(i):
-        return (hidden_states(process, visits, part)[i] for part in parts(config, block_values))
+        blocks = circle_process.step_blocks(plan, block_values)
+        return (circle_process.hidden_states(plan, steps)[i] for steps in blocks)
 
     with writing_data(config, data_dir) as path, open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-        points = draw_points(config, process, visits, rngs, block_values)
+        points = circle_process.draw_points(plan, block_values)
         write_member(archive, file, "X", (n_steps, dim), np.float32, (X for _, X in points))
         write_member(archive, file, "states", (n_steps,), np.int64, hidden(0))
         write_member(archive, file, "thetas", (n_steps,), np.float64, hidden(1))
@@ -404,7 +204,7 @@ def visit_statistics(series):
     The last visit, which the end of the series cuts, counts as a visit but not for the dwell.
     """
     K = series.n_circles
-    circles, _, lengths = dataset.runs(series.states)
+    circles, _, lengths = dataset.visits(series.states)
     n_steps = np.zeros(K, np.int64)
     np.add.at(n_steps, circles, lengths)
     dwells = [lengths[:-1][circles[:-1] == i] for i in range(K)]
@@ -457,14 +257,14 @@ def plot_time_shares(fig, ax, shares, n_steps):
 
 
 def plot_state_sequence(series):
-    visits = dataset.runs(series.states)
+    visits = dataset.visits(series.states)
     n = min(FIRST_STEPS, series.n_steps)
     fig, axes = figures.new_figure(3, 1, panel=(10, 2.2), height_ratios=[1, 6, 6])
     strip, start, whole = axes[:, 0]
     figures.state_strip(strip, series.states[:n], series.n_circles)
     strip.set_xlim(0, n)
     strip.set_title(f"The first {n:,} steps", loc="left")
-    plot_visit_bars(start, dataset.runs(series.states[:n]), n, series.n_circles)
+    plot_visit_bars(start, dataset.visits(series.states[:n]), n, series.n_circles)
     if len(visits[0]) <= MOST_BARS:
         plot_visit_bars(whole, visits, series.n_steps, series.n_circles)
     else:
@@ -575,4 +375,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    cli.run(main, ARGS)
+    cli.run(main, parse_args())

@@ -15,8 +15,25 @@ Examples:
 """
 
 import json
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import numba
+import numpy as np
+
+import circle_process
 import cli
+import dataset
+import figures
+from circle_process import Process, entry_rates, survival
+
+BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
+MOST_REVOLUTIONS = 10_000  # per visit: the work per step grows with it
+MOST_STATES = 1_000_000  # phases times revolutions: the memory grows with it
+LEAST_NOISE = 1e-30  # below, the variance leaves float64
+NEGLIGIBLE = -45.0  # exp(-45) < 3e-20: adding it to a sum that holds a 1 changes nothing in float64
 
 
 def horizon_list(text):
@@ -44,56 +61,7 @@ def parse_args(argv=None):
     return args
 
 
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
-
-import itertools  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from typing import NamedTuple  # noqa: E402
-
-import numba  # noqa: E402
-import numpy as np  # noqa: E402
-
-import dataset  # noqa: E402
-
-BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
-MOST_REVOLUTIONS = 10_000  # work a step grows with it
-MOST_STATES = 1_000_000  # phases times revolutions: memory grows with it
-LEAST_NOISE = 1e-30  # below, the variance leaves float64
-RAREST = 1e-15  # a dwell law ends where fewer than this share of the visits would last longer
-NEGLIGIBLE = -45.0  # exp(-45) < 3e-20: adding it to a sum that holds a 1 changes nothing in float64
-
-
 # ---------------------------------------------------------------------------------------------- the process
-
-
-@dataclass(frozen=True)
-class Process:
-    """The parameters of the generator.
-
-    radii (K,); entry_angles (K,) radians; periods (K,) int, steps a revolution; planes (K, 2, feature_dim),
-    orthonormal pairs; transition_matrix (K, K), row: from; dwell_law (K, max_revolutions), dwell_law[i, r - 1] the
-    probability that a visit to circle i lasts r revolutions; noise_std, a feature.
-    """
-
-    radii: np.ndarray
-    entry_angles: np.ndarray
-    periods: np.ndarray
-    planes: np.ndarray
-    transition_matrix: np.ndarray
-    dwell_law: np.ndarray
-    noise_std: float
-
-    @property
-    def n_circles(self):
-        return len(self.radii)
-
-    @property
-    def feature_dim(self):
-        return self.planes.shape[2]
 
 
 def process_from_series(series):
@@ -118,11 +86,13 @@ def process_from_series(series):
     if phases * revolutions > MOST_STATES:
         raise cli.UserError(f"the circles have {phases} phases, and a visit may last {revolutions:.0f} revolutions: "
                             "too many states for the exact filter; use data with shorter periods")
-    laws = [revolution_law(period, dwell_mean, dwell_std) for period in series.periods]
+    planes = series.planes
+    if planes is None:
+        planes = circle_process.recover_planes(series.X, series.states, series.thetas, series.n_circles)
     return Process(
         radii=series.radii, entry_angles=series.entry_angles, periods=series.periods,
-        planes=recover_planes(series) if series.planes is None else series.planes,
-        transition_matrix=series.transition_matrix, dwell_law=pad_rows(laws), noise_std=noise_std,
+        transition_matrix=series.transition_matrix, planes=planes, noise_std=noise_std,
+        dwell_law=circle_process.dwell_law(series.periods, dwell_mean, dwell_std),
     )
 
 
@@ -143,77 +113,6 @@ def config_number(config, name):
         raise cli.UserError(f"config.json has no usable {name} ({value}); the filter needs the generator's parameters, "
                             "so make the data anew with markov_circles_timeseries.py")
     return float(value)
-
-
-def pad_rows(rows):
-    """Arrays of different lengths as the rows of one array, filled up with zeros."""
-    out = np.zeros((len(rows), max(map(len, rows))))
-    for i, row in enumerate(rows):
-        out[i, :len(row)] = row
-    return out
-
-
-def revolution_law(period, dwell_mean, dwell_std):
-    """The law of R = max(1, round(d / period)), d ~ N(dwell_mean, dwell_std): P(R = 1), P(R = 2), …
-
-    Exact normal mass between the half-integers, cut where less than RAREST is left. All three arguments in steps.
-    """
-    last = max(1, math.ceil((dwell_mean + 9 * dwell_std) / period) + 1)
-    if dwell_std == 0:
-        law = np.zeros(last)
-        law[max(1, round(dwell_mean / period)) - 1] = 1.0
-    else:
-        edges = [-math.inf, *(((r + 0.5) * period - dwell_mean) / dwell_std for r in range(1, last)), math.inf]
-        law = np.array([normal_mass(low, high) for low, high in itertools.pairwise(edges)])
-    beyond = law.sum() - np.cumsum(law)
-    law = law[:np.argmax(beyond < RAREST) + 1]
-    return law / law.sum()
-
-
-def normal_mass(low, high):
-    """P(low < z < high) for a standard normal z, without cancellation in the upper tail."""
-    if low > 0:
-        low, high = -high, -low
-    return 0.5 * (math.erfc(-high / math.sqrt(2)) - math.erfc(-low / math.sqrt(2)))
-
-
-def recover_planes(series):
-    """The planes (K, 2, feature_dim) by least squares from X, states and thetas, made orthonormal.
-
-    The regression of X on (cos θ, sin θ) over the visits to a circle estimates radius * plane; the nearest
-    orthonormal pair is the orthogonal factor of its polar decomposition. Fitted to the noise too, they make errors on
-    the same data too low, by about noise_std² * K (2 feature_dim - 3) / X.size: 0.02% at the default sizes. Raises
-    cli.UserError when a circle is seen at too few angles.
-    """
-    planes = np.empty((series.n_circles, 2, series.feature_dim))
-    for i in range(series.n_circles):
-        steps = np.flatnonzero(series.states == i)
-        angles = np.stack([np.cos(series.thetas[steps]), np.sin(series.thetas[steps])], axis=1)
-        if len(steps) < 2 or np.linalg.matrix_rank(angles) < 2:
-            raise cli.UserError(f"data.npz has no planes, and circle {i} is seen at too few angles to recover its "
-                                "plane; make the data anew with markov_circles_timeseries.py")
-        fit, *_ = np.linalg.lstsq(angles, series.X[steps].astype(np.float64))
-        left, _, right = np.linalg.svd(fit, full_matrices=False)
-        planes[i] = left @ right
-    return planes
-
-
-def survival(process):
-    """P(R > m) for m = 0, 1, … : (K, max_revolutions), the first column 1."""
-    return np.cumsum(process.dwell_law[:, ::-1], axis=1)[:, ::-1]
-
-
-def entry_rates(process):
-    """How often a visit to each circle begins, a step, in the stationary process: (K,).
-
-    The embedded chain's stationary law over its mean sojourn. A time step chosen at random is in revolution m of a
-    visit to circle i, at any given step of it, with probability entry_rates[i] * P(R_i > m).
-    """
-    K = process.n_circles
-    balance = np.vstack([process.transition_matrix.T - np.eye(K), np.ones(K)])
-    visits, *_ = np.linalg.lstsq(balance, np.r_[np.zeros(K), 1.0])
-    sojourn = process.periods * survival(process).sum(axis=1)
-    return np.maximum(visits, 0) / (np.maximum(visits, 0) @ sojourn)
 
 
 def initial_law(process, initial):
@@ -480,7 +379,7 @@ def in_planes(process, X):
         raise ValueError(f"X must be (n_steps, {process.feature_dim}), not {X.shape}")
     if not np.isfinite(X).all():
         raise cli.UserError("the series holds NaN or infinity; the filter needs finite numbers")
-    plane = (X @ process.planes.reshape(-1, process.feature_dim).T).reshape(len(X), -1, 2)
+    plane = circle_process.plane_coordinates(process, X)
     length = np.hypot(plane[..., 0], plane[..., 1])
     baseline = ((process.radii * length - process.radii**2 / 2) / process.noise_std**2).max(axis=1)
     return plane, baseline, np.einsum("td,td->t", X, X)
@@ -493,10 +392,9 @@ def prediction_map(process, horizons):
     between what follows after leaving and that: what follows depends on the circle left and k - r alone.
     """
     K, dim, reach = process.n_circles, process.feature_dim, max(horizons, default=0)
-    scaled = process.radii[:, None, None] * process.planes
+    circles = np.arange(K)
     turn = 2 * np.pi * np.arange(reach + 1)[:, None] / process.periods
-    angle = (process.entry_angles + turn)[..., None]
-    staying = np.cos(angle) * scaled[:, 0] + np.sin(angle) * scaled[:, 1]  # (n, K, dim), n steps into a revolution
+    staying = circle_process.points(process, circles, process.entry_angles + turn)  # (n, K, dim), n steps into a visit
     alive, law = survival(process), process.dwell_law
     begun = np.zeros((reach + 1, K, dim))  # E[x] n steps after a visit to i began
     left = np.zeros((reach + 1, K, dim))  # E[x] n steps after the end of a visit to i
@@ -509,9 +407,8 @@ def prediction_map(process, horizons):
         left[n] = process.transition_matrix @ begun[n]
     by_phasor, by_flux = np.zeros((K, 2, len(horizons), dim)), np.zeros((K, reach, len(horizons), dim))
     for h, k in enumerate(horizons):
-        cos, sin = np.cos(turn[k])[:, None], np.sin(turn[k])[:, None]
-        by_phasor[:, 0, h] = cos * scaled[:, 0] + sin * scaled[:, 1]
-        by_phasor[:, 1, h] = cos * scaled[:, 1] - sin * scaled[:, 0]
+        by_phasor[:, 0, h] = circle_process.points(process, circles, turn[k])
+        by_phasor[:, 1, h] = circle_process.points(process, circles, turn[k] + np.pi / 2)
         for r in range(1, k + 1):
             by_flux[:, r - 1, h] = left[k - r] - staying[k - r]
     width = len(horizons) * dim
@@ -636,11 +533,10 @@ def smooth(process, X, initial="visit start"):
     posterior = np.maximum(posterior, 0)
     posterior /= posterior.sum(axis=1, keepdims=True)
     circle = posterior.argmax(axis=1)
-    length = np.hypot(plane[..., 0], plane[..., 1])
-    distance = np.sqrt((np.maximum(norm2[:, None] - length**2, 0) + (length - process.radii)**2).min(axis=1))
     return {"circle_posterior": posterior, "circle": circle,
             "theta": np.angle(phasor[np.arange(n), circle]) % (2 * np.pi),
-            "log_likelihood": step_log_likelihood(process, evidence, baseline, norm2), "distance": distance}
+            "log_likelihood": step_log_likelihood(process, evidence, baseline, norm2),
+            "distance": circle_process.distance(process, X)}
 
 
 def sliding_sum(values, widths):
@@ -656,8 +552,6 @@ def sliding_sum(values, widths):
 
 def draw(path, report, posterior, states, start):
     """Circle posterior over a stretch of time with the true circles above it, and error against horizon."""
-    import figures
-
     K = posterior.shape[1]
     fig, axes = figures.new_figure(3, 1, panel=(9.0, 2.4), title="Bayes-optimal filter",
                                    gridspec_kw={"height_ratios": [0.12, 1, 1]})
@@ -727,4 +621,4 @@ if __name__ == "__main__":
     # cache on disk.
     import optimal_filter
 
-    cli.run(optimal_filter.main, ARGS)
+    cli.run(optimal_filter.main, parse_args())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import circle_process
 import cli
 import generate
 from kernels import step_cpu
@@ -371,7 +372,7 @@ def test_nearest_distance_by_brute_force(toy):
     circles = [r * (np.cos(angles)[:, None] * p[0] + np.sin(angles)[:, None] * p[1])
                for r, p in zip(process.radii, process.planes, strict=True)]
     brute = [min(np.linalg.norm(circle - x, axis=1).min() for circle in circles) for x in X]
-    np.testing.assert_allclose(generate.nearest_distance(process, X), brute, atol=1e-4)
+    np.testing.assert_allclose(circle_process.distance(process, X), brute, atol=1e-4)
 
 
 def test_the_process_itself_is_a_song(toy):

@@ -17,7 +17,8 @@ REPO = Path(cli.__file__).parent
 SCRIPTS = sorted(path.stem for path in REPO.glob("*.py") if "\ndef parse_args(" in path.read_text(encoding="utf-8"))
 SLOW_IMPORTS = {"torch", "numba", "umap", "matplotlib", "sklearn", "scipy", "numpy"}
 # These import all that they use on top; it is loaded within half a second.
-QUICK_ENOUGH = {"estimate_dimension": {"numpy", "matplotlib"}}
+QUICK_ENOUGH = {"estimate_dimension": {"numpy", "matplotlib"}, "markov_circles_timeseries": {"numpy", "matplotlib"},
+                "optimal_filter": {"numpy", "matplotlib", "numba"}}
 
 # The flags that other people's scripts and papers rely on: one may be added here, none taken away.
 PROMISED = {

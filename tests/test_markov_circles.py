@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+import circle_process
 import cli
 import dataset
 import markov_circles_timeseries as mc
@@ -36,7 +37,7 @@ def visits_of(series):
 @pytest.mark.parametrize("K", [2, 3, 4, 5, 10, 30])
 def test_transition_matrix_is_sparse_and_leads_to_both_neighbours(K):
     for seed in range(20):
-        P = mc.draw_transition_matrix(K, np.random.default_rng(seed))
+        P = circle_process.draw_transition_matrix(K, np.random.default_rng(seed))
         np.testing.assert_allclose(P.sum(axis=1), 1, rtol=1e-12)
         assert (P >= 0).all() and (np.diag(P) == 0).all()
         for i in range(K):
@@ -291,7 +292,7 @@ def test_failed_uncompressed_save_keeps_the_older_data(tmp_path, monkeypatch):
         yield slice(0, 10), np.zeros((10, 6), np.float32)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(mc, "draw_points", full_disk)
+    monkeypatch.setattr(circle_process, "draw_points", full_disk)
     with pytest.raises(cli.UserError, match="No space left"):
         mc.save_uncompressed(config(*SMALL, "--seed", 1), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older

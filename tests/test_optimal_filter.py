@@ -11,6 +11,7 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import norm
 
+import circle_process
 import cli
 import optimal_filter
 from dataset import Series
@@ -220,7 +221,7 @@ def test_data_that_the_process_cannot_make_still_get_an_answer():
 
 @pytest.mark.parametrize("period", [40, 120, 400, 1500])
 def test_dwell_law(period):
-    law = optimal_filter.revolution_law(period, 400.0, 100.0)
+    law = circle_process.revolution_law(period, 400.0, 100.0)
     assert law.sum() == pytest.approx(1, abs=1e-14)
     r = np.arange(2, len(law) + 1)
     wanted = norm.cdf((r + 0.5) * period, 400, 100) - norm.cdf((r - 0.5) * period, 400, 100)
@@ -231,9 +232,9 @@ def test_dwell_law(period):
 
 
 def test_dwell_law_without_spread():
-    np.testing.assert_array_equal(optimal_filter.revolution_law(100, 420.0, 0.0), [0, 0, 0, 1])
-    np.testing.assert_array_equal(optimal_filter.revolution_law(100, 250.0, 0.0), [0, 1])  # round half to even
-    np.testing.assert_array_equal(optimal_filter.revolution_law(100, 20.0, 0.0), [1])
+    np.testing.assert_array_equal(circle_process.revolution_law(100, 420.0, 0.0), [0, 0, 0, 1])
+    np.testing.assert_array_equal(circle_process.revolution_law(100, 250.0, 0.0), [0, 1])  # round half to even
+    np.testing.assert_array_equal(circle_process.revolution_law(100, 20.0, 0.0), [1])
 
 
 def test_entry_rates_are_the_chain_s_own():
@@ -242,7 +243,7 @@ def test_entry_rates_are_the_chain_s_own():
     begins = np.zeros(3)
     for (i, _, e), p in zip(states, starts["stationary"], strict=True):
         begins[i] += p * (e == 0)
-    np.testing.assert_allclose(optimal_filter.entry_rates(process), begins, atol=1e-12)
+    np.testing.assert_allclose(circle_process.entry_rates(process), begins, atol=1e-12)
 
 
 def test_errors_are_those_the_filter_expects():
