@@ -1,16 +1,14 @@
-# make demo    an environment, data, a small trained model, its figures   (resumes where it was interrupted)
-# make test    the environment again if needed, the linter and the tests
-# make bench   speed tables against the peers of requirements-bench.txt
-# make study   the runs of the README's study and their comparison; for a GPU    (resumes where it was interrupted)
+# The commands of this project as one line each; `make` alone makes the demo. `make help` lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
-# A step leaves nothing half-made: it is done when its last file is there, so that file is the target.
 DEMO   := demo
 STUDY  := study
 
-.PHONY: demo test bench study clean-demo
+.PHONY: demo test bench study clean-demo help
+# A file that a failed command has begun is deleted. Every rule below has as its target the last file that its command
+# writes: when that file is there, the step is complete, and a repeated make goes on behind it.
 .DELETE_ON_ERROR:
 
 demo: $(DEMO)/plots/model_umap.png $(DEMO)/plots/model_gates_summary_0.png $(DEMO)/plots/dimension.png \
@@ -26,6 +24,15 @@ bench: $(VENV)/.bench
 
 clean-demo:
 	rm -rf $(DEMO)
+
+help:
+	@echo "make demo        an environment, data, a small trained model and its figures: at most 10 minutes on 2 CPU cores"
+	@echo "make test        the linter and the tests"
+	@echo "make bench       speed tables beside other software, which is installed first (requirements-bench.txt)"
+	@echo "make study       the 21 runs of docs/results.md and their comparison: for a GPU; days on a CPU"
+	@echo "make clean-demo  deletes the folder of the demo"
+	@echo "make help        this list"
+	@echo "All but the last two make the environment $(VENV) first. demo and study go on where they were interrupted."
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -45,7 +52,8 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.runtime
 $(DEMO)/data/umap.png: | $(VENV)/.runtime
 	$(PY) markov_circles_timeseries.py --data-dir $(DEMO)/data
 
-# The run's last file is its third prediction figure; a run that was interrupted goes on from its last state.
+# The last file that a training run writes is its third prediction figure. A run that was interrupted has left its last
+# state, from which --resume goes on.
 $(DEMO)/model_prediction_2.png: $(DEMO)/data/umap.png
 	$(PY) masked_model_gpu_mamba_next.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt \
 	    --d-model 64 --n-layers 4 --d-state 16 --d-ff 128 --seq-len 512 --stride 256 --batch-size 16 --epochs 40 \
@@ -65,7 +73,7 @@ $(DEMO)/plots/model_gates_summary_0.png: $(DEMO)/model_prediction_2.png
 $(DEMO)/plots/dimension.png: $(DEMO)/data/umap.png
 	$(PY) estimate_dimension.py --data-dir $(DEMO)/data --save-dir $(DEMO)/plots
 
-# The study: what a run's flags add to the README's setting stands behind its name.
+# The runs of the study. All have STUDY_FLAGS; what a run adds to them stands beside its name below.
 STUDY_FLAGS := --d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval
 STUDY_RUNS  := full_42 full_43 full_44 frozen_42 frozen_43 frozen_44 slow A_frozen gates_A_frozen horizon64
 STUDY_BEST  := regularised averaged_42 averaged_43 averaged_44 small_42 small_43 small_44
@@ -81,6 +89,7 @@ $(call study_run,A_frozen): FLAGS := --freeze-A
 $(call study_run,gates_A_frozen): FLAGS := --gate-lr-factor 0 --freeze-A
 $(call study_run,horizon64): FLAGS := --max-horizon 64
 $(call study_run,regularised): FLAGS := --epochs 150 --max-horizon 4 --aug-noise 1
+# Settings that bring the excess over the exact filter below 1 %.
 BELOW_1  := --seq-len 512 --epochs 80 --warmup-epochs 2 --dropout 0.05 --max-horizon 2 --aug-noise 1.5 --ema 0.99
 AVERAGED := $(BELOW_1) --batch-size 32 --lr 2e-3
 SMALL    := $(BELOW_1) --batch-size 16 --lr 3e-3 --d-model 64 --n-layers 4 --d-state 16 --d-ff 128
@@ -109,6 +118,7 @@ $(STUDY)/plots/.compared: $(foreach run,$(STUDY_RUNS) $(STUDY_BEST) $(STUDY_SUB4
 	    --gen-len 4096 --compare
 	@touch $@
 
+# The series that a run is trained on, unless a line above names another for it.
 SERIES = data
 $(STUDY)/%_prediction_2.png: $(STUDY)/data/umap.png $(STUDY)/data/subspace4/umap.png
 	$(PY) masked_model_gpu_mamba_next.py --data-dir $(STUDY)/$(SERIES) --checkpoint $(STUDY)/$*.pt $(STUDY_FLAGS) \

@@ -1,27 +1,31 @@
-"""The README against the code: its commands are run from its text, and what it names exists.
+"""README.md and docs/ against the code: their commands are run from their text, and what they name exists.
 
-Commands of the scripts run in the README's order in a folder of their own, with sizes overridden and nothing else, and
-must leave the files that the README says they write. What can't run here is checked as far as it can be: make targets
-by a dry run, torchrun lines by torch's parser and the script's, the job array by a shell with a recorder for `python`,
-pip lines by the files that they name.
+The commands of each page run in its order in a folder of their own, with sizes overridden and nothing else, and must
+leave the files that the page says they write. What can't run here is checked as far as it can be: make targets by a dry
+run, torchrun lines by torch's parser and the script's, the job array by a shell with a recorder for `python`, pip lines
+by the files that they name.
 """
 
 import importlib
-import itertools
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import cli
 
 REPO = Path(cli.__file__).parent
-README = (REPO / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
 TRAINING = "masked_model_gpu_mamba_next"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
-# Sizes alone. They come after the README's own flags, and the last one counts.
+PAGES = {str(path.relative_to(REPO)): path.read_text(encoding="utf-8")
+         for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md")), REPO / "data/README.md"]}
+PROSE = {page: BLOCK.sub("", text) for page, text in PAGES.items()}
+README, ALL_PROSE = PAGES["README.md"], "\n".join(PROSE.values())
+
+# Sizes alone. They come after the page's own flags, and the last one counts.
 SMALLER = {
     "markov_circles_timeseries": ["--n-steps", 12000],  # 10 % of it holds a window of 1024
     TRAINING: ["--d-model", 8, "--d-ff", 8, "--epochs", 1, "--warmup-epochs", 0, "--val-fraction", 0.1],
@@ -43,11 +47,16 @@ def expand(pattern):
     return [name for part in inside.split(",") for name in expand(head + part + tail)]
 
 
-def bash_lines():
-    """(line, files) of all bash blocks, in order: a command and what the comments under it say that it writes."""
+def blocks(page):
+    """[(language, text)] of the page's fenced blocks."""
+    return BLOCK.findall(PAGES[page])
+
+
+def bash_lines(page):
+    """[(line, files)] of the page's bash blocks: a command and what the comments under it say that it writes."""
     lines = []
-    for block in (text for language, text in BLOCKS if language == "bash" and "<<" not in text):
-        for line in block.splitlines():
+    for text in (text for language, text in blocks(page) if language == "bash" and "<<" not in text):
+        for line in text.splitlines():
             if line.startswith("# writes "):
                 lines[-1][1].extend(name for word in line.split()[2:] for name in expand(word))
             elif not line.startswith("#"):
@@ -55,29 +64,38 @@ def bash_lines():
     return lines
 
 
-def lines_of(program):
-    return [(shlex.split(line, comments=True), files) for line, files in bash_lines() if line.split()[0] == program]
+def lines_of(program, page=None):
+    """[(words, files)] of the commands that start with `program`, of one page or of all."""
+    return [(shlex.split(line, comments=True), files)
+            for name in ([page] if page else PAGES) for line, files in bash_lines(name) if line.split()[0] == program]
 
 
-SCRIPT_LINES = [(words[1].removesuffix(".py"), words[2:], files) for words, files in lines_of("python")
-                if words[1] != "-m"]
+def script_lines(page=None):
+    """[(script, flags, files)] of the commands that run a script of this project."""
+    return [(words[1].removesuffix(".py"), words[2:], files) for words, files in lines_of("python", page)
+            if words[1] != "-m"]
+
+
+PAGES_THAT_RUN = [page for page in PAGES if script_lines(page)]
 
 
 # ---- what runs -------------------------------------------------------------------------------------------------
 
 
 def test_every_bash_line_is_of_a_kind_that_is_checked_here():
-    assert {line.split()[0] for line, _ in bash_lines()} == {"make", "python", "torchrun"}
-    assert [text for language, text in BLOCKS if "<<" in text] == [job_array()[0]]
-    assert {language for language, _ in BLOCKS} == {"bash", "python"}
+    assert {line.split()[0] for page in PAGES for line, _ in bash_lines(page)} == {"make", "python", "torchrun"}
+    every = [block for page in PAGES for block in blocks(page)]
+    assert [text for _, text in every if "<<" in text] == [job_array()[0]]
+    assert {language for language, _ in every} == {"bash", "python"}
+    assert [page for page in PAGES if any(language == "python" for language, _ in blocks(page))] == ["README.md"]
 
 
 def test_all_scripts_are_shown_at_work():
-    assert {name for name, _, _ in SCRIPT_LINES} == set(SMALLER)
+    assert {name for name, _, _ in script_lines("README.md")} == set(SMALLER)
 
 
-def test_the_commands_that_people_rely_on_are_in_it():
-    lines = "\n".join(line for line, _ in bash_lines())
+def test_the_commands_that_people_rely_on_are_in_the_readme():
+    lines = "\n".join(line for line, _ in bash_lines("README.md"))
     common = "--d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval"
     for command in ("markov_circles_timeseries.py", f"{TRAINING}.py {common}",
                     f"{TRAINING}.py --gate-lr-factor 0 {common} --checkpoint model_next_frozen.pt",
@@ -94,10 +112,11 @@ def test_the_commands_that_people_rely_on_are_in_it():
         assert re.search(rf"^python {re.escape(command)}$", lines, re.MULTILINE), command
 
 
-def test_commands_run_in_order_and_write_what_the_readme_says(script, one_thread, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES_THAT_RUN)
+def test_commands_run_in_order_and_write_what_the_page_says(page, script, one_thread, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("markov_circles_timeseries.UMAP_POINTS", 500)  # a size without a flag
-    for name, flags, files in SCRIPT_LINES:
+    for name, flags, files in script_lines(page):
         old = {path: path.stat().st_mtime_ns for path in map(Path, files) if path.exists()}
         result = script(name, *flags, *SMALLER[name])
         command = f"{name}.py {' '.join(flags)}"
@@ -107,12 +126,11 @@ def test_commands_run_in_order_and_write_what_the_readme_says(script, one_thread
             assert path.stat().st_mtime_ns != old.get(path), f"{command} left {path} as it was"
         if not files:
             assert "--eval" in flags and "command" in result.out and "horizon" in result.out
-    for language, code in BLOCKS:
-        if language == "python":
-            names = {}
-            exec(code, names)
-            assert len(names["layers"]) == 7 and names["prediction"].shape == names["x"].shape == (1, 1024, 20)
-    named_by_a_command = {file for _, _, files in SCRIPT_LINES for file in files}
+    for code in (text for language, text in blocks(page) if language == "python"):
+        names = {}
+        exec(code, names)
+        assert len(names["layers"]) == 7 and names["prediction"].shape == names["x"].shape == (1, 1024, 20)
+    named_by_a_command = {file for _, _, files in script_lines(page) for file in files}
     unnamed = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("plots/*")} - named_by_a_command
     assert all(re.search(r"model_next(_frozen)?_(summary\.png|metrics\.json)$", path) for path in unnamed), unnamed
 
@@ -125,12 +143,47 @@ def test_reductions_change_sizes_alone():
 # ---- what can't run here ---------------------------------------------------------------------------------------
 
 
+def dry_run(*targets):
+    done = subprocess.run(["make", "-n", *targets], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_make_targets_exist():
-    targets = [words[1:] for words, _ in lines_of("make")]
-    assert targets == [["demo"], ["test"]]
-    for target in [*targets, ["study"], ["bench"]]:
-        done = subprocess.run(["make", "-n", *target], cwd=REPO, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    assert [words[1:] for words, _ in lines_of("make")] == [["demo"], ["test"]]
+    named = set(re.findall(r"`make ([\w-]+)`", ALL_PROSE))
+    assert {"demo", "study", "bench", "help"} <= named
+    for target in {*named, "test"}:
+        assert dry_run(target)
+    assert dry_run() == dry_run("demo")
+
+
+def test_make_help_names_every_target():
+    text = subprocess.run(["make", "-s", "help"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY:(.*)$", makefile, re.MULTILINE)[1].split()
+    assert re.findall(r"^make ([\w-]+) ", text, re.MULTILINE) == phony
+
+
+def test_the_small_model_of_the_readme_is_that_of_the_demo():
+    training = importlib.import_module(TRAINING)
+    (flags,) = [flags for name, flags, _ in script_lines("README.md") if "small.pt" in flags and name == TRAINING]
+    demo_commands = dry_run("demo", "DEMO=fresh_demo").replace("\\\n", "")
+    (command,) = re.findall(rf"{TRAINING}\.py (.*?) \$\(", demo_commands)
+    small, demo = (vars(training.parse_args(words)) for words in (flags, shlex.split(command)))
+    assert {name for name in small if small[name] != demo[name]} == {"checkpoint", "data_dir"}
+
+
+def test_the_study_runs_the_flags_that_the_results_name():
+    study = dry_run("study", "STUDY=fresh_study")
+    assert study.count(f"{TRAINING}.py") == 21 and "21 runs" in README and "21 runs" in PAGES["docs/results.md"]
+    started = re.findall(r"--no-train-eval \\ (.*?) ?\$\(test", " ".join(study.split()))
+    results = " ".join(PAGES["docs/results.md"].split())
+    table = re.findall(r" \| `(--[^`]+)` \| 8\.", results)
+    ((common, full),) = re.findall(r"- `(--seq-len [^`]+)` with `(--[^`]+)`", results)
+    (small,) = re.findall(r"- The same with `(--[^`]+)`", results)
+    assert len(table) == 7
+    assert {*table, f"{common} {full}", f"{common} {small}"} <= set(started)
 
 
 def test_torchrun_lines_parse_as_torch_and_the_script_read_them():
@@ -148,8 +201,8 @@ def test_torchrun_lines_parse_as_torch_and_the_script_read_them():
 
 
 def job_array():
-    """(block, script, number of tasks) of the README's Slurm array."""
-    (block,) = [text for language, text in BLOCKS if language == "bash" and "sbatch" in text]
+    """(block, script, task numbers) of the Slurm array."""
+    (block,) = [text for page in PAGES for language, text in blocks(page) if language == "bash" and "sbatch" in text]
     script = re.search(r"<<'END'\n(.*?)^END$", block, re.DOTALL | re.MULTILINE)[1]
     first, last = map(int, re.search(r"--array=(\d+)-(\d+)", script).groups())
     return block, script, range(first, last + 1)
@@ -172,60 +225,81 @@ def test_the_job_array_starts_each_ablation_once_under_a_name_of_its_own(tmp_pat
 
 
 def test_pip_lines_name_files_that_are_there():
-    pip = [words for words, _ in lines_of("python") if words[1] == "-m"]
-    assert len(pip) == 1
-    words = pip[0]
+    ((words, _),) = [line for line in lines_of("python") if line[0][1] == "-m"]
     assert "--no-build-isolation" in words
     wanted = (REPO / words[words.index("-r") + 1]).read_text(encoding="utf-8")
     assert re.search(r"^mamba-ssm==", wanted, re.MULTILINE) and re.search(r"^causal-conv1d==", wanted, re.MULTILINE)
 
 
-# ---- what it names ---------------------------------------------------------------------------------------------
+# ---- what they name --------------------------------------------------------------------------------------------
 
 
 def all_flags():
     import test_help
 
-    found = set()
-    for name in test_help.SCRIPTS:
-        source = (REPO / f"{name}.py").read_text(encoding="utf-8")
-        found |= set(re.findall(r'add_argument\("(--[\w-]+)"', source))
-    return found | set(re.findall(r'add_argument\("(--[\w-]+)"', (REPO / "cli.py").read_text(encoding="utf-8")))
+    sources = [REPO / f"{name}.py" for name in [*test_help.SCRIPTS, "cli"]]
+    return {flag for path in sources
+            for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
 
 
 def test_flags_in_the_prose_exist():
-    named = set(re.findall(r"`[^`]*?(--[a-zA-Z][\w-]*)[^`]*`", PROSE))
-    assert len(named) > 10
+    named = set(re.findall(r"(?<![\w-])(--[a-zA-Z][\w-]*)", " ".join(re.findall(r"`([^`]*)`", ALL_PROSE))))
+    assert len(named) > 30
     assert named <= all_flags() | {"--help"}
 
 
 def test_files_in_the_prose_exist():
-    named = set(re.findall(r"`([\w./-]+\.(?:py|md|txt|toml))`", PROSE)) | set(re.findall(r"`(\w+/)`", PROSE))
-    assert len(named) > 15
-    for name in named:
+    named = set(re.findall(r"`([\w./-]+\.(?:py|md|txt|toml|cff))`", ALL_PROSE)) | set(re.findall(r"`(\w+/)`", README))
+    assert len(named) > 20
+    for name in named - {"demo/"}:  # which make demo makes
         assert (REPO / name).exists(), name
+
+
+def slug(heading):
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PROSE[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (REPO / page).parent / path if path else REPO / page
+        assert linked.exists(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{page}: {target}"
+
+
+def test_every_page_is_linked_in_the_readme():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in README, page
 
 
 def test_every_module_is_in_the_file_table():
     table = README.partition("## Files")[2]
     for path in REPO.glob("*.py"):
         assert f"`{path.name}`" in table, f"{path.name} is missing in the README's table of files"
+    for path in REPO.glob("kernels/[!_]*.py"):
+        assert f"`{path.stem}`" in table, f"kernels/{path.name} is missing in the README's table of files"
 
 
 def test_code_named_in_the_prose_exists():
     training = importlib.import_module(TRAINING)
-    functions = set(re.findall(r"`(\w+)\(\)`", PROSE))
+    functions = set(re.findall(r"`(\w+)\(\)`", PROSE["README.md"]))
     assert {"build_parser", "parameter_groups", "make_loss", "augment"} <= functions
     assert all(callable(getattr(training, name)) for name in functions)
     groups = {group.title for group in training.build_parser()._action_groups}
     assert "ablations and losses" in groups
-    for constant in re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", PROSE):
+    for constant in re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", PROSE["README.md"]):
         assert hasattr(training, constant), constant
 
 
 def test_names_of_runs_are_as_described():
     training = importlib.import_module(TRAINING)
-    named = re.findall(r"`(--[^`]+)` makes\s+`(model_next\w+\.pt)`", PROSE)
+    named = re.findall(r"`(--[^`]+)` makes\s+`(model_next\w+\.pt)`", README)
     assert len(named) == 2
     for flags, name in named:
         assert training.parse_args(flags.split()).checkpoint.name == name
@@ -237,23 +311,46 @@ def test_numbers_of_the_model_are_true():
 
     training = importlib.import_module(TRAINING)
     count = sum(p.numel() for p in CausalTimeSeriesMamba().parameters())
-    assert f"{count:,} parameters" in PROSE
-    assert f"the last {training.SAVE_EVERY_SECONDS} seconds" in " ".join(PROSE.split())
+    assert f"{count:,} parameters" in README
+    assert f"the last {training.SAVE_EVERY_SECONDS} seconds" in " ".join(README.split())
     args = training.parse_args([])
     for size in (f"Linear(20 → {args.d_model})", f"{args.n_layers} layers", f"Linear({args.d_model} → {args.d_ff})"):
-        assert size in PROSE
+        assert size in README
+
+
+def test_the_glossary_says_how_large_the_tensors_are():
+    from mamba_model import MambaBlock
+
+    block = MambaBlock(d_model=32, d_state=5, expand=3)
+    d_inner, d_state, dt_rank = 96, 5, 2  # 3 · 32 and ⌈32 / 16⌉
+    rows = dict(re.findall(r"^\| [^|]*\| ([^|]+) \| ([^|]+) \|", PROSE["docs/glossary.md"], re.MULTILINE))
+    assert rows["`xz`"] == "(batch, time, 2 `d_inner`)" and block.in_proj.out_features == 2 * d_inner
+    assert rows["`dt_rank`"] == "⌈`d_model` / 16⌉" and block.dt_rank == dt_rank
+    assert rows["`x_dbl`"] == "(batch, time, `dt_rank` + 2 `d_state`)"
+    assert block.x_proj.out_features == dt_rank + 2 * d_state
+    assert rows["`A` = -exp(`A_log`)"] == "(`d_inner`, `d_state`)" and block.A_log.shape == (d_inner, d_state)
+    assert rows["`D`"] == "(`d_inner`,)" and block.D.shape == (d_inner,)
+    assert rows["`h`"] == "(batch, `d_inner`, `d_state`)" and block.init_state(4)[1].shape == (4, d_inner, d_state)
 
 
 def test_figures_are_there_and_small():
-    images = re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", README)
-    assert images
-    for text, path in images:
+    images = [(page, *image) for page in PAGES for image in re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", PAGES[page])]
+    assert len(images) == 2
+    for page, text, path in images:
+        file = (REPO / page).parent / path
         assert len(text) > 20  # a reader who can't see it is told what it shows
-        assert (REPO / path).read_bytes().startswith(b"\x89PNG") and (REPO / path).stat().st_size < 300_000
+        assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size < 300_000
 
 
-def test_it_stays_short():
-    assert list(itertools.chain(re.findall(r"^# .*", PROSE, re.MULTILINE))) == ["# MambaSynth"]
-    assert "<!--" not in PROSE  # no place left to fill
-    outside_tables = re.sub(r"^\|.*\n", "", PROSE, flags=re.MULTILINE)
-    assert len(outside_tables.split()) < 1500  # five minutes
+def test_pages_are_whole_and_the_readme_stays_short():
+    for page, prose in PROSE.items():
+        assert len(re.findall(r"^# .*", prose, re.MULTILINE)) == 1, page
+        assert "<!--" not in prose  # no place left to fill
+    assert len(PROSE["README.md"].split()) < 1500  # a few minutes, its tables included
+
+
+def test_licence_and_citation_say_the_same():
+    licence, citation = ((REPO / name).read_text(encoding="utf-8") for name in ("LICENSE", "CITATION.cff"))
+    assert licence.startswith("MIT License\n\nCopyright (c) 2026 the MambaSynth authors\n")
+    assert {"cff-version: 1.2.0", "license: MIT", "type: software", "  - name: The MambaSynth authors"} <= set(
+        citation.splitlines())
