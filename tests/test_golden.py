@@ -67,10 +67,32 @@ def measured_dimension(data_dir):
     return list(estimate_dimension.levina_bickel(dataset.load_series(data_dir).X, [5, 20]).values())
 
 
+def gate_numbers(data_dir):
+    """What the gates of an untrained model do with the start of the series: the mean and the mean square of each of
+    their signals, layer by layer, and the predictions' mean square. A step size 1 % off moves them by about as much."""
+    import torch
+
+    import dataset
+    from mamba_model import CausalTimeSeriesMamba
+
+    torch.manual_seed(3)
+    model = CausalTimeSeriesMamba(6, 32, 2, 4, d_ff=16, max_horizon=2).eval()
+    x = torch.from_numpy(dataset.load_series(data_dir).X[None, :256].copy())
+    numbers = {}
+    with torch.no_grad():
+        inputs = [model.input_proj(x), *model.layer_outputs(x)]
+        for i, (layer, h) in enumerate(zip(model.layers, inputs, strict=False), start=1):
+            for name, values in layer.mamba.signals(layer.norm(h)).items():
+                numbers[f"layer {i}, {name}"] = [values.double().mean().item(), values.double().square().mean().item()]
+        for k, prediction in model(x).items():
+            numbers[f"prediction {k}"] = [prediction.double().mean().item(), prediction.double().square().mean().item()]
+    return numbers
+
+
 def all_numbers(folder, data_dir):
     digest, projections = series_numbers(data_dir)
     return {"hash": digest, "series": projections, "training": run_training(folder, data_dir),
-            "dimension": measured_dimension(data_dir)}
+            "dimension": measured_dimension(data_dir), "gates": gate_numbers(data_dir)}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +118,14 @@ def test_the_curves_of_a_training_run(shared_data, tmp_path, golden, scan):
         size = [100 + v if column.startswith("excess") else v for v in golden["training"][column]]
         for value, expected, scale in zip(values, golden["training"][column], size, strict=True):
             assert value == pytest.approx(expected, rel=0, abs=3e-5 * scale), column
+
+
+def test_the_gates_of_an_untrained_model(shared_data, golden):
+    numbers = gate_numbers(shared_data)
+    assert numbers.keys() == golden["gates"].keys()
+    for name, values in numbers.items():
+        size = golden["gates"][name][1] ** 0.5
+        assert values == pytest.approx(golden["gates"][name], rel=0, abs=1e-4 * max(size, size**2)), name
 
 
 def test_the_dimension(shared_data, golden):
