@@ -1,24 +1,26 @@
 """Measure what each layer of a model knows about the hidden circle and phase, and compare models.
 
-Reads one or more checkpoints NAME.pt and data/data.npz. Levels are the input, the layers from 1 on and the output (the
-prediction one step ahead), each over the whole series, in windows of the model's own length that overlap by a quarter:
-but for the very first steps every step has at least that much past. Tables go to the terminal, files to --save-dir:
-  NAME_umap.png       a UMAP a level, coloured by circle; with --per-layer NAME_umap_layer7.png and so on
+Reads one or more checkpoints NAME.pt and data/data.npz. The levels of a model are the input, the layers from 1 on, and
+the output (the prediction one step ahead). Each is computed for every time step of the series, in windows of the length
+that the model was trained on. Neighbouring windows overlap by a quarter, so that the model has seen at least that much
+of the past of every step but the first ones. Tables go to the terminal, files to --save-dir:
+  NAME_umap.png       one UMAP per level, coloured by circle; with --per-layer NAME_umap_layer7.png and so on
   NAME_summary.png    every measure against depth
   NAME_metrics.json   all numbers
-  compare_A_B_summary.png and .csv   with several checkpoints: all in the same axes and one table
-With --velocity or --pca 20, NAME becomes NAME_velocity or NAME_pca20: no run overwrites the files of another kind.
+  compare_A_B_summary.png and .csv   with several checkpoints: all in the same axes and in one table
+With --velocity or --pca 20, NAME becomes NAME_velocity or NAME_pca20, so that nothing is overwritten.
 
 The measures of a level:
-  probe acc.   circle accuracy of a linear probe (multinomial logistic regression) fitted on the first 70 % of time
-               and scored on the rest; the exact filter's accuracy on the same steps is the ceiling
-  phase R²     of (cos θ, sin θ), ridge regression, fitted and scored on the same parts of time
+  probe acc.   how often a linear probe (multinomial logistic regression), fitted on the first 70 % of time, names the
+               true circle in the rest; the exact filter's accuracy on the same steps is the ceiling
+  phase R²     of (cos θ, sin θ) by ridge regression, fitted and scored on the same parts of time
   ARI, NMI     of k-means (as many clusters as circles) against the true circles, over all steps; "smooth": after a
                majority vote over 101 steps
   silhouette   of the circles, Euclidean, over the --umap-points sample
-  in the UMAP  silhouette, ARI and NMI once more, in the two UMAP coordinates; a step has the cluster of the sampled
-               step nearest to it. All circles share their centre: as rings around one point they have no silhouette
-               and k-means cuts across them, however well they are apart. UMAP lays the rings side by side
+  in the UMAP  silhouette, ARI and NMI once more, in the two UMAP coordinates; a step that is not in the sample has the
+               cluster of the sampled step nearest to it. The circles share their centre: as rings around one point they
+               have no silhouette and k-means cuts across them, however far apart they are. UMAP lays the rings side by
+               side
   rank         effective rank, the participation ratio of the covariance
   dim k        Levina-Bickel dimension over k nearest neighbours of the --lb-points sample
 The best layer is the one with the best probe. --pca acts on UMAP, k-means, silhouette and dimension, not on the probes
@@ -30,7 +32,18 @@ Examples:
 """
 
 import argparse
+import concurrent.futures
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 
@@ -64,15 +77,12 @@ def parse_args(argv=None):
                        help="random time steps in each UMAP and in the silhouette")
     umaps.add_argument("--umap-neighbors", type=cli.positive_int, default=30, metavar="K",
                        help="UMAP's n_neighbors, the point itself included")
-    umaps.add_argument("--per-layer", action="store_true", help="one UMAP file a level in place of one grid")
+    umaps.add_argument("--per-layer", action="store_true", help="one UMAP file per level in place of one grid")
     dimension = parser.add_argument_group("dimension")
     dimension.add_argument("--no-lb", action="store_true", help="no Levina-Bickel dimension")
     dimension.add_argument("--lb-points", type=cli.positive_int, default=10_000, metavar="N",
                            help="random time steps for the dimension")
-    computing = parser.add_argument_group("computing")
-    cli.add_seed(computing)
-    cli.add_device(computing)
-    cli.add_scan(computing)
+    cli.add_computing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, nargs="+", default=[Path("model_next.pt")], metavar="NAME.pt",
                        help="trained models; several are compared")
@@ -89,17 +99,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
-import concurrent.futures
-import csv
-import hashlib
-import io
-import json
-import multiprocessing
-import os
-import signal
-import threading
-from concurrent.futures.process import BrokenProcessPool
-
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -108,13 +107,14 @@ import dataset
 import figures
 import mamba_model
 import measures
+import optimal_filter
 
 KS = (10, 30, 100)  # neighbours of the dimension estimate
 K_SHOWN = 30  # the one in panel titles and in the comparison
 PROBE_FRACTION = 0.7  # of time, to fit the probes
-PROBE_STEPS = 20_000  # at most, drawn from that part
+PROBE_STEPS = 20_000  # the probes are fitted on at most so many steps, drawn from that part
 STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}
-POINTS_WORTH_A_POOL = 10_000  # starting a process costs as long as embedding about this many points
+POINTS_WORTH_A_POOL = 10_000  # to start a process takes as long as to embed about this many points
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,9 +141,9 @@ def chosen_depths(levels, n_layers, checkpoint):
 
 
 def overlapping_windows(n_steps, seq_len):
-    """Starts of windows that cover every step, each overlapping the one before by a quarter or more: (starts, length).
+    """Windows that cover every step, each overlapping the one before by a quarter or more: (list of starts, length).
 
-    The last one ends with the series. A series shorter than seq_len is one window.
+    The last window ends with the series. A series shorter than seq_len is one window.
     """
     length = min(seq_len, n_steps)
     advance = length - max(1, length // 4)
@@ -154,32 +154,33 @@ def overlapping_windows(n_steps, seq_len):
 
 
 def stitch(windows, starts, velocity=False):
-    """One row a time step from overlapping windows (n, length, width), each step from the window with most past.
+    """One row per time step from overlapping windows (n, length, width).
 
-    Returns (n_steps, width), or (n_steps - 1, width) with velocity: the change from the step before, within a window,
-    for the steps from 1 on.
+    A step that lies in several windows is taken from the one that holds most of its past. Returns (n_steps, width), or
+    (n_steps - 1, width) with velocity: the change since the step before, both in one window, for the steps from 1 on.
     """
     first = int(velocity)  # the step of a window's first row
     if velocity:
         windows = windows.diff(dim=1)
-    parts, done = [], first
+    rows, done = [], first  # `done`: the steps before this one have their row
     for window, start in zip(windows, starts, strict=True):
-        parts.append(window[done - start - first:])
+        rows.append(window[done - start - first:])
         done = start + first + len(window)
-    return torch.cat(parts).numpy()
+    return torch.cat(rows).numpy()
 
 
 @torch.inference_mode()
 def in_batches(function, x, device):
-    """function(x) for x (n, length, width), a few windows at a time on the device; the result on the CPU."""
+    """function(x) for x (n, length, width), a few windows at a time on the device; the result is on the CPU."""
     n = max(1, STEPS_IN_BATCH[device.type] // x.shape[1])
-    return torch.cat([function(part.to(device)).cpu() for part in x.split(n)])
+    return torch.cat([function(windows.to(device)).cpu() for windows in x.split(n)])
 
 
 def representations(model, X, seq_len, depths, velocity=False):
-    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, one row fewer with velocity.
+    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, one row less with velocity.
 
-    All windows go through one layer before the next: memory holds one level of the series, however deep the model.
+    All windows go through one layer before the next one, so that memory holds one level of the series, however deep the
+    model is.
     """
     device = next(model.parameters()).device
     backend = model.backend_for(device)
@@ -196,49 +197,35 @@ def representations(model, X, seq_len, depths, velocity=False):
             yield depth, stitch(level, starts, velocity)
 
 
-@torch.inference_mode()
-def validation_mse(model, X, starts, seq_len):
-    """Mean squared error of each horizon over validation windows, as in training: {k: mse}, float32 arithmetic.
-
-    The prediction at t is compared with x[t + k] for all t + k in the window. starts (n,): first steps.
-    """
-    device = next(model.parameters()).device
-    sums = dict.fromkeys(model.horizons, 0.0)
-    for part in torch.from_numpy(starts).split(max(1, STEPS_IN_BATCH[device.type] // seq_len)):
-        x = dataset.gather(X, part, seq_len).to(device)
-        for key, prediction in model(x).items():
-            k = int(key)
-            sums[k] += len(part) * (prediction[:, :-k] - x[:, k:]).square().mean(dtype=torch.float64).item()
-    return {k: total / len(starts) for k, total in sums.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Measures
+# The measures of one level
 
 
 def probe_split(n_rows, rng):
-    """Row numbers to fit the probes, at most PROBE_STEPS from the first PROBE_FRACTION of time, and the rows to score
-    them, all later ones: (train (n,), a slice)."""
+    """The rows that fit the probes and the rows that score them: (train (n,) ascending, a slice).
+
+    Train: at most PROBE_STEPS rows from the first PROBE_FRACTION of time; the slice: all rows after that part.
+    """
     boundary = round(n_rows * PROBE_FRACTION)
     train = np.sort(rng.permutation(boundary)[:PROBE_STEPS])
     return train, slice(boundary, n_rows)
 
 
 def neighborhood(points, lb_points, umap_points, umap_neighbors):
-    """Dimension {k: value} of the first lb_points and the neighbour graph (distances, indices) that UMAP needs of the
-    first umap_points; None for what has 0 points.
+    """The dimension of the first lb_points and the neighbour graph for the UMAP of the first umap_points.
 
-    One neighbour query serves all k and, where its lists are long enough, UMAP too. The dimension of a level with too
-    few distinct points is None for all k.
+    Returns (dimension {k: value} for the KS, graph (distances, indices) as `measures.knn` gives it); each is None when
+    its number of points is 0. The dimension of a level with too few distinct points is None for all k. One neighbour
+    query serves all k and, where its lists are long enough, the UMAP too.
     """
     dimension = graph = None
     if lb_points:
         distances, indices = measures.knn(points[:lb_points], max(KS))
         try:
-            # Repeated points would count as neighbours at distance 0: levina_bickel leaves them out and asks anew.
-            distinct = distances[:, 0].min() > 0
-            dimension = (measures.dimension_from_distances(distances, KS) if distinct
-                         else measures.levina_bickel(points[:lb_points], KS))
+            if distances[:, 0].min() > 0:
+                dimension = measures.dimension_from_distances(distances, KS)
+            else:  # some points repeat; levina_bickel leaves the copies out and asks for the neighbours anew
+                dimension = measures.levina_bickel(points[:lb_points], KS)
         except cli.UserError:
             dimension = dict.fromkeys(KS)
         if 0 < umap_points <= lb_points:
@@ -249,21 +236,24 @@ def neighborhood(points, lb_points, umap_points, umap_neighbors):
 
 
 def level_measures(values, series, rows, args):
-    """All measures of one level, and what its UMAP needs.
+    """All measures of one level but those in its UMAP, and what its UMAP needs.
 
-    values (n, width), a row for each of the last n steps of the series; rows: the sampled row numbers, in random
-    order. Returns (dict, points (n_umap, width), graph, nearest (n,)), the last three None without UMAP: the sampled
-    points, their neighbours, and which of them is nearest to each row.
+    values (n, width), one row for each of the last n steps of the series; rows: the sampled row numbers, in random
+    order. Returns (dict, points, graph, nearest): the sampled points (n_umap, width), their neighbours, and for each of
+    the n rows which of these points is nearest (n,); these three are None without UMAP.
     """
-    from sklearn.metrics import pairwise_distances_argmin
+    from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import, like all of scikit-learn
 
     states, thetas = series.states[-len(values):], series.thetas[-len(values):]
     mean, eigenvalues, vectors = measures.spectrum(values)
     reduced = measures.principal_components(values, mean, vectors, args.pca)
+
+    # ---- the sample: its first points serve the dimension, the UMAP and the silhouette.
     points = reduced[rows]
     n_umap, n_lb = min(args.umap_points, len(rows)), 0 if args.no_lb else min(args.lb_points, len(rows))
     dimension, graph = neighborhood(points, n_lb, 0 if args.no_umap else n_umap, args.umap_neighbors)
 
+    # ---- the probes, which see the whole width of the level, and k-means
     fit, score = probe_split(len(values), np.random.default_rng(args.seed))
     train, test = measures.whitened(values[fit], values[score])
     level = {
@@ -281,7 +271,10 @@ def level_measures(values, series, rows, args):
 
 
 def best_layer(levels):
-    """The measures of the layer, neither input nor output, with the best probe; the first of equals. None without."""
+    """The measures of the layer with the best probe, the first of equals; input and output are no layers.
+
+    None when no layer has a probe.
+    """
     layers = [m for m in levels if m["level"].startswith("layer") and m["probe_accuracy"] is not None]
     return max(layers, key=lambda m: m["probe_accuracy"], default=None)
 
@@ -301,8 +294,10 @@ def umap_pool(n_embeddings, n_points):
 
 
 def start_worker():
-    """A worker ends on Ctrl-C without a traceback, and with the script even when that is killed: it would wait for work
-    for ever."""
+    """Let a worker end on Ctrl-C without a traceback, and end when the script does, even if that is killed.
+
+    Without the second, the workers of a killed script would wait for work for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def end_with_the_script():
@@ -325,34 +320,52 @@ def submit(pool, function, *arguments):
 # Floor and ceiling
 
 
-def filter_accuracy(process, series):
-    """How often the exact filter, given all of the past, names the circle, over the steps that score the probes."""
-    from optimal_filter import predict
+class Optimum:
+    """What the exact filter reaches on a series: the floor of the errors and the ceiling of the circle accuracy.
 
-    posterior = predict(process, series.X, horizons=(), keep_predictions=False)["circle_posterior"]
-    _, scored = probe_split(series.n_steps, np.random.default_rng(0))
-    return float((posterior.argmax(axis=1) == series.states)[scored].mean())
-
-
-def prediction_errors(model, series, windows, process, floors):
-    """The model's validation MSE and the exact filter's on the same windows: a list with a dict a horizon.
-
-    windows: (seq_len, stride, val_fraction); floors: those of earlier models, {key: {k: mse}}, added to. The filter
-    starts anew in each window, as the model does. Raises UserError when the validation part holds no window.
+    Everything is None for data that the filter doesn't know (a line then says so).
     """
-    seq_len = windows[0]
-    _, starts, _ = dataset.split_windows(series.n_steps, *windows)
+
+    def __init__(self, series):
+        self.series, self.floors = series, {}
+        self.process = optimal_filter.known_process(series, "no optimal floor and ceiling")
+        self.circle_accuracy = None if self.process is None else self.measure_circle_accuracy()
+
+    def measure_circle_accuracy(self):
+        """How often the filter, given all of the past, names the true circle, over the steps that score the probes."""
+        posterior = optimal_filter.predict(self.process, self.series.X, horizons=(),
+                                           keep_predictions=False)["circle_posterior"]
+        _, scored = probe_split(self.series.n_steps, np.random.default_rng(0))
+        return float((posterior.argmax(axis=1) == self.series.states)[scored].mean())
+
+    def window_mse(self, starts, seq_len, horizons):
+        """{horizon: the filter's error} on these windows, in each of which the filter starts anew, as a model does."""
+        if self.process is None:
+            return None
+        key = (starts.tobytes(), seq_len, tuple(horizons))
+        if key not in self.floors:  # models to be compared mostly share their windows
+            self.floors[key] = optimal_filter.window_mse(self.process, self.series, starts, seq_len, horizons)
+        return self.floors[key]
+
+
+def prediction_errors(model, series, window_settings, optimum):
+    """The validation MSE of the model and of the exact filter on the same windows: a list with one dict per horizon.
+
+    window_settings: (seq_len, stride, val_fraction). Raises UserError when the validation part holds no window or the
+    largest horizon doesn't fit into one.
+    """
+    seq_len = window_settings[0]
+    _, starts, _ = dataset.split_windows(series.n_steps, *window_settings)
     if model.horizons[-1] >= seq_len:
         raise cli.UserError(f"its largest horizon, {model.horizons[-1]}, does not fit into windows of {seq_len} steps")
-    mse = validation_mse(model, series.X, starts, seq_len)
-    key = (windows, tuple(model.horizons))
-    if process is not None and key not in floors:
-        from optimal_filter import window_mse
-
-        floors[key] = window_mse(process, series, starts, seq_len, model.horizons)
-    floor = floors.get(key, {})
-    return [{"horizon": k, "val_mse": value, "optimal_mse": floor.get(k),
-             "excess_percent": 100 * (value / floor[k] - 1) if floor else None} for k, value in mse.items()]
+    device = next(model.parameters()).device
+    windows = dataset.Windows(series.X, seq_len, device)
+    mse = mamba_model.validation_mse(model, windows, torch.from_numpy(starts).to(windows.starts_device),
+                                     max(1, STEPS_IN_BATCH[device.type] // seq_len), amp=False).tolist()
+    floor = optimum.window_mse(starts, seq_len, model.horizons)
+    return [{"horizon": k, "val_mse": value, "optimal_mse": floor[k] if floor else None,
+             "excess_percent": 100 * (value / floor[k] - 1) if floor else None}
+            for k, value in zip(model.horizons, mse, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -360,11 +373,12 @@ def prediction_errors(model, series, windows, process, floors):
 
 
 def cell(value, form=".3f"):
+    """A number as text; a dash for None."""
     return "–" if value is None else format(value, form)
 
 
 def level_table(report):
-    """The table of one model: a row a level."""
+    """The table of one model, one row per level."""
     columns = [("probe acc.", "probe_accuracy", ".3f"), ("phase R²", "phase_r2", ".3f"), ("ARI", "kmeans_ari", ".3f"),
                ("smooth", "kmeans_ari_smooth", ".3f"), ("NMI", "kmeans_nmi", ".3f"),
                ("smooth", "kmeans_nmi_smooth", ".3f"), ("silhouette", "silhouette", ".3f"),
@@ -377,13 +391,14 @@ def level_table(report):
 
 
 def umap_table(report):
-    """The table of what a model's UMAPs tell apart: a row a level."""
+    """The table of what can be told apart in a model's UMAPs, one row per level."""
     keys = ("umap_silhouette", "umap_ari", "umap_ari_smooth", "umap_nmi", "umap_nmi_smooth")
     return cli.table(["in the UMAP", "silhouette", "ARI", "smooth", "NMI", "smooth"], [
         [m["level"], *(cell(m[key]) for key in keys)] for m in report["levels"]])
 
 
 def error_table(report):
+    """The table of the model's validation MSE beside the exact filter's, one row per horizon."""
     return cli.table(["horizon", "val MSE", "optimal", "excess"], [
         [row["horizon"], cell(row["val_mse"], ".4f"), cell(row["optimal_mse"], ".4f"),
          cell(row["excess_percent"], "+.2f") + (" %" if row["excess_percent"] is not None else "")]
@@ -396,21 +411,25 @@ def peak(levels, key):
 
 
 def comparison_row(report):
-    """One model in one row: its prediction one step ahead, its best layer, its last layer and its peaks over levels."""
+    """One model in one row: its prediction one step ahead, its best layer, its last layer and its peaks over levels.
+
+    The keys are the columns of the CSV, which COMPARISON gives their titles.
+    """
     error = next((row for row in report["errors"] if row["horizon"] == 1), {})
     levels = report["levels"]
     best = best_layer(levels) or {}
-    deepest = next((m for m in reversed(levels) if m["level"].startswith("layer")), {})
+    last = next((m for m in reversed(levels) if m["level"].startswith("layer")), {})
     return {"checkpoint": report["name"], "val_mse": error.get("val_mse"), "optimal_mse": error.get("optimal_mse"),
             "excess_percent": error.get("excess_percent"), "best_layer": best.get("level"),
             "probe_accuracy": best.get("probe_accuracy"), "phase_r2": best.get("phase_r2"),
             "silhouette": best.get("silhouette"), "kmeans_ari": best.get("kmeans_ari"),
             "kmeans_ari_smooth": best.get("kmeans_ari_smooth"),
             f"dimension_k{K_SHOWN}": (best.get("dimension") or {}).get(K_SHOWN),
-            f"last_layer_dimension_k{K_SHOWN}": (deepest.get("dimension") or {}).get(K_SHOWN),
+            f"last_layer_dimension_k{K_SHOWN}": (last.get("dimension") or {}).get(K_SHOWN),
             **{f"peak_{key}": peak(levels, key) for key in ("silhouette", "umap_silhouette", "umap_ari_smooth")}}
 
 
+# {key of comparison_row: (title of its column, number format or "" for text)}
 COMPARISON = {"checkpoint": ("checkpoint", ""), "val_mse": ("val MSE", ".4f"), "optimal_mse": ("optimal", ".4f"),
               "excess_percent": ("excess %", "+.2f"), "best_layer": ("best layer", ""),
               "probe_accuracy": ("probe acc.", ".3f"), "phase_r2": ("phase R²", ".3f"),
@@ -428,7 +447,8 @@ def comparison_table(rows):
 
 
 def seed_groups(reports):
-    """Reports of models trained with the same flags but for the seed, {name of the first: list}, two or more each."""
+    """Groups of two or more reports whose models were trained with the same flags but for the seed: {name of the first
+    model of a group: list of reports}."""
     groups = {}
     for report in reports:
         flags = {key: value for key, value in report["trained_with"].items()
@@ -438,23 +458,28 @@ def seed_groups(reports):
 
 
 def spread_table(groups):
-    """Mean ± standard deviation over seeds of each column of the comparison, a row a group; None without numbers."""
+    """Mean ± standard deviation (n - 1) over the seeds of each column of the comparison, one row per group.
+
+    A column without numbers in any group is left out.
+    """
+    columns = [key for key, (_, form) in COMPARISON.items() if form]
     rows = []
     for name, group in groups.items():
-        rows.append([f"{name}, {len(group)} seeds"])
         members = [comparison_row(report) for report in group]
-        for key, (_, form) in COMPARISON.items():
-            values = [member[key] for member in members]
-            if form and None not in values:
-                rows[-1].append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form.lstrip('+')}}")
-            elif form:
+        rows.append([f"{name}, {len(group)} seeds"])
+        for key in columns:
+            form, values = COMPARISON[key][1], [member[key] for member in members]
+            if None in values:
                 rows[-1].append("–")
-    header = ["mean ± std", *(title for title, form in COMPARISON.values() if form)]
-    kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "–" for row in rows)]
-    return cli.table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+            else:
+                rows[-1].append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form.lstrip('+')}}")
+    header = ["mean ± std", *(COMPARISON[key][0] for key in columns)]
+    shown = [i for i in range(len(header)) if i == 0 or any(row[i] != "–" for row in rows)]
+    return cli.table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def comparison_csv(rows):
+    """Rows of comparison_row as CSV text with a header line."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -467,7 +492,7 @@ def comparison_csv(rows):
 
 
 def level_title(level):
-    """A level's name with its dimension, and the silhouette of the circles as the panel shows them."""
+    """The title of a UMAP panel: the level's name, its dimension, and the silhouette of the circles in the UMAP."""
     dimension = (level["dimension"] or {}).get(K_SHOWN)
     facts = [f"dim {dimension:.1f}"] if dimension is not None else []
     if level["umap_silhouette"] is not None:
@@ -475,7 +500,8 @@ def level_title(level):
     return "\n".join([level["level"], ", ".join(facts)]).strip()
 
 
-# (title, {line label: how to read it from a level's measures}); the first line of a panel is the solid one.
+# The panels of the summary: (title, {line label: how to read the line off a level's measures}). The first line of each
+# panel is the solid one.
 PANELS = [
     ("circle accuracy of a linear probe", {"": lambda m: m["probe_accuracy"]}),
     ("phase R², (cos θ, sin θ)", {"": lambda m: m["phase_r2"]}),
@@ -490,11 +516,15 @@ PANELS = [
                                  for k in sorted(KS, key=lambda k: k != K_SHOWN)}),
 ]
 LINE_STYLES = ["-", "--", ":"]
-UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # share the scale 0…1
+UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # titles that begin so have the scale 0…1
 
 
-def summary_figure(reports, title):
-    """Every measure against depth, from input to output, one colour a model; the last panel is the legend."""
+def draw_summary(reports, title):
+    """Every measure against depth, from input to output, one colour per model; a Figure whose last panel is the legend.
+
+    With more than three models only the first line of each panel is drawn. Models that differ in depth share a relative
+    depth axis.
+    """
     n_layers = {report["n_layers"] for report in reports}
     colors = figures.circle_colors(max(len(reports), 2))
     fig, axes = figures.new_figure(2, 4, panel=(3.7, 3.0), title=title)
@@ -514,6 +544,7 @@ def summary_figure(reports, title):
         if len(shown) > 1:
             ax.legend(handles=[figures.Line2D([], [], color="0.3", linestyle=style, label=label)
                                for style, (label, _) in zip(LINE_STYLES, shown, strict=False)])
+    # ---- the legend: the models, and the exact filter's line in the first panel.
     handles = [figures.Line2D([], [], color=color, marker="o", markersize=3.5, label=shortened(report["name"]))
                for report, color in zip(reports, colors, strict=False)]
     ceiling = reports[0]["filter_circle_accuracy"]
@@ -526,7 +557,7 @@ def summary_figure(reports, title):
 
 
 def depth_ticks(ax, reports, n_layers):
-    """Label the depth axis: layers by number, or only its ends when the models differ in depth."""
+    """Label the depth axis: "in", layer numbers (at most about 12) and "out"; only its ends when depths differ."""
     if len(n_layers) > 1:
         ax.set_xticks([0, 1], ["input", "output"])
         ax.set_xlabel("relative depth")
@@ -534,12 +565,13 @@ def depth_ticks(ax, reports, n_layers):
     (n,) = n_layers
     depths = sorted({m["depth"] for report in reports for m in report["levels"]})
     every = -(-len(depths) // 12)
-    kept = [d for d in depths if d in (0, n + 1) or (d % every == 0 and d + every <= n + 1) or every == 1]
-    ax.set_xticks(kept, ["in" if d == 0 else "out" if d == n + 1 else str(d) for d in kept])
+    marked = [d for d in depths if d in (0, n + 1) or (d % every == 0 and d + every <= n + 1) or every == 1]
+    ax.set_xticks(marked, ["in" if d == 0 else "out" if d == n + 1 else str(d) for d in marked])
     ax.set_xlabel("layer")
 
 
 def shortened(name, most=34):
+    """The name, cut to `most` characters."""
     return name if len(name) <= most else name[:most - 1] + "…"
 
 
@@ -548,7 +580,7 @@ def shortened(name, most=34):
 
 
 def variant(args):
-    """What --velocity and --pca add to file names, and to titles."""
+    """What --velocity and --pca add to file names and to titles: two strings."""
     suffix = ("_velocity" if args.velocity else "") + (f"_pca{args.pca}" if args.pca else "")
     words = [", change since the step before"] if args.velocity else []
     words += [f", up to {args.pca} principal components"] if args.pca else []
@@ -566,7 +598,7 @@ def unique_names(checkpoints):
 
 
 def comparison_name(names, most=100):
-    """compare_A_B, cut and closed with a hash where it would be too long for a file name."""
+    """compare_A_B; where that would be too long for a file name it is cut, and a hash of all names is appended."""
     joined = "_".join(names)
     if len(joined) > most:
         joined = f"{joined[:most]}_{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
@@ -574,7 +606,7 @@ def comparison_name(names, most=100):
 
 
 def sampled_rows(n_rows, args):
-    """Row numbers of the sample, in random order: the UMAP and the dimension take the first ones of them.
+    """The sampled row numbers in random order; UMAP and dimension each take as many of the first ones as they need.
 
     Raises UserError when there are too few for either.
     """
@@ -588,59 +620,108 @@ def sampled_rows(n_rows, args):
     return rows
 
 
-def load_models(args, series, device):
-    """All models with what belongs to them, checked before any work: a list of (name, path, model, windows, depths,
-    the flags of its training that JSON can hold)."""
-    models = []
+class LoadedModel(NamedTuple):
+    """A model to evaluate."""
+
+    name: str  # the first part of its files' names
+    path: Path
+    model: mamba_model.CausalTimeSeriesMamba
+    window_settings: tuple  # seq_len, stride and val_fraction of its training
+    depths: list  # of the levels to measure
+    trained_with: dict  # the flags of its training that JSON can hold
+
+
+def load_models(args, device):
+    """All models, and the series: everything that can be wrong with either is refused before any work is done."""
+    models, series = [], None
     for name, path in zip(unique_names(args.checkpoint), args.checkpoint, strict=True):
-        model, saved = mamba_model.load_checkpoint(path, device)
-        dataset.check_fits_model(series, model, path)
-        depths = chosen_depths(args.layers, model.n_layers, path)
-        models.append((name, path, model.use_scan(args.scan, device), dataset.window_settings(saved, path), depths,
-                       {key: value for key, value in saved.items()
-                        if isinstance(value, str | int | None) or (isinstance(value, float) and np.isfinite(value))}))
-    return models
+        model, saved, series = mamba_model.open_model(path, args.data_dir, device, args.scan, series)
+        trained_with = {key: value for key, value in saved.items()
+                        if isinstance(value, str | int | None) or (isinstance(value, float) and np.isfinite(value))}
+        models.append(LoadedModel(name, path, model, dataset.window_settings(saved, path),
+                                  chosen_depths(args.layers, model.n_layers, path), trained_with))
+    return models, series
 
 
-def evaluate(model, series, windows, depths, rows, args, pool, name):
-    """Measures of all levels of a model, the futures of their UMAPs, the sampled step nearest to each: three lists."""
-    names, measured, futures, nearest = level_names(model.n_layers), [], [], []
-    levels = representations(model, series.X, windows[0], depths, args.velocity)
-    for depth, values in tqdm(levels, desc=name, total=len(depths), unit="level", disable=None):
+def measure_levels(loaded, series, rows, args, pool):
+    """The measures of all levels of a model, the futures of their UMAPs, and the sampled step nearest to each step.
+
+    Returns three lists with one entry per level; the last two are empty without UMAP.
+    """
+    names, levels, futures, nearest = level_names(loaded.model.n_layers), [], [], []
+    found = representations(loaded.model, series.X, loaded.window_settings[0], loaded.depths, args.velocity)
+    for depth, values in tqdm(found, desc=loaded.name, total=len(loaded.depths), unit="level", disable=None):
         if not np.isfinite(values).all():
-            raise cli.UserError(f"{name}: {names[depth]} holds NaN or infinity on these data; give another "
+            raise cli.UserError(f"{loaded.name}: {names[depth]} holds NaN or infinity on these data; give another "
                                 "--checkpoint or the --data-dir it was trained on")
         level, points, graph, nearest_sample = level_measures(values, series, rows, args)
-        measured.append({"level": names[depth], "depth": depth, **level})
+        levels.append({"level": names[depth], "depth": depth, **level})
         if not args.no_umap:
             futures.append(submit(pool, measures.umap_embedding, points, graph, args.seed))
             nearest.append(nearest_sample)
-    return measured, futures, nearest
+    return levels, futures, nearest
+
+
+def evaluate(loaded, series, optimum, rows, args, pool):
+    """All numbers of a model, and its UMAPs: (report, list of embeddings (n_umap, 2)).
+
+    The report is what NAME_metrics.json holds; the list is empty without UMAP.
+    """
+    report = {
+        "name": loaded.name, "checkpoint": str(loaded.path), "data_dir": str(args.data_dir), "seed": args.seed,
+        "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
+        "lb_points": None if args.no_lb else min(args.lb_points, len(rows)), "n_layers": loaded.model.n_layers,
+        "seq_len": loaded.window_settings[0], "filter_circle_accuracy": optimum.circle_accuracy, "errors": [],
+        "trained_with": loaded.trained_with,
+    }
+
+    # ---- how well it predicts
+    try:
+        report["errors"] = prediction_errors(loaded.model, series, loaded.window_settings, optimum)
+        print(error_table(report))
+    except cli.UserError as error:
+        print(f"no validation MSE: {error}")
+
+    # ---- what its levels know
+    report["levels"], futures, nearest = measure_levels(loaded, series, rows, args, pool)
+    best = best_layer(report["levels"])
+    report["best_layer"] = best["level"] if best else None
+
+    # ---- what can be told apart in their UMAPs
+    states = series.states[int(args.velocity):]  # with velocity, the first step has no row
+    embeddings = [future.result() for future in futures]
+    for level, embedding, nearest_sample in zip(report["levels"], embeddings, nearest, strict=False):
+        level |= measures.embedding_scores(embedding, nearest_sample, states[rows[:len(embedding)]], states,
+                                           series.n_circles, args.seed)
+    return report, embeddings
 
 
 def write_report(report, args, prefix, subtitle):
+    """Print the tables of a model, write its numbers and its summary figure."""
     print(level_table(report))
     if "umap_silhouette" in report["levels"][0]:
         print(umap_table(report))
     cli.write_text(args.save_dir / f"{prefix}_metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
-    figures.save(summary_figure([report], f"{report['name']}: measures against depth{subtitle}"),
+    figures.save(draw_summary([report], f"{report['name']}: measures against depth{subtitle}"),
                  args.save_dir / f"{prefix}_summary.png")
 
 
 def write_umaps(report, embeddings, states, n_circles, args, prefix, subtitle):
+    """Write the UMAPs of a model's levels, in one grid or, with --per-layer, one file per level."""
     title = f"{report['name']}: UMAP of {len(states):,} steps{subtitle}"
     titles = [level_title(m) for m in report["levels"]]
     if not args.per_layer:
         fig = figures.draw_umaps(embeddings, titles, states, n_circles, title)
         figures.save(fig, args.save_dir / f"{prefix}_umap.png")
         return
-    for level, embedding, panel_title in zip(report["levels"], embeddings, titles, strict=True):
-        fig = figures.draw_umaps([embedding], [panel_title], states, n_circles, title)
+    for level, embedding, level_name in zip(report["levels"], embeddings, titles, strict=True):
+        fig = figures.draw_umaps([embedding], [level_name], states, n_circles, title)
         figures.save(fig, args.save_dir / f"{prefix}_umap_{level['level'].replace(' ', '')}.png")
 
 
 def write_comparison(reports, args, suffix, subtitle):
+    """Print the comparison of several models, write its CSV and its summary figure."""
     rows = [comparison_row(report) for report in reports]
     prefix = comparison_name([report["name"] for report in reports]) + suffix
     print(f"\nbest layer of each checkpoint (last: dimension of the last layer, k = {K_SHOWN}; peaks over all levels)\n"
@@ -650,52 +731,35 @@ def write_comparison(reports, args, suffix, subtitle):
         print("\nthe same flags but for the seed\n" + spread_table(groups))
     cli.write_text(args.save_dir / f"{prefix}_summary.csv", comparison_csv(rows))
     print(f"wrote {args.save_dir / f'{prefix}_summary.csv'}")
-    figures.save(summary_figure(reports, f"measures against depth{subtitle}"),
-                 args.save_dir / f"{prefix}_summary.png")
+    figures.save(draw_summary(reports, f"measures against depth{subtitle}"), args.save_dir / f"{prefix}_summary.png")
 
 
 def main(args):
-    from optimal_filter import known_process
-
+    # ---- what is measured; bad input is refused here, before any work
     device = cli.pick_device(args.device)
-    series = dataset.load_series(args.data_dir)
-    models = load_models(args, series, device)
+    models, series = load_models(args, device)
     first = int(args.velocity)  # the first step has no step before it
     rows = sampled_rows(series.n_steps - first, args)
     cli.output_folder(args.save_dir)
     suffix, subtitle = variant(args)
 
-    n_embeddings = 0 if args.no_umap else sum(len(depths) for *_, depths, _ in models)
+    # ---- one model after the other, while other processes embed the levels that are ready
+    n_embeddings = 0 if args.no_umap else sum(len(loaded.depths) for loaded in models)
     pool = umap_pool(n_embeddings, min(args.umap_points, len(rows)))
     try:
-        process = known_process(series, "no optimal floor and ceiling")
-        accuracy = None if process is None else filter_accuracy(process, series)
-        floors, reports = {}, []
-        for name, path, model, windows, depths, trained_with in models:
-            print(f"\n{name}: {model.n_layers} layers" + (f"; exact filter's circle accuracy {accuracy:.3f}"
-                                                          if accuracy is not None else ""))
-            report = {"name": name, "checkpoint": str(path), "data_dir": str(args.data_dir), "seed": args.seed,
-                      "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
-                      "lb_points": None if args.no_lb else min(args.lb_points, len(rows)), "n_layers": model.n_layers,
-                      "seq_len": windows[0], "filter_circle_accuracy": accuracy, "errors": [],
-                      "trained_with": trained_with}
-            try:
-                report["errors"] = prediction_errors(model, series, windows, process, floors)
-                print(error_table(report))
-            except cli.UserError as error:
-                print(f"no validation MSE: {error}")
-            report["levels"], futures, nearest = evaluate(model, series, windows, depths, rows, args, pool, name)
-            best = best_layer(report["levels"])
-            report["best_layer"] = best["level"] if best else None
-            shown = series.states[first + rows[:report["umap_points"]]]
-            embeddings = [future.result() for future in futures]
-            for level, embedding, to_shown in zip(report["levels"], embeddings, nearest, strict=False):
-                level |= measures.embedding_scores(embedding, to_shown, shown, series.states[first:], series.n_circles,
-                                                   args.seed)
-            write_report(report, args, name + suffix, subtitle)
+        optimum, reports = Optimum(series), []
+        for loaded in models:
+            ceiling = ("" if optimum.circle_accuracy is None
+                       else f"; exact filter's circle accuracy {optimum.circle_accuracy:.3f}")
+            print(f"\n{loaded.name}: {loaded.model.n_layers} layers{ceiling}")
+            report, embeddings = evaluate(loaded, series, optimum, rows, args, pool)
+            write_report(report, args, loaded.name + suffix, subtitle)
             if embeddings:
-                write_umaps(report, embeddings, shown, series.n_circles, args, name + suffix, subtitle)
+                shown = series.states[first + rows[:report["umap_points"]]]
+                write_umaps(report, embeddings, shown, series.n_circles, args, loaded.name + suffix, subtitle)
             reports.append(report)
+
+        # ---- the models beside each other
         if len(reports) > 1:
             write_comparison(reports, args, suffix, subtitle)
     except BrokenProcessPool:

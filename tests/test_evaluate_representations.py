@@ -6,6 +6,7 @@ import json
 import os
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,18 +128,24 @@ def test_only_the_wanted_levels_are_computed():
     assert calls == [0]
 
 
-def test_validation_mse_pairs_prediction_with_what_it_predicts():
-    model, X = tiny_model(max_horizon=3), np.random.default_rng(1).standard_normal((200, 6)).astype(np.float32)
-    starts, length = np.array([10, 60, 120]), 40
-    found = ev.validation_mse(model, X, starts, length)
-    assert list(found) == [1, 2, 3]
-    for k, mse in found.items():
-        errors = []
-        for start in starts:
+class NoFilter:
+    def window_mse(self, starts, seq_len, horizons):
+        return None
+
+
+def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows():
+    model, X = tiny_model(max_horizon=3), np.random.default_rng(1).standard_normal((400, 6)).astype(np.float32)
+    series = SimpleNamespace(X=X, n_steps=400)
+    found = ev.prediction_errors(model, series, (40, 25, 0.3), NoFilter())
+    assert [row["horizon"] for row in found] == [1, 2, 3]
+    for row in found:
+        k, errors = row["horizon"], []
+        for start in (280, 305, 330, 355):
             with torch.no_grad():
-                prediction = model(torch.from_numpy(X[None, start:start + length]))[str(k)][0].numpy()
-            errors += [(prediction[t] - X[start + t + k])**2 for t in range(length - k)]
-        assert mse == pytest.approx(np.mean(errors), rel=1e-5)
+                prediction = model(torch.from_numpy(X[None, start:start + 40]))[str(k)][0].numpy()
+            errors += [(prediction[t] - X[start + t + k])**2 for t in range(40 - k)]
+        assert row["val_mse"] == pytest.approx(np.mean(errors), rel=1e-5)
+        assert row["optimal_mse"] is row["excess_percent"] is None
 
 
 # ---- measures --------------------------------------------------------------------------------------------------
@@ -260,7 +267,10 @@ def test_end_to_end(run, shared_data, tiny_checkpoint, tmp_path):
     (error,) = report["errors"]
     model, _ = mamba_model.load_checkpoint(tiny_checkpoint)
     _, starts, _ = dataset.split_windows(series.n_steps, 128, 64, 0.1)
-    assert error["val_mse"] == pytest.approx(ev.validation_mse(model, series.X, starts, 128)[1], rel=1e-5)
+    with torch.no_grad():
+        x = torch.from_numpy(np.stack([series.X[start:start + 128] for start in starts]))
+        prediction = model(x)["1"]
+    assert error["val_mse"] == pytest.approx((prediction[:, :-1] - x[:, 1:]).double().square().mean().item(), rel=1e-5)
     assert error["optimal_mse"] < error["val_mse"]
     assert error["excess_percent"] == pytest.approx(100 * (error["val_mse"] / error["optimal_mse"] - 1))
 
