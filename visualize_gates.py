@@ -1,12 +1,12 @@
 """Look inside the Mamba blocks: step size delta, output gate z, B, C and the convolved input, beside the series.
 
-Reads a checkpoint NAME.pt and data/data.npz. Samples are the validation windows of the model's own length, end to end
-and numbered from 0. Writes to --save-dir:
+Reads a checkpoint NAME.pt and data/data.npz. A sample is a window of the validation part, as long as those that the
+model was trained on; samples follow each other without overlap and are numbered from 0. Writes to --save-dir:
   NAME_gates_layer7_0.png     with --layer 7: all signals of layer 7 for sample 0
   NAME_gates_summary_0.png    without --layer: all signals of all layers for sample 0, and how much of each signal's
                               variance the circle explains
-  NAME_gates_umap_delta.png   with --umap: a UMAP of delta for every layer, coloured by circle; the same for z, B, C
-                              and conv. With --layer 7 that layer only: NAME_gates_layer7_umap_delta.png
+  NAME_gates_umap_delta.png   with --umap: one UMAP of delta per layer, coloured by circle; the same for z, B, C and
+                              conv. With --layer 7 of that layer only: NAME_gates_layer7_umap_delta.png
 
 Examples:
   python visualize_gates.py --checkpoint model_next.pt --layer 7 --sample 0
@@ -26,14 +26,11 @@ def parse_args(argv=None):
     shown.add_argument("--sample", type=cli.non_negative_int, default=0, metavar="N",
                        help="first validation window to show, counted from 0; --umap takes points from all windows")
     shown.add_argument("--n-samples", type=cli.positive_int, default=1, metavar="N",
-                       help="how many windows to show, a figure each")
+                       help="how many windows to show, one figure per window")
     shown.add_argument("--umap", action="store_true", help="draw UMAPs instead of heatmaps")
     shown.add_argument("--umap-points", type=cli.positive_int, default=3000, metavar="N",
                        help="random time steps in each UMAP")
-    computing = parser.add_argument_group("computing")
-    cli.add_seed(computing)
-    cli.add_device(computing)
-    cli.add_scan(computing)
+    cli.add_computing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
     cli.add_data_dir(files)
@@ -61,10 +58,11 @@ MEANINGS = {"delta": "step size Δ over the channel's mean: red takes the input 
             "C": "C: how the state is read out",
             "conv": "conv: the block's input after convolution and SiLU"}
 UMAP_NEIGHBORS = 15
-ANOVA_POINTS = 5000
-MAX_WINDOWS = 64  # windows that sampled time steps come from: bounds the time on a long series
+ANOVA_POINTS = 5000  # time steps over which eta squared is taken
+MAX_WINDOWS = 64  # sampled time steps come from at most so many windows, which bounds the time on a long series
 
 
+# ---------------------------------------------------------------------------------------------------------------
 # Samples
 
 
@@ -89,14 +87,17 @@ def check_samples(sample, n_samples, available):
 
 
 def sample_steps(starts, seq_len, n_points, rng):
-    """n_points different time steps (n_points,) in random order, from at most MAX_WINDOWS of the windows, which are
-    spread evenly; all steps of these windows when they have fewer."""
+    """n_points different time steps of the windows in random order: (n_points,), or all steps where there are fewer.
+
+    They come from at most MAX_WINDOWS of the windows, spread evenly.
+    """
     if len(starts) > MAX_WINDOWS:
         starts = starts[np.linspace(0, len(starts) - 1, MAX_WINDOWS).astype(int)]
     steps = (starts[:, None] + np.arange(seq_len)).ravel()
     return rng.choice(steps, size=min(n_points, len(steps)), replace=False)
 
 
+# ---------------------------------------------------------------------------------------------------------------
 # Signals
 
 
@@ -104,7 +105,7 @@ def sample_steps(starts, seq_len, n_points, rng):
 def block_signals(model, x):
     """The signals of every block for x (batch, time, feature_dim), the model in eval mode.
 
-    A list with one dict a layer: delta (after softplus), z (before SiLU) and conv (after SiLU), each (batch, time,
+    A list with one dict per layer: delta (after softplus), z (before SiLU) and conv (after SiLU), each (batch, time,
     d_inner), B and C (batch, time, d_state); names as in Gu & Dao 2023, algorithm 2.
     """
     inputs = [model.input_proj(x), *model.layer_outputs(x)[:-1]]
@@ -119,9 +120,9 @@ def window_signals(model, X, start, seq_len):
 
 
 def signals_at(model, X, starts, seq_len, steps, layers):
-    """Signals at chosen time steps, each step seen in its window.
+    """Signals at chosen time steps, each computed in the window that holds the step.
 
-    starts: first steps of the windows; steps (n,): time steps inside them; layers: which to keep, counted from 0.
+    starts: first steps of the windows; steps (n,): time steps inside them; layers: the wanted ones, counted from 0.
     Returns {layer: {name: (n, channels)}}, row i for steps[i].
     """
     points = {layer: {} for layer in layers}
@@ -130,21 +131,18 @@ def signals_at(model, X, starts, seq_len, steps, layers):
         if not inside.any():
             continue
         window = window_signals(model, X, start, seq_len)
-        for layer, kept in points.items():
+        for layer, signals in points.items():
             for name, signal in window[layer].items():
-                if name not in kept:
-                    kept[name] = np.empty((len(steps), signal.shape[1]), signal.dtype)
-                kept[name][inside] = signal[steps[inside] - start]
+                if name not in signals:
+                    signals[name] = np.empty((len(steps), signal.shape[1]), signal.dtype)
+                signals[name][inside] = signal[steps[inside] - start]
     return points
 
 
-# Statistics
-
-
 def by_mean_delta(signals):
-    """The signals of one layer with the channels of d_inner in the order of their mean step size, smallest first.
+    """The signals of one layer, their d_inner channels sorted by mean step size, the smallest first.
 
-    Conv, delta and z of one channel stay together; B and C, shared by all channels, keep the order of the state.
+    conv, delta and z are sorted alike. B and C have no such channels: they keep the order of the state.
     """
     order = np.argsort(signals["delta"].mean(axis=0), kind="stable")
     return {name: signal if name in ("B", "C") else signal[:, order] for name, signal in signals.items()}
@@ -153,20 +151,22 @@ def by_mean_delta(signals):
 def log2_over_mean(delta):
     """log₂ of delta (n, channels) over the mean of its channel: 1 is twice the mean, -1 half of it.
 
-    Step sizes of different channels span decades by design; only this shows how each one moves in time.
+    The step sizes of different channels span decades by design, so the changes of each one show only relative to its
+    own mean.
     """
     delta = np.maximum(delta, np.finfo(np.float32).tiny)  # softplus underflows to 0
     return np.log2(delta / delta.mean(axis=0))
 
 
+# ---------------------------------------------------------------------------------------------------------------
 # Figures
 
 
-def layer_figure(signals, X, states, n_circles, start, title):
-    """One layer, one sample: state strip, input and all signals on one time axis.
+def draw_layer(signals, X, states, n_circles, start, title):
+    """One layer, one sample: state strip, input and all signals on one time axis; a Figure.
 
     signals {name: (seq_len, channels)} in the order of by_mean_delta, with "log2_over_mean" of delta and "mean_delta"
-    (channels,); X (seq_len, feature_dim), states (seq_len,).
+    (channels,); X (seq_len, feature_dim), states (seq_len,); start: the first time step.
     """
     heights = [0.3, 1, 1.5, 1.5, 1.5, 1, 1]
     fig, axes = figures.new_figure(len(heights), 1, panel=(13.0, 9.5 / len(heights)), title=title, sharex=True,
@@ -193,42 +193,30 @@ def layer_figure(signals, X, states, n_circles, start, title):
     return fig
 
 
-def summary_figure(layers, shares, input_share, states, n_circles, start, title):
-    """All layers, one sample: a row a layer, with the mean step size, all signals and what the circle explains.
+def draw_summary(layers, shares, input_share, states, n_circles, start, title):
+    """All layers, one sample: one row per layer, with the mean step size, all signals and what the circle explains.
 
-    layers: a list of {name: (seq_len, channels)}, standardised but for "mean_delta" (seq_len,); shares: a list of
-    {name: η²} and input_share the η² of the series itself, in [0, 1].
+    layers: a list of {name: (seq_len, channels)}, standardised except for "mean_delta" (seq_len,); shares: a list of
+    {name: η²} and input_share the η² of the series itself, in [0, 1]; start: the first time step. Returns a Figure.
     """
     n_layers = len(layers)
     fig, axes = figures.new_figure(
         n_layers + 1, len(SIGNALS) + 2, panel=(16 / (len(SIGNALS) + 2), (1.15 * n_layers + 1.2) / (n_layers + 1)),
         title=title, gridspec_kw={"height_ratios": [0.2] + [1] * n_layers, "width_ratios": [1.3, *[1] * 5, 0.9]})
-    steps = start + np.arange(len(states))
+
+    # ---- the first row: titles and state strips
     for ax, name in zip(axes[0, :-1], ("mean Δ of channels", *(SYMBOLS[name] for name in SIGNALS)), strict=True):
         figures.state_strip(ax, states, n_circles, start, label="")
         ax.set_title(name)
     axes[0, -1].axis("off")
     axes[0, -1].set_title("η² (dotted: of input)")
+
+    # ---- one row per layer
     top = 1.1 * max(input_share, *(max(share.values()) for share in shares))
     for i, (signals, share) in enumerate(zip(layers, shares, strict=True)):
-        trace, *heatmaps, bars = axes[i + 1]
-        trace.plot(steps, signals["mean_delta"], color="black", linewidth=1)
-        trace.set_xlim(start - 0.5, start + len(states) - 0.5)
-        trace.set_ylabel(f"layer {i + 1}")
-        for ax, name in zip(heatmaps, SIGNALS, strict=True):
-            image = ax.imshow(signals[name].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-2.5, vmax=2.5,
-                              extent=(start - 0.5, start + len(states) - 0.5, 0, 1))
-            ax.set_yticks([])
-        bars.bar(range(len(SIGNALS)), [share[name] for name in SIGNALS], color="#4477aa")
-        bars.axhline(input_share, color="black", linestyle=":", linewidth=1)
-        bars.set_ylim(0, top or 1)
-        last = i == n_layers - 1
-        bars.set_xticks(range(len(SIGNALS)), [SYMBOLS[name] for name in SIGNALS] if last else [])
-        for ax in (trace, *heatmaps):
-            ax.locator_params(axis="x", nbins=3)
-            ax.tick_params(axis="x", labelbottom=last)
-            if last:
-                ax.set_xlabel("time step")
+        image = layer_row(axes[i + 1], signals, start, f"layer {i + 1}", last=i == n_layers - 1)
+        share_bars(axes[i + 1, -1], share, input_share, top, last=i == n_layers - 1)
+
     bar = fig.colorbar(image, ax=axes[1:, 1:-1], location="bottom", fraction=0.02, aspect=60, extend="both",
                        extendfrac=0.02)
     bar.set_label("standard deviations from the channel's mean (d_inner channels sorted by mean Δ)   |   "
@@ -238,38 +226,44 @@ def summary_figure(layers, shares, input_share, states, n_circles, start, title)
     return fig
 
 
-# Script
+def layer_row(axes, signals, start, label, last):
+    """The mean step size and the heatmaps of one layer of draw_summary; only the last row shows time steps.
+
+    Returns the last heatmap, for the colour bar: all have the same colours.
+    """
+    trace, *heatmaps, _ = axes
+    n_steps = len(signals["mean_delta"])
+    trace.plot(start + np.arange(n_steps), signals["mean_delta"], color="black", linewidth=1)
+    trace.set_xlim(start - 0.5, start + n_steps - 0.5)
+    trace.set_ylabel(label)
+    for ax, name in zip(heatmaps, SIGNALS, strict=True):
+        image = ax.imshow(signals[name].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-2.5, vmax=2.5,
+                          extent=(start - 0.5, start + n_steps - 0.5, 0, 1))
+        ax.set_yticks([])
+    for ax in (trace, *heatmaps):
+        ax.locator_params(axis="x", nbins=3)
+        ax.tick_params(axis="x", labelbottom=last)
+        if last:
+            ax.set_xlabel("time step")
+    return image
 
 
-def draw_samples(args, model, series, starts, seq_len, folder):
-    """The heatmaps of the samples that were asked for: one layer, or a summary of all."""
-    name = mamba_model.stem(args.checkpoint)
-    if args.layer is None:
-        shares, input_share = explained_by_circle(model, series, starts, seq_len, args.seed)
-        print(share_table(shares, input_share))
-    for sample in range(args.sample, args.sample + args.n_samples):
-        start = int(starts[sample])
-        window, states = slice(start, start + seq_len), series.states[start:start + seq_len]
-        layers = [by_mean_delta(signals) for signals in window_signals(model, series.X, start, seq_len)]
-        if args.layer is None:
-            scaled = [{signal: standardise(values) for signal, values in layer.items()}
-                      | {"mean_delta": layer["delta"].mean(axis=1)} for layer in layers]
-            fig = summary_figure(scaled, shares, input_share, states, series.n_circles, start,
-                                 f"{name}: signals of all layers, sample {sample}")
-            figures.save(fig, folder / f"{name}_gates_summary_{sample}.png")
-        else:
-            signals = layers[args.layer - 1]
-            signals |= {"log2_over_mean": log2_over_mean(signals["delta"]),
-                        "mean_delta": signals["delta"].mean(axis=0)}
-            fig = layer_figure(signals, series.X[window], states, series.n_circles, start,
-                               f"{name}: layer {args.layer} of {model.n_layers}, sample {sample}")
-            figures.save(fig, folder / f"{name}_gates_layer{args.layer}_{sample}.png")
+def share_bars(ax, share, input_share, top, last):
+    """One bar per signal, {name: η²}, and a dotted line at the η² of the input; names only in the last row."""
+    ax.bar(range(len(SIGNALS)), [share[name] for name in SIGNALS], color="#4477aa")
+    ax.axhline(input_share, color="black", linestyle=":", linewidth=1)
+    ax.set_ylim(0, top or 1)
+    ax.set_xticks(range(len(SIGNALS)), [SYMBOLS[name] for name in SIGNALS] if last else [])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
 
 
 def explained_by_circle(model, series, starts, seq_len, seed):
-    """η² of the circle for every layer and signal, a list of {name: share}, and for the series itself.
+    """η² of the circle, averaged over channels, at up to ANOVA_POINTS random time steps of the validation windows.
 
-    Over up to ANOVA_POINTS random time steps of the validation windows; the mean over channels.
+    Returns (a list with {signal: share} per layer, the share of the series itself).
     """
     steps = sample_steps(starts, seq_len, ANOVA_POINTS, np.random.default_rng(seed))
     states = series.states[steps]
@@ -280,13 +274,42 @@ def explained_by_circle(model, series, starts, seq_len, seed):
 
 
 def share_table(shares, input_share):
+    """The shares of explained_by_circle as text, one row per layer and one column per signal."""
     rows = [[f"layer {i + 1}", *(f"{share[name]:.3f}" for name in SIGNALS)] for i, share in enumerate(shares)]
     return (f"share of variance that the circle explains (eta squared); of the input: {input_share:.3f}\n"
             + cli.table(["", *SIGNALS], rows))
 
 
-def draw_umaps(args, model, series, starts, seq_len, folder):
-    """One grid of UMAPs a signal, a panel a layer."""
+def write_layers(args, model, series, starts, seq_len, folder):
+    """With --layer: one figure per sample that was asked for, all signals of that layer."""
+    name = mamba_model.stem(args.checkpoint)
+    for sample in range(args.sample, args.sample + args.n_samples):
+        start = int(starts[sample])
+        window = slice(start, start + seq_len)
+        signals = by_mean_delta(window_signals(model, series.X, start, seq_len)[args.layer - 1])
+        signals |= {"log2_over_mean": log2_over_mean(signals["delta"]), "mean_delta": signals["delta"].mean(axis=0)}
+        fig = draw_layer(signals, series.X[window], series.states[window], series.n_circles, start,
+                         f"{name}: layer {args.layer} of {model.n_layers}, sample {sample}")
+        figures.save(fig, folder / f"{name}_gates_layer{args.layer}_{sample}.png")
+
+
+def write_summaries(args, model, series, starts, seq_len, folder):
+    """Without --layer: a table of what the circle explains, and one figure per sample, all signals of all layers."""
+    name = mamba_model.stem(args.checkpoint)
+    shares, input_share = explained_by_circle(model, series, starts, seq_len, args.seed)
+    print(share_table(shares, input_share))
+    for sample in range(args.sample, args.sample + args.n_samples):
+        start = int(starts[sample])
+        layers = [by_mean_delta(signals) for signals in window_signals(model, series.X, start, seq_len)]
+        scaled = [{signal: standardise(values) for signal, values in layer.items()}
+                  | {"mean_delta": layer["delta"].mean(axis=1)} for layer in layers]
+        fig = draw_summary(scaled, shares, input_share, series.states[start:start + seq_len], series.n_circles, start,
+                           f"{name}: signals of all layers, sample {sample}")
+        figures.save(fig, folder / f"{name}_gates_summary_{sample}.png")
+
+
+def write_umaps(args, model, series, starts, seq_len, folder):
+    """With --umap: one figure per signal, with one UMAP per layer."""
     steps = sample_steps(starts, seq_len, args.umap_points, np.random.default_rng(args.seed))
     if len(steps) <= UMAP_NEIGHBORS:
         raise cli.UserError(f"a UMAP needs more than {UMAP_NEIGHBORS} time steps, not {len(steps)}; "
@@ -305,25 +328,22 @@ def draw_umaps(args, model, series, starts, seq_len, folder):
             embeddings.append(umap_embedding(scaled, knn(scaled, UMAP_NEIGHBORS - 1), args.seed))
             titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
         fig = figures.draw_umaps(embeddings, titles, states, series.n_circles,
-                                  f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
+                                 f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
         figures.save(fig, folder / f"{prefix}_umap_{signal}.png")
 
 
 def main(args):
     device = cli.pick_device(args.device)
-    model, trained_with = mamba_model.load_checkpoint(args.checkpoint, device)
+    model, trained_with, series = mamba_model.open_model(args.checkpoint, args.data_dir, device, args.scan)
     if args.layer is not None and args.layer > model.n_layers:
         raise cli.UserError(f"--layer {args.layer} is out of range: the model has layers 1…{model.n_layers}")
-    series = dataset.load_series(args.data_dir)
-    dataset.check_fits_model(series, model, args.checkpoint)
     seq_len, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)
     starts = sample_starts(series.n_steps, seq_len, val_fraction)
     if not args.umap:
         check_samples(args.sample, args.n_samples, len(starts))
-    model.use_scan(args.scan, device)
     folder = cli.output_folder(args.save_dir)
-    draw = draw_umaps if args.umap else draw_samples
-    draw(args, model, series, starts, seq_len, folder)
+    write = write_umaps if args.umap else write_summaries if args.layer is None else write_layers
+    write(args, model, series, starts, seq_len, folder)
 
 
 if __name__ == "__main__":

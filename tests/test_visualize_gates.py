@@ -208,7 +208,7 @@ def test_all_panels_of_a_layer_share_one_time_axis(monkeypatch, work):
 
 def test_the_layer_asked_for_is_the_layer_drawn(monkeypatch, work):
     drawn = []
-    monkeypatch.setattr(vg, "layer_figure", lambda signals, *rest: drawn.append((signals, *rest)))
+    monkeypatch.setattr(vg, "draw_layer", lambda signals, *rest: drawn.append((signals, *rest)))
     monkeypatch.setattr(vg.figures, "save", lambda fig, path: None)
     run_here(work, "--layer", "2", "--sample", "2")
     model, series = tiny_model(), dataset.load_series(work / "data")
