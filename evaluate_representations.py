@@ -328,7 +328,7 @@ class Optimum:
 
     def __init__(self, series):
         self.series, self.floors = series, {}
-        self.process = optimal_filter.known_process(series, "no optimal floor and ceiling")
+        self.process = optimal_filter.process_or_none(series, "no optimal floor and ceiling")
         self.circle_accuracy = None if self.process is None else self.measure_circle_accuracy()
 
     def measure_circle_accuracy(self):

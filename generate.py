@@ -690,7 +690,7 @@ def main(args):
     dataset.check_fits_model(series, model, args.checkpoint)
     if args.perturb_layers:
         layers_to_perturb(args, model.n_layers)
-    process = optimal_filter.known_process(series, "no exact filter, so no song analysis")
+    process = optimal_filter.process_or_none(series, "no exact filter, so no song analysis")
     if args.compare and process is None:
         raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
     noise_std = series.config.get("noise_std")

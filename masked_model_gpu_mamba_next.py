@@ -636,9 +636,9 @@ def floors(series, starts, seq_len, horizons):
 
     Empty, after the reason, when the process isn't known (drifting data, no config.json).
     """
-    from optimal_filter import known_process, window_mse
+    from optimal_filter import process_or_none, window_mse
 
-    process = known_process(series, "no optimal floor")
+    process = process_or_none(series, "no optimal floor")
     if process is None:
         return {}
     mse = window_mse(process, series, starts, seq_len, horizons)

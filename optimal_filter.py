@@ -2,12 +2,12 @@
 
 The generator is a hidden semi-Markov process whose parameters are known, so E[x_{t+k} | x_1 … x_t] can be computed
 exactly. No predictor that sees the same past can have a lower expected mean squared error. Reads
-DATA_DIR/data.npz and config.json; prints the noise floor noise_std², the mean squared error of the filter a horizon,
+DATA_DIR/data.npz and config.json; prints the noise floor noise_std², the mean squared error of the filter per horizon,
 and how often it names the true circle; writes SAVE_DIR/optimal_filter.json and optimal_filter.png.
 
-Three columns: the whole series, its validation part, and windows of --seq-len steps in the validation part that
-start with no past at all: the floor of a model that sees one window at a time, averaged over the same targets as
-its validation loss.
+The error is given three times: over the whole series; over its validation part; and over windows of --seq-len steps
+in the validation part, where the filter starts each window without any past. The last is the floor of a model that
+sees one window at a time, averaged over the same targets as the model's validation loss.
 
 Examples:
   python optimal_filter.py --data-dir data
@@ -28,6 +28,7 @@ import cli
 import dataset
 import figures
 from circle_process import Process, entry_rates, survival
+from cli import WINDOW_DEFAULTS
 
 BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
 MOST_REVOLUTIONS = 10_000  # per visit: the work per step grows with it
@@ -44,13 +45,13 @@ def horizon_list(text):
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     targets = parser.add_argument_group("what is predicted")
-    targets.add_argument("--val-fraction", type=cli.fraction, default=0.1, metavar="F",
-                         help="part of the series, at its end, that is validation")
+    targets.add_argument("--val-fraction", type=cli.fraction, default=WINDOW_DEFAULTS["val_fraction"],
+                         metavar="F", help="part of the series, at its end, that is validation")
     targets.add_argument("--horizons", type=horizon_list, default="1,2,4,8,16,32,64", metavar="K,K,…",
                          help="steps ahead to predict")
-    targets.add_argument("--seq-len", type=cli.positive_int, default=1024, metavar="N",
-                         help="steps in a window without a past")
-    targets.add_argument("--stride", type=cli.positive_int, default=256, metavar="N",
+    targets.add_argument("--seq-len", type=cli.positive_int, default=WINDOW_DEFAULTS["seq_len"], metavar="N",
+                         help="steps per window that starts without a past")
+    targets.add_argument("--stride", type=cli.positive_int, default=WINDOW_DEFAULTS["stride"], metavar="N",
                          help="steps between the starts of these windows")
     files = parser.add_argument_group("files")
     cli.add_data_dir(files)
@@ -61,13 +62,14 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------------------------- the process
+# ------------------------------------------------------------------------------------------------- the process
 
 
 def process_from_series(series):
-    """The Process that made a `dataset.Series`; planes that the file lacks are recovered from its arrays.
+    """The Process that made a `dataset.Series`, with the dwell law that config.json gives.
 
-    Raises cli.UserError for drifting data, for data without noise, and when config.json lacks what is needed.
+    Planes that the file lacks are recovered from its arrays. Raises cli.UserError for drifting data, for data without
+    noise, when config.json lacks what is needed, and when there are too many hidden states.
     """
     config = series.config
     noise_std, dwell_mean, dwell_std = (config_number(config, name) for name in
@@ -79,13 +81,7 @@ def process_from_series(series):
     if noise_std < LEAST_NOISE:
         raise cli.UserError(f"these data have noise_std {noise_std:g}, where the filter's likelihoods are not defined; "
                             "use data with --noise-std above 0")
-    if (dwell_mean + 9 * dwell_std) / series.periods.min() > MOST_REVOLUTIONS:
-        raise cli.UserError(f"a visit may last more than {MOST_REVOLUTIONS} revolutions, too many for the "
-                            "exact filter; use data with longer periods or shorter visits")
-    phases, revolutions = int(series.periods.sum()), (dwell_mean + 9 * dwell_std) / series.periods.min() + 1
-    if phases * revolutions > MOST_STATES:
-        raise cli.UserError(f"the circles have {phases} phases, and a visit may last {revolutions:.0f} revolutions: "
-                            "too many states for the exact filter; use data with shorter periods")
+    check_size(series.periods, dwell_mean, dwell_std)
     planes = series.planes
     if planes is None:
         planes = circle_process.recover_planes(series.X, series.states, series.thetas, series.n_circles)
@@ -96,14 +92,28 @@ def process_from_series(series):
     )
 
 
-def known_process(series, missed):
-    """process_from_series, or None for data that the filter doesn't know, after a line that says what is `missed`
-    without it, and why."""
+def process_or_none(series, without):
+    """process_from_series, or None for data that the filter doesn't know.
+
+    Then prints `without`, which says what there will not be without the filter ("no optimal floor"), and the reason.
+    """
     try:
         return process_from_series(series)
     except cli.UserError as error:
-        print(f"{missed}: {error}")
+        print(f"{without}: {error}")
         return None
+
+
+def check_size(periods, dwell_mean, dwell_std):
+    """Raise cli.UserError when the filter would have too many hidden states."""
+    revolutions = (dwell_mean + 9 * dwell_std) / periods.min()  # longer visits are too rare to count
+    if revolutions > MOST_REVOLUTIONS:
+        raise cli.UserError(f"a visit may last more than {MOST_REVOLUTIONS} revolutions, too many for the "
+                            "exact filter; use data with longer periods or shorter visits")
+    phases, revolutions = int(periods.sum()), revolutions + 1
+    if phases * revolutions > MOST_STATES:
+        raise cli.UserError(f"the circles have {phases} phases, and a visit may last {revolutions:.0f} revolutions: "
+                            "too many states for the exact filter; use data with shorter periods")
 
 
 def config_number(config, name):
@@ -115,24 +125,9 @@ def config_number(config, name):
     return float(value)
 
 
-def initial_law(process, initial):
-    """The laws that `initial` names: (K,) visits that begin at the first step, (K,) rate of those begun before."""
-    K = process.n_circles
-    if isinstance(initial, str):
-        if initial == "stationary":
-            return entry_rates(process), entry_rates(process)
-        if initial == "visit start":
-            return np.full(K, 1 / K), np.zeros(K)
-        raise ValueError(f"initial must be 'visit start', 'stationary' or {K} probabilities, not {initial!r}")
-    law = np.asarray(initial, dtype=np.float64)
-    if law.shape != (K,) or law.min() < 0 or abs(law.sum() - 1) > 1e-6:
-        raise ValueError(f"initial must be 'visit start', 'stationary' or {K} probabilities")
-    return law, np.zeros(K)
-
-
-# ---------------------------------------------------------------------------------------------- the filter
+# ------------------------------------------------------------------------------------------------- the filter
 #
-# Hidden state: (circle i, revolutions m done in this visit, step j of the revolution), about 9000 at the default
+# Hidden state: (circle i, revolutions m done in this visit, step j of the revolution), about 9000 states at the default
 # sizes. Emissions depend on (i, j) alone and a visit can only end with a revolution, so all states of circle i whose
 # revolution began at the same time s share what they have seen since. Hence the usual forward recursion of an
 # explicit-duration model (Yu 2010, Artificial Intelligence 174, 215-243) over the starts of visits and revolutions:
@@ -144,10 +139,12 @@ def initial_law(process, initial):
 #   leave             the same with log P(R = m + 1): the visit ends with the revolution that begins at s
 #
 # and the posterior of (i, j) at t is proportional to exp(weight at t - j + log-likelihood of x_{t-j} … x_t). One step
-# costs an addition a pair (i, j), 2200 by default, and the recursion once a circle, for the revolution that begins.
+# costs an addition per pair (i, j), of which there are 2200 by default, and one look back per circle, for the
+# revolution that begins.
 #
-# Everything kept is a logarithm, never exponentiated before its own maximum is taken away. Nothing can underflow, so
-# a state that a burst of outliers made hopeless is still there when the data come back to it.
+# All stored numbers are logarithms, and none is exponentiated before the largest of those it is added to is taken
+# away. Nothing can underflow, so a state that a burst of outliers made hopeless is still there when the data come back
+# to it.
 
 
 class Tables(NamedTuple):
@@ -164,18 +161,23 @@ class Tables(NamedTuple):
     log_survival: np.ndarray  # (K, M) log P(R > m)
 
 
-class Run(NamedTuple):
-    """What a filter run keeps. A pair's place is offsets[i] + (j - t) mod period_i: it stays put as time goes on."""
+class FilterState(NamedTuple):
+    """What the filter knows after a step. `forward` changes the arrays in place.
 
-    entry: np.ndarray  # (n, K)
-    revolution: np.ndarray  # (n + max period, K), row s + max period: those cut by the first or last step included
+    entry and revolution are the history that the recursion looks back on. The others hold a number for each pair
+    (circle i, step j of the revolution), which at time t has its place at offsets[i] + (j - t) mod period_i. A
+    revolution that is under way moves on by one j per step and so keeps its place: nothing has to be shifted.
+    """
+
+    entry: np.ndarray  # (n_steps, K)
+    revolution: np.ndarray  # (n_steps + max period, K), row s + max period: those cut by the first or last step too
     past: np.ndarray  # (K,) log rate of the visits that began before the first step
-    partial: np.ndarray  # (pairs,) log-likelihood since the revolution began
+    partial: np.ndarray  # (pairs,) log-likelihood of the steps since the revolution began
     weight: np.ndarray  # (pairs,)
     leave: np.ndarray  # (pairs,)
-    exits: np.ndarray  # (pairs, Q) P(the visit ends with the q-th revolution from now | it is on)
+    exits: np.ndarray  # (pairs, Q) P(the visit ends with the q-th revolution after this one | it is on)
     score: np.ndarray  # (pairs,) scratch
-    scratch: np.ndarray
+    scratch: np.ndarray  # (max(M, K),)
 
 
 def tables(process):
@@ -193,23 +195,44 @@ def tables(process):
         )
 
 
-def start_run(process, n_steps, initial, max_horizon):
-    """A Run for n_steps steps, its past set to what `initial` says."""
+def initial_law(process, initial):
+    """The laws that `initial` names: (K,) visits that begin at the first step, (K,) rate of those begun before."""
+    K = process.n_circles
+    if isinstance(initial, str):
+        if initial == "stationary":
+            return entry_rates(process), entry_rates(process)
+        if initial == "visit start":
+            return np.full(K, 1 / K), np.zeros(K)
+        raise ValueError(f"initial must be 'visit start', 'stationary' or {K} probabilities, not {initial!r}")
+    law = np.asarray(initial, dtype=np.float64)
+    if law.shape != (K,) or law.min() < 0 or abs(law.sum() - 1) > 1e-6:
+        raise ValueError(f"initial must be 'visit start', 'stationary' or {K} probabilities")
+    return law, np.zeros(K)
+
+
+def start_state(process, n_steps, initial, max_horizon):
+    """The FilterState before the first of n_steps steps, its past set to what `initial` says."""
     starts, past = initial_law(process, initial)
-    periods, pairs = process.periods, int(process.periods.sum())
+    K, periods, pairs = process.n_circles, process.periods, int(process.periods.sum())
+    circle_of_pair = np.repeat(np.arange(K), periods)
+    # A visit that was on before the first step is in revolution m with a probability proportional to P(R > m).
+    mean_revolutions = survival(process).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        log_past, log_on = np.log(past), np.log(past * mean_revolutions)
+        entry = np.full((n_steps, K), -np.inf)
+        entry[0] = np.log(starts)
+    # P(it ends with the q-th revolution after this one): P(R = m + q + 1) summed over m. A prediction max_horizon
+    # steps ahead can see at most Q ends of revolutions.
     M, Q = process.dwell_law.shape[1], -(-max_horizon // int(periods.min()))
     law = np.pad(process.dwell_law, ((0, 0), (0, Q)))
-    ends = np.stack([law[:, q:q + M].sum(axis=1) for q in range(Q)] + [np.zeros(len(past))], axis=1)[:, :Q]
-    with np.errstate(divide="ignore"):
-        log_past, begins = np.log(past), np.log(past * survival(process).sum(axis=1))
-        entry = np.full((n_steps, len(past)), -np.inf)
-        entry[0] = np.log(starts)
-    each = np.repeat(np.arange(len(past)), periods)
-    return Run(
-        entry=entry, revolution=np.zeros((n_steps + int(periods.max()), len(past))), past=log_past,
-        partial=np.zeros(pairs), weight=begins[each], leave=log_past[each],
-        exits=(ends / survival(process).sum(axis=1, keepdims=True))[each],
-        score=np.empty(pairs), scratch=np.empty(max(M, len(past))),
+    ends = np.zeros((K, Q))
+    for q in range(Q):
+        ends[:, q] = law[:, q:q + M].sum(axis=1)
+    return FilterState(
+        entry=entry, revolution=np.zeros((n_steps + int(periods.max()), K)), past=log_past,
+        partial=np.zeros(pairs), weight=log_on[circle_of_pair], leave=log_past[circle_of_pair],
+        exits=(ends / mean_revolutions[:, None])[circle_of_pair],
+        score=np.empty(pairs), scratch=np.empty(max(M, K)),
     )
 
 
@@ -234,133 +257,165 @@ def log_add_exp(a, b):
 
 
 @numba.njit(nogil=True, cache=True)
-def visits_on(tab, run, t, i, history):
-    """history[m] = log p(a visit to i began m revolutions before t, x_{<t} given it lasts); -> how many m count."""
-    period, pad = tab.periods[i], len(run.revolution) - len(run.entry)
-    seen = 0.0
+def visits_on(tab, state, t, i, history):
+    """Fill history[m] = log p(a visit to i began m revolutions before t, x_{<t} if it has lasted until t).
+
+    Returns for how many m there is such a visit: fewer than M when none began before the first step.
+    """
+    period, pad = tab.periods[i], len(state.revolution) - len(state.entry)
+    seen = 0.0  # log-likelihood of the m revolutions before t
     for m in range(tab.log_law.shape[1]):
         s = t - m * period
         if m > 0 and s > -period:
-            seen += run.revolution[s + pad, i]
-        if s < 0 and run.past[i] == -np.inf:
+            seen += state.revolution[s + pad, i]
+        if s < 0 and state.past[i] == -np.inf:
             return m
-        history[m] = seen + (run.entry[s, i] if s >= 0 else run.past[i])
+        history[m] = seen + (state.entry[s, i] if s >= 0 else state.past[i])
     return tab.log_law.shape[1]
 
 
 @numba.njit(nogil=True, cache=True)
-def begin_revolutions(tab, run, t):
-    """At each circle's place whose revolution ended before t: who leaves, who enters, what begins."""
+def begin_revolutions(tab, state, t):
+    """Bring the state from the steps before t to the beginning of step t.
+
+    Of each circle, one pair ends its revolution before t and another begins at t, in the same place. So this costs
+    one look back over the dwell law per circle, whatever the number of pairs.
+    """
     K, M = tab.log_law.shape
-    pad = len(run.revolution) - len(run.entry)
-    history, terms = np.empty(M), run.scratch
+    pad = len(state.revolution) - len(state.entry)
+    history, terms = np.empty(M), state.scratch
     leaving = np.empty(K)
+
+    # What has ended: store the revolution's likelihood, and log p(a visit to i ends before t, x_{<t}).
     for i in range(K):
         place = tab.offsets[i] + (-t) % tab.periods[i]
-        run.revolution[t - tab.periods[i] + pad, i] = run.partial[place]
-        leaving[i] = run.leave[place] + run.partial[place]
+        state.revolution[t - tab.periods[i] + pad, i] = state.partial[place]
+        leaving[i] = state.leave[place] + state.partial[place]
+
+    # Who enters: those who have left, through the transition matrix. The first step's law is given.
     if t > 0:
         for k in range(K):
             for i in range(K):
                 terms[i] = leaving[i] + tab.log_transition[i, k]
-            run.entry[t, k] = log_sum_exp(terms[:K])
+            state.entry[t, k] = log_sum_exp(terms[:K])
+
+    # What begins: a revolution of each circle, whatever number of the visit it is.
     for i in range(K):
         place = tab.offsets[i] + (-t) % tab.periods[i]
-        n = visits_on(tab, run, t, i, history)
-        run.partial[place] = 0.0
+        n = visits_on(tab, state, t, i, history)
+        state.partial[place] = 0.0
         for m in range(n):
             terms[m] = history[m] + tab.log_survival[i, m]
-        run.weight[place] = weight = log_sum_exp(terms[:n])
+        state.weight[place] = weight = log_sum_exp(terms[:n])
         for m in range(n):
             terms[m] = history[m] + tab.log_law[i, m]
-        run.leave[place] = log_sum_exp(terms[:n])
+        state.leave[place] = log_sum_exp(terms[:n])
+
+        # With which revolution from here the visit will end; only predictions need it.
         if weight > -np.inf:
-            for q in range(run.exits.shape[1]):
-                run.exits[place, q] = 0.0
+            for q in range(state.exits.shape[1]):
+                state.exits[place, q] = 0.0
                 for m in range(min(n, M - q)):
-                    run.exits[place, q] += math.exp(history[m] + tab.log_law[i, m + q] - weight)
+                    state.exits[place, q] += math.exp(history[m] + tab.log_law[i, m + q] - weight)
 
 
 @numba.njit(nogil=True, cache=True)
-def forward(tab, run, plane, baseline, first, log_evidence, posterior, phasor, flux):
+def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor, flux):
     """Filter len(posterior) steps from step `first` on.
 
     plane (n, K, 2): x in the planes; baseline (n,), taken from every log-likelihood of a step. Fills log_evidence,
-    log p(x_{<=t}) less the baselines so far, and adds to zeros, all times one factor a step: posterior (K,) over
-    circles; phasor (K, 2), E[(cos θ, sin θ) on the circle]; flux (K, max horizon), P(the next visit begins r + 1
-    steps on, after this circle).
+    log p(x_{<=t}) less the baselines so far, and adds to zeros, each row up to a factor that is the same for all of
+    it: posterior (b, K) over circles; phasor (b, K, 2), E[(cos θ, sin θ) on the circle]; flux (b, K, max horizon),
+    P(the next visit begins r + 1 steps on, after this circle).
     """
     K, horizon = flux.shape[1], flux.shape[2]
     for row in range(len(posterior)):
         t = first + row
-        begin_revolutions(tab, run, t)
+        begin_revolutions(tab, state, t)
+
+        # Each pair sees x_t: log-likelihood (r x·point - r² / 2) / σ² less the baseline; and its score, the log of
+        # its posterior up to a constant. The pair at place p is `phase + p` steps into its revolution.
         top = -np.inf
         for i in range(K):
             period, a = tab.periods[i], tab.offsets[i]
             phase = t % period
             cos, sin = tab.cos[2 * a + phase:2 * a + phase + period], tab.sin[2 * a + phase:2 * a + phase + period]
-            partial, weight, score = run.partial[a:a + period], run.weight[a:a + period], run.score[a:a + period]
+            partial, weight = state.partial[a:a + period], state.weight[a:a + period]
+            score = state.score[a:a + period]
             along, across = tab.gain[i] * plane[t, i, 0], tab.gain[i] * plane[t, i, 1]
             drop = tab.half[i] + baseline[t]
-            for p in range(period):
+            for p in range(period):  # a loop of its own: without the maximum in it, it is vectorised
                 partial[p] += along * cos[p] + across * sin[p] - drop
                 score[p] = partial[p] + weight[p]
             for p in range(period):
                 top = max(top, score[p])
+
+        # Sums over the pairs that matter, relative to the likeliest: what the predictions need of the posterior.
         total = 0.0
         for i in range(K):
             period, a = tab.periods[i], tab.offsets[i]
             phase = t % period
             for p in range(period):
-                if run.score[a + p] - top > NEGLIGIBLE:
-                    mass = math.exp(run.score[a + p] - top)
+                if state.score[a + p] - top > NEGLIGIBLE:
+                    mass = math.exp(state.score[a + p] - top)
                     total += mass
                     posterior[row, i] += mass
                     phasor[row, i, 0] += mass * tab.cos[2 * a + phase + p]
                     phasor[row, i, 1] += mass * tab.sin[2 * a + phase + p]
-                    left = period - (phase + p) % period
-                    for q in range(run.exits.shape[1]):
+                    left = period - (phase + p) % period  # steps until this revolution is over
+                    for q in range(state.exits.shape[1]):
                         if left + q * period <= horizon:
-                            flux[row, i, left + q * period - 1] += mass * run.exits[a + p, q]
+                            flux[row, i, left + q * period - 1] += mass * state.exits[a + p, q]
         log_evidence[row] = top + math.log(total)
 
 
 @numba.njit(nogil=True, cache=True)
-def backward(tab, run, log_evidence, occupancy):
-    """occupancy[s + max period, i] = P(a revolution of circle i begins at s | all of x), from a finished run.
+def backward(tab, state, log_evidence, occupancy):
+    """Fill occupancy[s + max period, i] = P(a revolution of circle i begins at s | all of x).
 
-    The backward recursion over the same starts: rest[m] = log p(x_{>=s} | revolution m of a visit to i begins at s),
-    after[e, i] = log p(x_{>=e} | a visit to i ended before e). The forward half needs only `entry` and
-    `revolution`, a number a step and circle each, so that there is nothing to checkpoint.
+    state: after `forward` over the whole series; log_evidence: of the whole series. The backward recursion over the
+    same starts, s from the last to the first:
+
+      rest[m]      log p(x_{>=s} | revolution m of a visit to i begins at s)
+      after[e, i]  log p(x_{>=e} | a visit to i ended before e)
+
+    The forward half needs only `entry` and `revolution`, one number per step and circle each, so that there is nothing
+    to checkpoint.
     """
     K, M = tab.log_law.shape
-    n, pad = len(run.entry), len(run.revolution) - len(run.entry)
-    rest = np.empty((len(run.partial), M))
+    n, pad = len(state.entry), len(state.revolution) - len(state.entry)
+    rest = np.empty((len(state.partial), M))  # a pair's row is used again one period earlier
     after, begins, terms, history = np.empty((n, K)), np.empty(K), np.empty(K), np.empty(M)
     for s in range(n - 1, -pad, -1):
         for i in range(K):
             period = tab.periods[i]
-            if s <= -period or (s < 0 and run.past[i] == -np.inf):
-                continue
+            if s <= -period or (s < 0 and state.past[i] == -np.inf):
+                continue  # over before the first step, or no visit began before it
             place, end = tab.offsets[i] + (-s) % period, s + period
             if end >= n:  # cut by the end of the series: `forward` had no occasion to store it
-                run.revolution[s + pad, i] = run.partial[place]
-            counts = visits_on(tab, run, s, i, history)
+                state.revolution[s + pad, i] = state.partial[place]
+            n_before = visits_on(tab, state, s, i, history)
             for m in range(M):
                 log_survival = tab.log_survival[i, m]
                 if log_survival == -np.inf:
                     rest[place, m] = -np.inf
                     continue
-                value = run.revolution[s + pad, i]
+
+                # The future from s: this revolution, then another one of the same visit, or the end of the visit.
+                value = state.revolution[s + pad, i]
                 if end < n:
                     stays = -np.inf
                     if m + 1 < M:
                         stays = tab.log_survival[i, m + 1] + rest[place, m + 1]
                     value += log_add_exp(stays, tab.log_law[i, m] + after[end, i]) - log_survival
                 rest[place, m] = value
-                if m < counts:
+
+                # The past up to s times the future from s.
+                if m < n_before:
                     occupancy[s + pad, i] += math.exp(history[m] + log_survival + value - log_evidence)
             begins[i] = rest[place, 0]
+
+        # Whoever has left before s goes through the transition matrix and begins a visit at s.
         if s >= 0:
             for i in range(K):
                 for k in range(K):
@@ -392,10 +447,11 @@ def prediction_map(process, horizons):
     between what follows after leaving and that: what follows depends on the circle left and k - r alone.
     """
     K, dim, reach = process.n_circles, process.feature_dim, max(horizons, default=0)
-    circles = np.arange(K)
-    turn = 2 * np.pi * np.arange(reach + 1)[:, None] / process.periods
-    staying = circle_process.points(process, circles, process.entry_angles + turn)  # (n, K, dim), n steps into a visit
-    alive, law = survival(process), process.dwell_law
+    circles, alive, law = np.arange(K), survival(process), process.dwell_law
+    turn = 2 * np.pi * np.arange(reach + 1)[:, None] / process.periods  # (n, K), in n steps
+    staying = circle_process.points(process, circles, process.entry_angles + turn)  # (n, K, dim), n steps after entry
+
+    # What follows, by recursion over n: a visit is still on, or it has ended after r revolutions, n - r * period ago.
     begun = np.zeros((reach + 1, K, dim))  # E[x] n steps after a visit to i began
     left = np.zeros((reach + 1, K, dim))  # E[x] n steps after the end of a visit to i
     for n in range(reach):
@@ -405,6 +461,8 @@ def prediction_map(process, horizons):
             for r in range(1, min(done, law.shape[1]) + 1):
                 begun[n, i] += law[i, r - 1] * left[n - r * period, i]
         left[n] = process.transition_matrix @ begun[n]
+
+    # A phasor (cos, sin) turned on by k steps: its first part starts from angle 0, its second from a right angle.
     by_phasor, by_flux = np.zeros((K, 2, len(horizons), dim)), np.zeros((K, reach, len(horizons), dim))
     for h, k in enumerate(horizons):
         by_phasor[:, 0, h] = circle_process.points(process, circles, turn[k])
@@ -415,23 +473,26 @@ def prediction_map(process, horizons):
     return by_phasor.reshape(K * 2, width), by_flux.reshape(K * reach, width)
 
 
-def filter_blocks(process, tab, maps, run, plane, baseline, horizons):
+def filter_blocks(process, tab, maps, state, plane, baseline, horizons):
     """Filter a series block by block; yields (first, log_evidence, posterior, prediction (b, H, dim))."""
     K, reach, n = process.n_circles, max(horizons, default=0), len(plane)
     for first in range(0, n, BLOCK):
         b = min(BLOCK, n - first)
         evidence, posterior, phasor = np.empty(b), np.zeros((b, K)), np.zeros((b, K, 2))
         flux = np.zeros((b, K, reach))
-        forward(tab, run, plane, baseline, first, evidence, posterior, phasor, flux)
+        forward(tab, state, plane, baseline, first, evidence, posterior, phasor, flux)
         total = posterior.sum(axis=1, keepdims=True)
         prediction = (phasor.reshape(b, K * 2) @ maps[0] + flux.reshape(b, K * reach) @ maps[1]) / total
         yield first, evidence, posterior / total, prediction.reshape(b, len(horizons), process.feature_dim)
 
 
 def step_log_likelihood(process, evidence, baseline, norm2):
-    """log p(x_t | x_1 … x_{t-1}) in nats, (n,), from what `forward` accumulated."""
+    """log p(x_t | x_1 … x_{t-1}) in nats, (n,), from the log evidence that `forward` filled in."""
     constant = 0.5 * process.feature_dim * math.log(2 * math.pi * process.noise_std**2)
     return np.diff(evidence, prepend=0.0) + baseline - norm2 / (2 * process.noise_std**2) - constant
+
+
+# ------------------------------------------------------------------------------------------------- what it is used for
 
 
 def check_horizons(horizons):
@@ -447,36 +508,36 @@ def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=T
     initial: "visit start", a visit to a circle chosen uniformly begins at the first step (how the generator
     starts); K probabilities, the same with another law; "stationary", X was cut out of a long series anywhere.
 
-    Returns a dict: `prediction` {k: (n, feature_dim)}, row t being E[x_{t+k} | x_1 … x_t] (without
-    keep_predictions None, which saves its memory); `squared_error` {k: (n - k,)}, row t the mean over features of
+    Returns a dict: `prediction` {k: (n, feature_dim)}, row t being E[x_{t+k} | x_1 … x_t] (None without
+    keep_predictions, which saves its memory); `squared_error` {k: (n - k,)}, row t the mean over features of
     (x_{t+k} - prediction)²; `circle_posterior` (n, K), given x_1 … x_t; `log_likelihood` (n,), of x_t given
     x_1 … x_{t-1}, in nats.
     """
     horizons, n = check_horizons(horizons), len(X)
     plane, baseline, norm2 = in_planes(process, X)
-    run = start_run(process, n, initial, max(horizons, default=0))
+    state = start_state(process, n, initial, max(horizons, default=0))
     evidence, posterior = np.empty(n), np.empty((n, process.n_circles))
-    kept = {k: np.empty((n, process.feature_dim)) for k in horizons} if keep_predictions else None
+    predictions = {k: np.empty((n, process.feature_dim)) for k in horizons} if keep_predictions else None
     errors = {k: np.empty(max(n - k, 0)) for k in horizons}
     maps = prediction_map(process, horizons)
     for first, block_evidence, block_posterior, prediction in filter_blocks(
-            process, tables(process), maps, run, plane, baseline, horizons):
+            process, tables(process), maps, state, plane, baseline, horizons):
         last = first + len(block_posterior)
         evidence[first:last], posterior[first:last] = block_evidence, block_posterior
         for h, k in enumerate(horizons):
             if keep_predictions:
-                kept[k][first:last] = prediction[:, h]
-            stop = max(min(last, n - k), first)
+                predictions[k][first:last] = prediction[:, h]
+            stop = max(min(last, n - k), first)  # a prediction beyond the series has no target
             error = X[first + k:stop + k] - prediction[:stop - first, h]
             errors[k][first:stop] = np.einsum("td,td->t", error, error) / process.feature_dim
-    return {"prediction": kept, "squared_error": errors, "circle_posterior": posterior,
+    return {"prediction": predictions, "squared_error": errors, "circle_posterior": posterior,
             "log_likelihood": step_log_likelihood(process, evidence, baseline, norm2)}
 
 
 def window_mse(process, series, starts, seq_len, horizons=(1,)):
     """The floor of a model that sees one window at a time: {k: mean squared error}.
 
-    The filter begins each window X[start : start + seq_len] anew, knowing only that it was cut out of a long series
+    The filter begins each window X[start : start + seq_len] anew and knows only that it was cut out of a long series
     (stationary prior). The mean is over windows, features, and the positions t = 0 … seq_len - 1 - k whose target
     t + k lies in the window: the targets of the model's own loss. starts: (n,) first steps.
     """
@@ -486,8 +547,8 @@ def window_mse(process, series, starts, seq_len, horizons=(1,)):
     def window_errors(start):
         X = series.X[start:start + seq_len]
         plane, baseline, _ = in_planes(process, X)
-        run = start_run(process, seq_len, "stationary", max(horizons))
-        blocks = filter_blocks(process, tab, maps, run, plane, baseline, horizons)
+        state = start_state(process, seq_len, "stationary", max(horizons))
+        blocks = filter_blocks(process, tab, maps, state, plane, baseline, horizons)
         prediction = np.concatenate([block[-1] for block in blocks])
         errors = [np.mean((X[k:] - prediction[:seq_len - k, h])**2) for h, k in enumerate(horizons)]
         dataset.release(X)
@@ -507,26 +568,51 @@ def check_window(series, starts, seq_len, horizons):
     return horizons
 
 
+def excess_percent(mse, floor):
+    """How far an MSE is above the optimal one, in percent; None when the optimal one is not known."""
+    return None if floor is None else 100 * (mse / floor - 1)
+
+
+def error_rows(mse, floor):
+    """A model's validation MSE beside the floor: one dict per horizon.
+
+    mse: {horizon: MSE}; floor: {horizon: MSE of the filter}, as from `window_mse`, or {} when it is not known.
+    """
+    return [{"horizon": k, "val_mse": value, "optimal_mse": floor.get(k),
+             "excess_percent": excess_percent(value, floor.get(k))} for k, value in mse.items()]
+
+
+def error_table(rows):
+    """The text table of `error_rows`."""
+    def cell(value, form, unit=""):
+        return "–" if value is None else format(value, form) + unit
+
+    return cli.table(["horizon", "validation MSE", "optimal", "excess"], [
+        [row["horizon"], cell(row["val_mse"], ".4f"), cell(row["optimal_mse"], ".4f"),
+         cell(row["excess_percent"], "+.2f", " %")] for row in rows], align="rrrr")
+
+
 def smooth(process, X, initial="visit start"):
     """The hidden states of X (n_steps, feature_dim) given all of it (forward-backward).
 
     Returns a dict: `circle_posterior` (n, K); `circle` (n,) int, the likeliest one at each step; `theta` (n,)
-    radians in [0, 2π), its mean angle on that circle. So that a series that may leave the process can be judged:
+    radians in [0, 2π), the mean angle on that circle. Two entries tell whether a series has left the process:
     `log_likelihood` (n,) of x_t given x_1 … x_{t-1}, in nats, and `distance` (n,) from x_t to the nearest point of
-    any circle (noise_std * sqrt(feature_dim - 1), about, when x_t belongs to the process).
+    any circle (about noise_std * sqrt(feature_dim - 1) when x_t belongs to the process).
 
     Memory: a few arrays of (n, K). `initial` as in `predict`; "stationary" for a series that begins anywhere.
     """
     plane, baseline, norm2 = in_planes(process, X)
     n, K = len(X), process.n_circles
-    tab, run = tables(process), start_run(process, n, initial, 0)
+    tab, state = tables(process), start_state(process, n, initial, 0)
     evidence = np.concatenate([block[1] for block in filter_blocks(
-        process, tab, prediction_map(process, ()), run, plane, baseline, ())])
+        process, tab, prediction_map(process, ()), state, plane, baseline, ())])
     pad = int(process.periods.max())
     occupancy = np.zeros((n + pad, K))
-    backward(tab, run, evidence[-1], occupancy)
+    backward(tab, state, evidence[-1], occupancy)
 
-    # A step belongs to the revolution that began at most period - 1 steps before: sums over a sliding window.
+    # A step belongs to the revolution that began at most period - 1 steps before: sums over a sliding window. For the
+    # mean angle, each start at s counts as exp(-i turn(s)); turned on to t, that is the angle run through since s.
     turn = 2 * np.pi / process.periods * (np.arange(-pad, n)[:, None] % process.periods)
     posterior, phasor = sliding_sum(occupancy, process.periods), np.exp(-1j * turn)
     phasor = sliding_sum(occupancy * phasor, process.periods) * np.exp(1j * (process.entry_angles + turn[pad:]))
@@ -547,11 +633,53 @@ def sliding_sum(values, widths):
                      for i, width in enumerate(widths)], axis=1)
 
 
-# ---------------------------------------------------------------------------------------------- the script
+# ------------------------------------------------------------------------------------------------- the script
 
 
-def draw(path, report, posterior, states, start):
-    """Circle posterior over a stretch of time with the true circles above it, and error against horizon."""
+SHOWN_STEPS = 4000  # of the validation part, from its first step on
+
+
+def measure(args, series, process):
+    """(report, circle_posterior): what optimal_filter.json holds, and P(circle | past) of each step, (n_steps, K)."""
+    _, windows, boundary = dataset.split_windows(series.n_steps, args.seq_len, args.stride, args.val_fraction)
+    filtered = predict(process, series.X, args.horizons, keep_predictions=False)
+    smoothed = smooth(process, series.X)
+    in_windows = window_mse(process, series, windows, args.seq_len, args.horizons)
+    right = filtered["circle_posterior"].argmax(axis=1) == series.states
+    right_smoothed = smoothed["circle"] == series.states
+    report = {
+        "noise_floor": process.noise_std**2,
+        "planes_recovered": series.planes is None,
+        "n_steps": series.n_steps, "first_validation_step": boundary, "seq_len": args.seq_len, "stride": args.stride,
+        "horizons": [{"horizon": k, "mse": float(errors.mean()), "val_mse": float(errors[boundary:].mean()),
+                      "val_window_mse": in_windows[k]} for k, errors in filtered["squared_error"].items()],
+        "circle_accuracy": float(right.mean()), "val_circle_accuracy": float(right[boundary:].mean()),
+        "smoothed_circle_accuracy": float(right_smoothed.mean()),
+        "log_likelihood_per_step": float(filtered["log_likelihood"].mean()),
+    }
+    return report, filtered["circle_posterior"]
+
+
+def print_report(report, process, series):
+    print(f"noise floor (noise_std²): {report['noise_floor']:.4f}\n")
+    if report["planes_recovered"]:
+        too_low = report["noise_floor"] * process.n_circles * (2 * process.feature_dim - 3) / series.X.size
+        print("data.npz has no planes: recovered from the same data, which makes the errors below too low "
+              f"by about {too_low:.1e}\n")
+    print("mean squared error of the Bayes-optimal prediction")
+    print(cli.table(["horizon", "whole series", "validation", f"windows of {report['seq_len']}"], [
+        [row["horizon"], *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse"))]
+        for row in report["horizons"]], align="rrrr"))
+    print(f"\ncircle accuracy: {report['circle_accuracy']:.3%} from the past, "
+          f"{report['smoothed_circle_accuracy']:.3%} from the whole series")
+    print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats per step\n")
+
+
+def draw_filter(report, posterior, states, start):
+    """Circle posterior (n, K) over a stretch of time under the true circles (n,), and the error per horizon: a Figure.
+
+    start: the time step of the first one; report: as `measure` returns it.
+    """
     K = posterior.shape[1]
     fig, axes = figures.new_figure(3, 1, panel=(9.0, 2.4), title="Bayes-optimal filter",
                                    gridspec_kw={"height_ratios": [0.12, 1, 1]})
@@ -571,54 +699,26 @@ def draw(path, report, posterior, states, start):
     curve.minorticks_off()
     curve.set(xlabel="horizon (steps)", ylabel="mean squared error")
     curve.legend()
-    figures.save(fig, path)
+    return fig
 
 
 def main(args):
     save_dir = cli.output_folder(args.save_dir)
     series = dataset.load_series(args.data_dir)
     process = process_from_series(series)
-    _, windows, boundary = dataset.split_windows(series.n_steps, args.seq_len, args.stride, args.val_fraction)
-
-    filtered = predict(process, series.X, args.horizons, keep_predictions=False)
-    smoothed = smooth(process, series.X)
-    in_windows = window_mse(process, series, windows, args.seq_len, args.horizons)
-    right = filtered["circle_posterior"].argmax(axis=1) == series.states
-    right_smoothed = smoothed["circle"] == series.states
-
-    report = {
-        "noise_floor": process.noise_std**2,
-        "planes_recovered": series.planes is None,
-        "n_steps": series.n_steps, "first_validation_step": boundary, "seq_len": args.seq_len, "stride": args.stride,
-        "horizons": [{"horizon": k, "mse": float(errors.mean()), "val_mse": float(errors[boundary:].mean()),
-                      "val_window_mse": in_windows[k]} for k, errors in filtered["squared_error"].items()],
-        "circle_accuracy": float(right.mean()), "val_circle_accuracy": float(right[boundary:].mean()),
-        "smoothed_circle_accuracy": float(right_smoothed.mean()),
-        "log_likelihood_per_step": float(filtered["log_likelihood"].mean()),
-    }
-    print(f"noise floor (noise_std²): {report['noise_floor']:.4f}\n")
-    if report["planes_recovered"]:
-        excess = report["noise_floor"] * process.n_circles * (2 * process.feature_dim - 3) / series.X.size
-        print("data.npz has no planes: recovered from the same data, which makes the errors below too low "
-              f"by about {excess:.1e}\n")
-    print("mean squared error of the Bayes-optimal prediction")
-    print(cli.table(["horizon", "whole series", "validation", f"windows of {args.seq_len}"], [
-        [row["horizon"], *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse"))]
-        for row in report["horizons"]], align="rrrr"))
-    print(f"\ncircle accuracy: {report['circle_accuracy']:.3%} from the past, "
-          f"{report['smoothed_circle_accuracy']:.3%} from the whole series")
-    print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats a step\n")
-
+    report, posterior = measure(args, series, process)
+    print_report(report, process, series)
     cli.write_text(save_dir / "optimal_filter.json", json.dumps(report, indent=2) + "\n")
     print(f"wrote {save_dir / 'optimal_filter.json'}")
-    stretch = slice(boundary, boundary + 4000)
-    draw(save_dir / "optimal_filter.png", report, filtered["circle_posterior"][stretch], series.states[stretch],
-         boundary)
+    start = report["first_validation_step"]
+    shown = slice(start, start + SHOWN_STEPS)
+    figures.save(draw_filter(report, posterior[shown], series.states[shown], start), save_dir / "optimal_filter.png")
 
 
 if __name__ == "__main__":
-    # Under its own name: the kernels' arguments are typed by module, and numba can't find those of `__main__` in its
-    # cache on disk.
+    # The script runs as the module `optimal_filter`, not as `__main__`: numba stores a compiled kernel under the types
+    # of its arguments, FilterState and Tables among them, whose module is part of the type. Those of `__main__` are
+    # new in every process, so that the kernels would be compiled again each time.
     import optimal_filter
 
     cli.run(optimal_filter.main, parse_args())

@@ -21,9 +21,6 @@ SCRIPTS = sorted(path.stem for path in REPO.glob("*.py") if "\ndef parse_args(" 
 LIGHT = {"estimate_dimension", "markov_circles_timeseries", "optimal_filter"}
 TAKES_SECONDS = {"torch", "umap", "sklearn"}
 SLOW_IMPORTS = TAKES_SECONDS | {"numba", "matplotlib", "scipy", "numpy"}
-# These import all that they use on top; it is loaded within half a second.
-QUICK_ENOUGH = {"estimate_dimension": {"numpy", "matplotlib"}, "markov_circles_timeseries": {"numpy", "matplotlib"},
-                "optimal_filter": {"numpy", "matplotlib", "numba"}}
 
 # The flags that other people's scripts and papers rely on: one may be added here, none taken away.
 PROMISED = {

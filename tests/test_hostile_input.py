@@ -304,7 +304,7 @@ def test_hostile_config(folder, changes):
     if series is not None:
         use_filter(series)
         assert isinstance(series.config.get("noise_std", 0.0), int | float)
-        valid_or_refused(optimal_filter.known_process, series, "no exact filter")
+        valid_or_refused(optimal_filter.process_or_none, series, "no exact filter")
 
 
 @hostile
