@@ -1,25 +1,26 @@
 """Selective scan and causal convolution as Triton kernels, for CUDA GPUs.
 
-The scan of Mamba-1 (Gu & Dao 2023, arXiv 2312.00752, Algorithm 2) with everything around it fused in:
+The scan of Mamba-1 (Gu & Dao 2023, arXiv 2312.00752, algorithm 2) with what surrounds it fused in: softplus, the skip
+term D u and the gate. The equations, forward and backward, are in selective_scan.py, and the names here are those of
+the equations.
 
-    dt_t = softplus(delta_t + delta_bias)
-    h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t            h (batch, d_inner, N)
-    y_t  = (C_t . h_t + D u_t) * silu(z_t)
+There are batch x d_inner independent recurrences: enough to fill a GPU at any batch size worth training with. So each
+program takes a few channels of one sequence and walks through time in order, its state in registers; there is no
+parallel scan, which would cost extra work. Where the programs are too few (batch sizes of 1 to 8), time is split as
+well, in three kernels: `_ends_kernel` finds the state at the end of each split as if the split had started from zero,
+`_carry_kernel` composes these into the state that each split really starts from, and then every split is computed on
+its own. The backward pass does the same in reverse.
 
-`batch * d_inner` recurrences are independent and fill a GPU for any batch worth training with, so each program takes
-a few channels of one sequence and walks time in order, its state in registers: no parallel scan, no extra work. When
-there are too few of them (a batch of 1 to 8), time is split as well: each split's end state from zero first, then the
-carry over the splits, then every split on its own from its right start. The backward pass mirrors this.
-
-The forward pass saves the state before every `CHUNK`-th step. The backward pass takes a chunk in two blocks of a few
-steps: it runs forward from the saved state to the block and through it, its states held in registers, and walks it
-back. The next chunk's inputs are asked for ahead of time, for there are too few warps to wait on memory. The reduction
-of dB and dC over channels goes through one partial sum a program, so results do not depend on the order in which
+The forward pass saves the state before every CHUNK-th step. The backward pass goes through a chunk in blocks of a few
+steps, from the last block to the first. For each it computes the states again, from the saved one up to the block and
+through it, keeps those of the block in registers and walks back through them. The inputs of the next chunk are
+prefetched, because too few warps are running to hide the latency of memory. dB and dC are sums over channels: each
+program writes its own partial sum and another kernel adds them, so that results don't depend on the order in which
 programs finish.
 
-Arithmetic and state are float32. Inputs are float32, bfloat16 or float16; float64 is refused: use another back end.
+Arithmetic and state are float32. Inputs are float32, bfloat16 or float16; float64 is refused, use another back end.
 Shapes: u, delta, z, y (batch, time, d_inner); B, C (batch, time, N); A (d_inner, N); D, delta_bias (d_inner,). Views
-strided in batch and time are taken as they are; the last dimension must be contiguous.
+that are strided in batch and time are taken as they are; the last dimension must be contiguous.
 """
 
 import contextlib
@@ -32,11 +33,12 @@ import triton
 import triton.language as tl
 
 import cli
+from kernels.triton_math import LN2, LOG2E, sigmoid, softplus_sigmoid
 
 
 class Tile(NamedTuple):
-    """How a kernel is cut: channels of a program (of the scan: at N = 32, `_fit` adapts it), its warps, and the time
-    steps it has in registers at once."""
+    """How the work is divided: the channels per program (for the scan: at N = 32, `_fit` adapts them to other N), its
+    warps, and the time steps that it holds in registers at once."""
 
     channels: int
     warps: int
@@ -47,57 +49,30 @@ FORWARD = Tile(channels=16, warps=1, steps=4)
 BACKWARD = Tile(channels=32, warps=2, steps=4)
 CONV_FORWARD = Tile(channels=128, warps=4, steps=32)
 CONV_BACKWARD = Tile(channels=64, warps=1, steps=16)
-CONV_BLOCKS = 8  # blocks of steps a program of the convolution's backward pass goes through
-CARRY_BLOCK = 32
-CHUNK = 8  # steps between saved states; a multiple of the steps of every tile, and no more than two of BACKWARD's
+CONV_BLOCKS = 8  # blocks of steps per program of the convolution's backward pass
+CARRY_BLOCK = 32  # state elements per program of the carry over splits
+CHUNK = 8  # steps between saved states: a multiple of every tile's steps, at most two blocks of BACKWARD
 MAX_STATE = 256
 MAX_SPLITS = 64
-WARPS_TO_FILL = 12  # warps a multiprocessor should have before time is left whole
+WARPS_TO_FILL = 12  # warps that each multiprocessor should have; time is split where there are fewer
 
-INTERPRETED = triton.knobs.runtime.interpret  # which knows no assembler
+INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter, which has no inline assembler
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
 MINUS_INF = tl.constexpr(-math.inf)
-
-
-# ---------------------------------------------------------------------------------------------------- scalar functions
-
-
-@triton.jit
-def _softplus_sigmoid(x):
-    """softplus(x) and its derivative sigmoid(x). exp(-|x|) cannot overflow; -inf gives 0 and 0, NaN stays."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    # log1p(e) / e on [0, 1], interpolated at Chebyshev points: relative error 2e-7. log(1 + e) would lose the small
-    # dt that Mamba starts from, and costs more.
-    p = -0.029074065387 + e * 0.0051261018962
-    p = 0.077516086400 + e * p
-    p = -0.13602247834 + e * p
-    p = 0.19076880813 + e * p
-    p = -0.24835398793 + e * p
-    p = 0.33318120241 + e * p
-    p = -0.49999445677 + e * p
-    p = 0.99999994040 + e * p
-    r = 1.0 / (1.0 + e)
-    return tl.maximum(x, 0.0) + e * p, tl.where(x >= 0, r, e * r)
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
 def _compose(a1, x1, a2, x2):
-    """h -> a1 h + x1, then h -> a2 h + x2, as one such map."""
+    """The map h -> a1 h + x1 followed by h -> a2 h + x2, as one such map: (a, x)."""
     return a2 * a1, a2 * x1 + x2
 
 
-# --------------------------------------------------------------------------------------------------------------- tiles
+# ---- tiles ---------------------------------------------------------------------------------------------------
 #
-# What depends on (time, channel) alone (softplus, gate, their derivatives) is computed on tiles [STEPS, CH] spread over
-# all threads. The recurrence then takes the rows of such a tile one by one, replicated over the threads that share a
-# channel. Registers cannot be indexed but they can be split: reshape and split cost one exchange for the whole tile.
+# What depends on time and channel only (softplus, the gate, their derivatives) is computed on tiles [STEPS, CH], spread
+# over all threads. The recurrence then takes the rows of such a tile one by one, and each of the threads that share a
+# channel needs a copy of its number. Registers can't be indexed, but a tile can be split: `_rows` takes it apart by
+# reshape and split, at the price of one exchange between threads for the whole tile.
 
 
 @triton.jit
@@ -120,8 +95,11 @@ def _rows(x):
 
 @triton.jit
 def _rows_of_two(x, y):
-    """The rows of x, then those of y, through one exchange. (For a tile made from a single load the compiler would
-    rather exchange what was loaded and compute on replicated data: eight times the work, here.)"""
+    """The rows of x, then those of y, by one exchange between threads.
+
+    Split separately, a tile that is computed from a single load would be treated differently by the compiler: it would
+    exchange the loaded values and let every thread repeat the arithmetic, eight times the work.
+    """
     both = tl.permute(tl.join(x, y), [2, 0, 1])
     return _rows(tl.reshape(both, [2 * x.shape[0], x.shape[1]]))
 
@@ -142,14 +120,14 @@ def _stack(rows, STEPS: tl.constexpr):
 
 @triton.jit
 def _inside(first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Indices first ... first + BLOCK - 1 and whether they are below SIZE; a constant if that is certain."""
+    """The indices first ... first + BLOCK - 1, and whether each is below SIZE: a constant where SIZE % BLOCK is 0."""
     i = first + tl.arange(0, BLOCK)
     return i, tl.full([BLOCK], True, tl.int1) if SIZE % BLOCK == 0 else i < SIZE
 
 
 @triton.jit
 def _before(first, end, STEPS: tl.constexpr, EVEN: tl.constexpr):
-    """Which of the steps first ... first + STEPS - 1 are before `end`; EVEN: all."""
+    """Which of the steps first ... first + STEPS - 1 are before `end`; where EVEN, all are."""
     return tl.full([STEPS], True, tl.int1) if EVEN else first + tl.arange(0, STEPS) < end
 
 
@@ -157,7 +135,8 @@ def _before(first, end, STEPS: tl.constexpr, EVEN: tl.constexpr):
 def _load_rows(
     ptr, n, mask_n, first, end, STEP: tl.constexpr, ALIGN: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr
 ):
-    """STEPS rows of B or C, [N] each, zero from `end` on. Loaded ahead of use, in their own type: fewer registers."""
+    """STEPS rows of B or C, [N] each, zero from `end` on. They are loaded ahead of use and kept in their own dtype,
+    which takes fewer registers than float32."""
     ptr += tl.multiple_of(tl.cast(first, tl.int64) * STEP, ALIGN) + n
     rows = ()
     for k in tl.static_range(STEPS):
@@ -177,7 +156,8 @@ def _load_tile(ptr, c, mask, first, other: tl.constexpr, STEP: tl.constexpr, STE
 
 @triton.jit
 def _prefetch(ptr, first, time, STEP: tl.constexpr, ROWS: tl.constexpr, LENGTH: tl.constexpr):
-    """Ask for LENGTH elements from ptr + t * STEP on, of the steps t = first ... first + ROWS - 1 within the series."""
+    """Start to bring LENGTH elements from ptr + t * STEP on into the L2 cache, for t = first ... first + ROWS - 1, as
+    far as these steps lie within the series."""
     SECTOR: tl.constexpr = 256 // ptr.dtype.element_ty.primitive_bitwidth  # elements in 32 bytes
     SECTORS: tl.constexpr = triton.next_power_of_2((LENGTH + SECTOR - 1) // SECTOR + 1)
     row = tl.minimum(tl.maximum(first + tl.arange(0, ROWS), 0), time - 1)
@@ -190,17 +170,18 @@ def _prefetch(ptr, first, time, STEP: tl.constexpr, ROWS: tl.constexpr, LENGTH: 
 
 @triton.jit
 def _store_tile(ptr, x, c, mask, first, STEP: tl.constexpr, STEPS: tl.constexpr):
+    """The reverse of `_load_tile`, in the dtype of ptr."""
     ptr += tl.cast(first, tl.int64) * STEP
     tl.store(ptr + tl.arange(0, STEPS)[:, None] * STEP + c[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
-# --------------------------------------------------------------------------------------------------------------- scan
+# ---- scan ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _place(n_groups, n_splits, split_len, time):
-    """This program's sequence, split, group of channels, first and end step. Groups run fastest: programs side by side
-    share rows of B and C, and cache lines of u, delta and z."""
+    """This program's sequence, split, group of channels, first step and end. Neighbouring programs have neighbouring
+    groups, because these share rows of B and C, and cache lines of u, delta and z."""
     pid = tl.program_id(0)
     split = (pid // n_groups) % n_splits
     start = split * split_len
@@ -216,8 +197,10 @@ def _ends_kernel(
     D_INNER: tl.constexpr, N_STATE: tl.constexpr, N: tl.constexpr, CH: tl.constexpr, STEPS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Each split alone, from zero: forward, the state after its last step (x = u); in reverse, the gradient of the
-    state before its first step (x = dy, B = C). Also the sum of dt, which gives the decay over the split."""
+    """The end of each split as if it had started from zero, and the sum of its dt, which gives its decay.
+
+    Forward (x = u): h after the last step. In reverse (x = dy, and B is C): the carry out of the first step.
+    """
     batch, split, group, start, end = _place(n_groups, n_splits, split_len, time)
     c, mask_c = _inside(group * CH, D_INNER, CH)
     n, mask_n = _inside(0, N_STATE, N)
@@ -226,7 +209,7 @@ def _ends_kernel(
     delta += batch * delta_batch
     z += batch * z_batch
     B += tl.multiple_of(batch * B_batch, ALIGN)
-    a2 = tl.load(A + c[:, None] * N_STATE + n[None, :], mask=mask, other=0.0) * LOG2E
+    A2 = tl.load(A + c[:, None] * N_STATE + n[None, :], mask=mask, other=0.0) * LOG2E
     bias = tl.load(delta_bias + c, mask=mask_c, other=0.0)
     h = tl.zeros([CH, N], tl.float32)
     dt_sum = tl.zeros([STEPS, CH], tl.float32)
@@ -238,11 +221,11 @@ def _ends_kernel(
         tile = _before(first, end, STEPS, EVEN)[:, None] & mask_c[None, :]
         x_tile = _load_tile(x, c, tile, first, 0.0, X_STEP, STEPS)
         # Beyond the end delta is -inf, so that dt = 0 and the state stays what it is.
-        dt, _ = _softplus_sigmoid(_load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :])
+        dt, _ = softplus_sigmoid(_load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :])
         Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, EVEN)
         if REVERSE:
             z_tile = _load_tile(z, c, tile, first, 0.0, Z_STEP, STEPS)
-            x_tile *= z_tile * _sigmoid(z_tile)
+            x_tile *= z_tile * sigmoid(z_tile)
         else:
             x_tile *= dt
         dt_sum += dt
@@ -250,9 +233,9 @@ def _ends_kernel(
         for k in tl.static_range(STEPS):
             if REVERSE:
                 h += rows[2 * STEPS - 1 - k][:, None] * Bs[STEPS - 1 - k].to(tl.float32)[None, :]
-                h *= tl.exp2(rows[STEPS - 1 - k][:, None] * a2)
+                h *= tl.exp2(rows[STEPS - 1 - k][:, None] * A2)
             else:
-                h = tl.exp2(rows[k][:, None] * a2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
+                h = tl.exp2(rows[k][:, None] * A2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
     row = (batch * n_splits + split) * D_INNER
     tl.store(ends + row * N_STATE + c[:, None] * N_STATE + n[None, :], h, mask=mask)
     tl.store(dt_sums + row + c, tl.sum(dt_sum, 0), mask=mask_c)
@@ -263,7 +246,7 @@ def _carry_kernel(
     ends, dt_sums, A, h0, starts, n_elements, n_splits,
     N_STATE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_H0: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """From every split's own end and decay to the value each split starts from: an exclusive scan over the splits."""
+    """What each split starts from, given all ends and decays of `_ends_kernel`: an exclusive scan over the splits."""
     batch = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     s = tl.arange(0, SPLITS)
@@ -294,6 +277,7 @@ def _forward_kernel(
     D_INNER: tl.constexpr, N_STATE: tl.constexpr, N: tl.constexpr, CH: tl.constexpr, STEPS: tl.constexpr,
     ALIGN: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, HAS_STARTS: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
+    """y, the states before each chunk and, by the last split, the last state; in blocks of STEPS steps."""
     batch, split, group, start, end = _place(n_groups, n_splits, split_len, time)
     c, mask_c = _inside(group * CH, D_INNER, CH)
     n, mask_n = _inside(0, N_STATE, N)
@@ -306,7 +290,7 @@ def _forward_kernel(
     C += tl.multiple_of(batch * C_batch, ALIGN)
     y += batch * time * D_INNER
     states += batch * tl.cdiv(time, CHUNK) * (D_INNER * N_STATE)
-    a2 = tl.load(A + state, mask=mask, other=0.0) * LOG2E
+    A2 = tl.load(A + state, mask=mask, other=0.0) * LOG2E
     skip = tl.load(D + c, mask=mask_c, other=0.0)
     bias = tl.load(delta_bias + c, mask=mask_c, other=0.0)
     if HAS_STARTS:
@@ -314,6 +298,7 @@ def _forward_kernel(
     else:
         h = tl.zeros([CH, N], tl.float32)
     for first in range(start, end, STEPS):
+        # Before each chunk: save the state for the backward pass, and prefetch the inputs of the next chunk.
         if first % CHUNK == 0:
             row = tl.cast(first // CHUNK, tl.int64) * (D_INNER * N_STATE)
             tl.store(states + row + state, h.to(states.dtype.element_ty), mask=mask)
@@ -328,16 +313,17 @@ def _forward_kernel(
         u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
         z_tile = _load_tile(z, c, tile, first, 0.0, Z_STEP, STEPS)
         # Beyond the end delta is -inf, so that dt = 0 and the state stays what it is.
-        dt, _ = _softplus_sigmoid(_load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :])
+        dt, _ = softplus_sigmoid(_load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :])
         Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, EVEN)
         Cs = _load_rows(C, n, mask_n, first, end, C_STEP, ALIGN, STEPS, EVEN)
+        # The recurrence, step by step: h = a h + v B. rows: those of dt, then those of v = dt u.
         rows = _rows_of_two(dt, dt * u_tile)
-        Ch = ()
+        Ch = ()  # C_t . h_t, one row [CH] per step
         for k in tl.static_range(STEPS):
-            h = tl.exp2(rows[k][:, None] * a2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
+            h = tl.exp2(rows[k][:, None] * A2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
             Ch += (tl.sum(h * Cs[k].to(tl.float32)[None, :], 1),)
-        y_tile = (_stack(Ch, STEPS) + skip[None, :] * u_tile) * z_tile * _sigmoid(z_tile)
-        _store_tile(y, y_tile, c, tile, first, D_INNER, STEPS)
+        o_tile = _stack(Ch, STEPS) + skip[None, :] * u_tile
+        _store_tile(y, o_tile * z_tile * sigmoid(z_tile), c, tile, first, D_INNER, STEPS)
     if split == n_splits - 1:
         tl.store(h_last + batch * (D_INNER * N_STATE) + state, h, mask=mask)
 
@@ -352,8 +338,8 @@ def _backward_kernel(
     ALIGN: tl.constexpr, EVEN: tl.constexpr, CHUNK: tl.constexpr, HAS_STARTS: tl.constexpr,
     LANES: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """Walks chunks, and in them blocks of STEPS steps, from the last to the first. ga is exp(dt_{t+1} A) times the
-    gradient of h_{t+1}: what step t receives from later steps; `starts` holds it for the end of each split."""
+    """The equations of selective_scan.py under their names, over chunks and in each over blocks of STEPS steps, from
+    the last to the first. `starts` holds the carry into the last step of each split."""
     batch, split, group, start, end = _place(n_groups, n_splits, split_len, time)
     c, mask_c = _inside(group * CH, D_INNER, CH)
     n, mask_n = _inside(0, N_STATE, N)
@@ -370,14 +356,14 @@ def _backward_kernel(
     ddelta += batch * time * D_INNER
     dBC += (group * n_batch + batch) * time * (2 * N_STATE)
     states += batch * tl.cdiv(time, CHUNK) * (D_INNER * N_STATE)
-    a2 = tl.load(A + state, mask=mask, other=0.0) * LOG2E
+    A2 = tl.load(A + state, mask=mask, other=0.0) * LOG2E
     skip = tl.load(D + c, mask=mask_c, other=0.0)
     bias = tl.load(delta_bias + c, mask=mask_c, other=0.0)
     split_row = (batch * n_splits + split) * D_INNER
     if HAS_STARTS:
-        ga = tl.load(starts + split_row * N_STATE + state, mask=mask, other=0.0)
+        carry = tl.load(starts + split_row * N_STATE + state, mask=mask, other=0.0)
     else:
-        ga = tl.zeros([CH, N], tl.float32)
+        carry = tl.zeros([CH, N], tl.float32)
     dA_sum = tl.zeros([CH, N], tl.float32)
     dD_sum = tl.zeros([STEPS, CH], tl.float32)
     dbias_sum = tl.zeros([STEPS, CH], tl.float32)
@@ -396,56 +382,61 @@ def _backward_kernel(
             _prefetch(C, ahead, time, C_STEP, CHUNK, N_STATE)
             _prefetch(states + group * (CH * N_STATE), ahead // CHUNK, time, D_INNER * N_STATE, 1, CH * N_STATE)
         for back in range(0, last_block + 1):
+            # ---- forward once more, from the saved state to the start of the block
             h = tl.load(states + row + state, mask=mask, other=0.0).to(tl.float32)
             for block in range(0, last_block - back):
                 first = chunk_start + block * STEPS
                 tile = tl.full([STEPS, CH], True, tl.int1) & mask_c[None, :]
                 u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
-                dt, _ = _softplus_sigmoid(_load_tile(delta, c, tile, first, 0.0, DELTA_STEP, STEPS) + bias[None, :])
+                dt, _ = softplus_sigmoid(_load_tile(delta, c, tile, first, 0.0, DELTA_STEP, STEPS) + bias[None, :])
                 Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, True)
                 rows = _rows_of_two(dt, dt * u_tile)
                 for k in tl.static_range(STEPS):
-                    h = tl.exp2(rows[k][:, None] * a2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
+                    h = tl.exp2(rows[k][:, None] * A2) * h + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :]
+            # ---- what doesn't depend on the state, for the block: dt and its slope, v = dt u, the gate, do
             first = chunk_start + (last_block - back) * STEPS
             tile = _before(first, end, STEPS, EVEN)[:, None] & mask_c[None, :]
             u_tile = _load_tile(u, c, tile, first, 0.0, U_STEP, STEPS)
             z_tile = _load_tile(z, c, tile, first, 0.0, Z_STEP, STEPS)
             dy_tile = _load_tile(dy, c, tile, first, 0.0, DY_STEP, STEPS)
-            x = _load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :]
+            raw = _load_tile(delta, c, tile, first, MINUS_INF, DELTA_STEP, STEPS) + bias[None, :]
             Bs = _load_rows(B, n, mask_n, first, end, B_STEP, ALIGN, STEPS, EVEN)
             Cs = _load_rows(C, n, mask_n, first, end, C_STEP, ALIGN, STEPS, EVEN)
-            dt, slope = _softplus_sigmoid(x)
-            gate = _sigmoid(z_tile)
-            dyg = dy_tile * z_tile * gate  # the gradient of y before the gate
-            rows, dygs = _rows_of_two(dt, dt * u_tile), _rows(dyg)
-            hs, decays = (h,), ()
+            dt, slope = softplus_sigmoid(raw)
+            gate = sigmoid(z_tile)
+            do_tile = dy_tile * z_tile * gate
+            rows, do_rows = _rows_of_two(dt, dt * u_tile), _rows(do_tile)  # rows: those of dt, then those of v
+            # ---- forward through the block, keeping a and h of every step; hs[k] is the state before step k
+            hs, a_steps = (h,), ()
             for k in tl.static_range(STEPS):
-                decay = tl.exp2(rows[k][:, None] * a2)
-                hs += (decay * hs[k] + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :],)
-                decays += (decay,)
-            Ch, gB, gaAh = (), (), ()
-            dBs, dCs = (), ()
+                a = tl.exp2(rows[k][:, None] * A2)
+                hs += (a * hs[k] + rows[STEPS + k][:, None] * Bs[k].to(tl.float32)[None, :],)
+                a_steps += (a,)
+            # ---- backward through the recurrence: dh, what it gives dB, dC, dv, dA and ddt, and the next carry
+            Ch, dv, deA2 = (), (), ()  # sums over the states, one row [CH] per step: C . h, dh . B, de . A2
+            dBs, dCs = (), ()  # terms of dB and dC, [CH, N] per step
             for j in tl.static_range(STEPS):
                 B_k = Bs[STEPS - 1 - j].to(tl.float32)[None, :]
                 C_k = Cs[STEPS - 1 - j].to(tl.float32)[None, :]
-                dt_k, dyg_k = rows[STEPS - 1 - j][:, None], dygs[STEPS - 1 - j][:, None]
-                g = ga + dyg_k * C_k
+                dt_k, do_k = rows[STEPS - 1 - j][:, None], do_rows[STEPS - 1 - j][:, None]
+                dh = carry + do_k * C_k
                 Ch = (tl.sum(hs[STEPS - j] * C_k, 1),) + Ch
-                gB = (tl.sum(g * B_k, 1),) + gB
-                dBs = (g * rows[2 * STEPS - 1 - j][:, None],) + dBs
-                dCs = (hs[STEPS - j] * dyg_k,) + dCs
-                ga = g * decays[STEPS - 1 - j]
-                gah = ga * hs[STEPS - 1 - j]
-                dA_sum += gah * dt_k
-                gaAh = (tl.sum(gah * a2, 1),) + gaAh
+                dv = (tl.sum(dh * B_k, 1),) + dv
+                dBs = (dh * rows[2 * STEPS - 1 - j][:, None],) + dBs
+                dCs = (hs[STEPS - j] * do_k,) + dCs
+                carry = dh * a_steps[STEPS - 1 - j]
+                de = carry * hs[STEPS - 1 - j]
+                dA_sum += de * dt_k
+                deA2 = (tl.sum(de * A2, 1),) + deA2
+            # ---- dB and dC of this program's channels; du, ddelta, dz; the sums over time
             _store_sums(dBC, dBs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
             _store_sums(dBC + N_STATE, dCs, n, mask_n, first, end, N, LANES, 2 * N_STATE, STEPS, EVEN)
-            gB_tile = _stack(gB, STEPS)
-            ddelta_tile = (u_tile * gB_tile + LN2 * _stack(gaAh, STEPS)) * slope
+            dv_tile = _stack(dv, STEPS)
+            ddelta_tile = (u_tile * dv_tile + LN2 * _stack(deA2, STEPS)) * slope  # A = A2 ln 2
             dz_tile = dy_tile * (_stack(Ch, STEPS) + skip[None, :] * u_tile) * gate * (1.0 + z_tile * (1.0 - gate))
-            dD_sum += dyg * u_tile
+            dD_sum += do_tile * u_tile
             dbias_sum += ddelta_tile
-            _store_tile(du, dt * gB_tile + skip[None, :] * dyg, c, tile, first, D_INNER, STEPS)
+            _store_tile(du, dt * dv_tile + skip[None, :] * do_tile, c, tile, first, D_INNER, STEPS)
             _store_tile(ddelta, ddelta_tile, c, tile, first, D_INNER, STEPS)
             _store_tile(dz, dz_tile, c, tile, first, DZ_STEP, STEPS)
     sums += split_row * (N_STATE + 2)  # of this sequence and split: dA, then dD, then the gradient of delta_bias
@@ -459,9 +450,12 @@ def _store_sums(
     ptr, rows, n, mask_n, first, end,
     N: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Sums over channels of STEPS tensors [CH, N], stored as rows. Each thread first adds up the channels it has; LANES
-    partial sums are left. A plain sum would shuffle each of them log2(LANES) times; stacked over the steps and split,
-    they all travel in one exchange and are added in registers."""
+    """Stores the sums over channels of STEPS tensors [CH, N] as rows.
+
+    Each thread first adds up the channels that it holds; then LANES partial sums are left per row. A plain tl.sum would
+    shuffle each of them between threads log2(LANES) times. Here they are stacked over the steps and split, so all of
+    them travel in one exchange and are added in registers.
+    """
     parts = ()
     for k in tl.static_range(STEPS):
         parts += (tl.sum(tl.reshape(rows[k], [rows[k].shape[0] // LANES, LANES, N]), 0),)
@@ -498,7 +492,7 @@ def _sum_groups_kernel(
     mask = (row < n_rows)[:, None] & (n < N_STATE)[None, :]
     dB_sum = tl.zeros([ROWS, N], tl.float32)
     dC_sum = tl.zeros([ROWS, N], tl.float32)
-    for group in tl.range(0, n_groups, loop_unroll_factor=8):  # eight loads under way, not one after the other
+    for group in tl.range(0, n_groups, loop_unroll_factor=8):  # eight loads under way at once
         at = dBC + (tl.cast(group, tl.int64) * n_rows + row)[:, None] * (2 * N_STATE) + n[None, :]
         dB_sum += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         dC_sum += tl.load(at + N_STATE, mask=mask, other=0.0).to(tl.float32)
@@ -527,7 +521,7 @@ def _sum_rows_kernel(
         tl.store(third + i - (FIRST + SECOND), x, mask=(i >= FIRST + SECOND) & (i < SIZE))
 
 
-# -------------------------------------------------------------------------------------------------------- convolution
+# ---- convolution ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -535,6 +529,7 @@ def _conv_forward_kernel(
     x, weight, bias, xc, x_batch, time, n_groups,
     X_STEP: tl.constexpr, D_INNER: tl.constexpr, WIDTH: tl.constexpr, CH: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    """silu(bias + sum_k weight[k] x[t + k - (WIDTH - 1)]), the causal convolution, for STEPS steps."""
     c, mask_c = _inside((tl.program_id(0) % n_groups) * CH, D_INNER, CH)
     t = (tl.program_id(0) // n_groups) * STEPS + tl.arange(0, STEPS)
     batch = tl.cast(tl.program_id(1), tl.int64)
@@ -546,7 +541,7 @@ def _conv_forward_kernel(
         x_k = tl.load(x + tl.cast(s, tl.int64)[:, None] * X_STEP + c[None, :], mask=mask, other=0.0).to(tl.float32)
         pre += x_k * tl.load(weight + c * WIDTH + k, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     out = (batch * time + t)[:, None] * D_INNER + c[None, :]
-    tl.store(xc + out, (pre * _sigmoid(pre)).to(xc.dtype.element_ty), mask=(t < time)[:, None] & mask_c[None, :])
+    tl.store(xc + out, (pre * sigmoid(pre)).to(xc.dtype.element_ty), mask=(t < time)[:, None] & mask_c[None, :])
 
 
 @triton.jit
@@ -555,8 +550,11 @@ def _conv_backward_kernel(
     X_STEP: tl.constexpr, DXC_STEP: tl.constexpr, DX_STEP: tl.constexpr, D_INNER: tl.constexpr, WIDTH: tl.constexpr,
     CH: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One segment of BLOCKS * STEPS steps. A block needs the gradient before the activation for WIDTH - 1 steps past
-    its own: computed again there, so that blocks share nothing but the sums."""
+    """dx of one segment of BLOCKS * STEPS steps, and the segment's terms of dweight and dbias.
+
+    A block of STEPS steps needs the gradient before the SiLU, dpre, for WIDTH - 1 steps behind its own as well. They
+    are computed twice, so that blocks share nothing but the sums.
+    """
     c, mask_c = _inside((tl.program_id(0) % n_groups) * CH, D_INNER, CH)
     segment = tl.program_id(0) // n_groups
     batch = tl.cast(tl.program_id(1), tl.int64)
@@ -576,11 +574,11 @@ def _conv_backward_kernel(
             t = first - (WIDTH - 1) + k
             row = x + tl.cast(t, tl.int64) * X_STEP + c
             xs += (tl.load(row, mask=mask_c & (t >= 0) & (t < time), other=0.0),)
-        for k in tl.static_range(STEPS + WIDTH - 1):
+        for k in tl.static_range(STEPS + WIDTH - 1):  # dpres[k]: at step first + k
             pre = shift
             for j in tl.static_range(WIDTH):
                 pre += ws[j] * xs[k + j].to(tl.float32)
-            gate = _sigmoid(pre)
+            gate = sigmoid(pre)
             row = dxc + tl.cast(first + k, tl.int64) * DXC_STEP + c
             dxc_k = tl.load(row, mask=mask_c & (first + k < time), other=0.0).to(tl.float32)
             dpres += (dxc_k * gate * (1.0 + pre * (1.0 - gate)),)
@@ -600,11 +598,11 @@ def _conv_backward_kernel(
     tl.store(sums + D_INNER * WIDTH + c, dbias_sum, mask=mask_c)
 
 
-# ---------------------------------------------------------------------------------------------------------- host side
+# ---- host side -----------------------------------------------------------------------------------------------
 
 
 def _check(*tensors):
-    """Refuse what the kernels do not compute rather than compute something else."""
+    """Raise UserError for tensors that the kernels would compute wrongly: another dtype, strided channels."""
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise cli.UserError(f"the Triton scan takes float32, bfloat16 or float16, not {tensor.dtype}; "
@@ -614,29 +612,30 @@ def _check(*tensors):
 
 
 def _on(tensor):
-    """Triton launches on the current device: make it the tensor's."""
+    """A context in which the tensor's device is the current one, on which Triton launches kernels."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 def _ceil_div(a, b):
-    """As triton.cdiv, which serves kernels too and takes ten times as long: a launch computes a dozen."""
+    """a / b rounded up. triton.cdiv does the same but takes ten times as long, and a launch needs a dozen of these."""
     return -(-a // b)
 
 
 def _power_of_2(n):
-    """The smallest power of two that is at least n; as triton.next_power_of_2."""
+    """The smallest power of two that is at least n. (triton.next_power_of_2 is slow like triton.cdiv.)"""
     return 1 << (n - 1).bit_length()
 
 
 @functools.cache
 def _processors(device):
+    """The number of multiprocessors of a GPU; 1 on a CPU, in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _fit(tile, A):
-    """The tile for this d_inner and N: as many state elements a thread as at N = 32, whatever N is."""
+    """The tile adapted to this d_inner and N: as many state elements per thread as at N = 32."""
     d_inner, n_state = A.shape
     if n_state > MAX_STATE:
         raise cli.UserError(f"the Triton scan takes d_state up to {MAX_STATE}, not {n_state}")
@@ -647,7 +646,7 @@ def _fit(tile, A):
 
 
 def _split_time(batch, time, d_inner, tile, device):
-    """(groups of channels, splits of time, steps a split): time stays whole unless too few warps would be busy."""
+    """(groups of channels, splits of time, steps per split). Time is only split where too few warps would be busy."""
     groups = _ceil_div(d_inner, tile.channels)
     wanted = _ceil_div(WARPS_TO_FILL * _processors(device), batch * groups * tile.warps)
     chunks = _ceil_div(time, CHUNK)
@@ -656,7 +655,7 @@ def _split_time(batch, time, d_inner, tile, device):
 
 
 def _constants(A, time, tile, *rows):
-    """The compile-time arguments that all scan kernels share; `rows` are the tensors loaded row by row, B and C."""
+    """The compile-time arguments that all scan kernels share. `rows`: the tensors that are loaded by rows, B and C."""
     d_inner, n_state = A.shape
     # The largest power of two that divides the row strides: how wide a load may be.
     align = math.gcd(16, *(stride for tensor in rows for stride in tensor.stride()[:-1]))
@@ -665,17 +664,20 @@ def _constants(A, time, tile, *rows):
 
 
 def _can_prefetch(d_inner, tile):
-    """Whole groups of channels only: nothing is asked for that lies behind the end of a tensor."""
+    """Whether to prefetch: only if all groups of channels are whole, so that no address lies behind a tensor's end."""
     return not INTERPRETED and d_inner % tile.channels == 0
 
 
 def _lanes(tile, states, N):
-    """How many threads share the channels of a program: Triton gives each a 16-byte word of a saved state's row."""
+    """How many threads share the channels of a program. Triton gives each thread 16 bytes of a saved state's row."""
     return min(tile.channels, tile.warps * max(1, 32 * (16 // states.element_size()) // N))
 
 
 def _split_starts(x, delta, z, B, A, delta_bias, h0, cut, constants, reverse):
-    """What each split starts from, (batch, splits, d_inner, N): h0, possibly None, if there is only one."""
+    """What each split starts from, (batch, splits, d_inner, N); with a single split that is h0, which may be None.
+
+    cut: what `_split_time` returned. x and B in reverse: dy and C, see `_ends_kernel`.
+    """
     batch, time, d_inner = x.shape
     groups, splits, split_len = cut
     if splits == 1:
@@ -697,10 +699,10 @@ def _split_starts(x, delta, z, B, A, delta_bias, h0, cut, constants, reverse):
 
 
 def _sum_rows(rows, *shapes):
-    """rows (n, the sizes of the 2 or 3 shapes together), summed over n, as tensors of these shapes: in one kernel."""
+    """The sum over n of rows (n, sizes of the two or three shapes together), cut into tensors of these shapes."""
     outs = [torch.empty(shape, dtype=rows.dtype, device=rows.device) for shape in shapes]
     sizes = [*(out.numel() for out in outs), 0][:3]
-    block = 32 if len(rows) <= 512 else 8  # few and long columns: more programs
+    block = 32 if len(rows) <= 512 else 8  # columns per program: fewer, so more programs, where columns are long
     _sum_rows_kernel[(_ceil_div(rows.shape[1], block),)](
         rows, *[*outs, outs[0]][:3], len(rows), *sizes, ROWS=1024 // block, BLOCK=block
     )
@@ -713,15 +715,18 @@ def chunk_states_shape(batch, time, d_inner, n_state):
 
 
 def chunk_states_dtype(dtype):
-    """Their type, and that of the partial sums of dB and dC, for inputs of type `dtype`: bfloat16 inputs are rounded as
-    coarsely themselves, else float32."""
+    """Dtype of those states, and of the partial sums of dB and dC, for inputs of type `dtype`.
+
+    bfloat16 where the inputs are, since these are rounded as coarsely themselves; float32 otherwise.
+    """
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None, tile=FORWARD):
-    """Selective scan: (y, chunk_states, h_last); the module's docstring has the recurrence and the shapes.
+    """The scan of selective_scan.py: (y, chunk_states, h_last); the shapes are in the docstring of this module.
 
-    h0, h_last: (batch, d_inner, N) float32. chunk_states: the state before steps 0, CHUNK, 2 CHUNK, ...
+    h0 (batch, d_inner, N), float32, is the state before the first step, zero if it is None, as the model has it: only
+    the tests give another. h_last is the last state, alike. chunk_states: the states before steps 0, CHUNK, 2 CHUNK, …
     """
     _check(u, delta, z, B, C)
     batch, time, d_inner = u.shape
@@ -743,11 +748,11 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None, tile=FORWARD):
     return y, states, h_last
 
 
-def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, h0=None, tile=BACKWARD):
-    """Gradients of `scan_forward`'s y: dz, dB, dC into the views given, (du, ddelta, dA, dD, ddelta_bias) returned.
+def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, tile=BACKWARD):
+    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the chunk_states that it returned.
 
-    ddelta is the gradient of delta before the bias and the softplus. du, ddelta have u's dtype; dA, dD, ddelta_bias are
-    float32. h0 is not read: the first of chunk_states is that state.
+    Writes dz, dB and dC into the views given; returns (du, ddelta, dA, dD, ddelta_bias): du, ddelta in u's dtype, the
+    others in float32.
     """
     _check(dy, u, delta, z, B, C, dz, dB, dC)
     batch, time, d_inner = u.shape
@@ -780,7 +785,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
 
 
 def conv_silu_forward(x, weight, bias, tile=CONV_FORWARD):
-    """silu(causal depthwise convolution of x): x (b, t, d_inner), weight (d_inner, width), bias (d_inner,)."""
+    """silu(causal depthwise convolution of x): x (batch, time, d_inner), weight (d_inner, width), bias (d_inner,)."""
     _check(x)
     batch, time, d_inner = x.shape
     xc = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -794,7 +799,10 @@ def conv_silu_forward(x, weight, bias, tile=CONV_FORWARD):
 
 
 def conv_silu_backward(x, weight, bias, dxc, dx, tile=CONV_BACKWARD):
-    """Write the gradient of x into dx; return (dweight, dbias) in float32. The pre-activation is recomputed."""
+    """Write the gradient of x into dx and return (dweight, dbias) in float32, from dxc, the gradient of the result.
+
+    The convolution before the SiLU is computed again rather than kept.
+    """
     _check(x, dxc, dx)
     batch, time, d_inner = x.shape
     width = weight.shape[1]

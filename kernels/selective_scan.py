@@ -1,4 +1,4 @@
-"""The selective scan of Mamba: one interface, several back ends, and the one-step recurrence.
+"""The selective scan of Mamba: its equations, one interface to several back ends, and the one-step recurrence.
 
 `mamba_inner` is everything in a Mamba block between in_proj and out_proj (Gu & Dao 2023, arXiv 2312.00752, algorithm 2
 and figure 3): causal convolution, the projections that make the recurrence depend on its input, the scan and the gate.
@@ -6,6 +6,49 @@ and figure 3): causal convolution, the projections that make the recurrence depe
 Back ends (`choose_backend`): "cpu" (scan_cpu.py, Numba), "triton" (scan_triton.py, CUDA), "mamba-ssm" (the package of
 the paper's authors, CUDA) and "reference" (a loop over time in plain torch, any device: slow, and what the others are
 tested against). Numba, Triton and mamba-ssm are imported when their back end first runs, not before.
+
+The equations, with the names that both backward kernels use for the same quantities
+------------------------------------------------------------------------------------
+For each sequence, channel and step t there are u, delta and z; for each sequence and step B and C, vectors over the N
+states, which all channels share; for each channel A, a vector over the states, D and delta_bias. The state h and
+everything written with A, B or C below is a vector over the states; a . b is the sum over them.
+
+Forward (equation 2 and section 3.2 of the paper, with B discretised as dt B, as the authors' code does):
+
+    dt_t = softplus(delta_t + delta_bias)          step size, the paper's Δ
+    a_t  = exp(dt_t A)                             decay
+    v_t  = dt_t u_t                                what enters the state
+    h_t  = a_t h_{t-1} + v_t B_t                   state; h_{-1} = h0, zero in the model
+    o_t  = C_t . h_t + D u_t                       output before the gate
+    y_t  = o_t silu(z_t)                           output
+
+Backward: dx stands for the gradient of the loss with respect to x, given dy. The adjoint state dh_t collects what h_t
+contributes through o_t and, by way of h_{t+1}, through all later steps, so it is a recurrence that runs back in time:
+
+    do_t    = dy_t silu(z_t)
+    dh_t    = do_t C_t + carry_{t+1}               carry behind the last step: zero
+    carry_t = a_t dh_t                             what step t hands on to h_{t-1}
+    de_t    = carry_t h_{t-1}                      gradient of the exponent e_t = dt_t A
+
+and from these, at each step,
+
+    dv_t     = dh_t . B_t
+    du_t     = dv_t dt_t + do_t D
+    ddt_t    = dv_t u_t + de_t . A
+    ddelta_t = ddt_t slope_t                       slope_t = sigmoid(delta_t + delta_bias), the slope of the softplus
+    dz_t     = dy_t o_t silu'(z_t)                 silu'(z) = gate (1 + z (1 - gate)) with gate = sigmoid(z)
+    dB_t     = sum over channels of dh_t v_t
+    dC_t     = sum over channels of do_t h_t
+
+and, summed over sequences and steps,
+
+    dA          = sum of de_t dt_t
+    dD          = sum of do_t u_t
+    ddelta_bias = sum of ddelta_t
+
+The kernels hold A2 = A log2(e), because 2^x takes fewer instructions than e^x: a_t = 2^(dt_t A2), and de_t . A is
+ln(2) de_t . A2. They keep h only at the boundaries of chunks of steps, and compute it again between these on the way
+back.
 """
 
 import functools
@@ -33,13 +76,9 @@ def causal_conv_reference(x, weight, bias):
 def selective_scan_reference(u, delta, A, B, C, D, z=None, delta_bias=None, h0=None):
     """The recurrence as a loop over time, differentiable: the reference for values and gradients.
 
-    With dt = softplus(delta + delta_bias) (equation 2 and section 3.2 of the paper, with the simplified
-    discretisation of B that the authors' code uses):
-
-        h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    y_t = (C_t . h_t + D u_t) silu(z_t).
-
     u, delta, z: (batch, time, d_inner); A: (d_inner, d_state), not positive; B, C: (batch, time, d_state);
-    D, delta_bias: (d_inner,); h0: (batch, d_inner, d_state), zero by default.
+    D, delta_bias: (d_inner,). z and delta_bias may be None: no gate, no bias. h0: (batch, d_inner, d_state), the state
+    before the first step, zero if it is None.
     Returns y (batch, time, d_inner) and the last state (batch, d_inner, d_state).
     """
     h = u.new_zeros(u.shape[0], *A.shape) if h0 is None else h0
@@ -55,10 +94,10 @@ def selective_scan_reference(u, delta, A, B, C, D, z=None, delta_bias=None, h0=N
 
 
 def selective_scan_step(h, u, delta, A, B, C, D, z, delta_bias):
-    """One step of the recurrence: the state h (batch, d_inner, d_state) and one time step's inputs to (y, new h).
+    """One step of the recurrence, from the state h (batch, d_inner, d_state) and one step's inputs: (y, the new state).
 
-    u, delta, z: (batch, d_inner); B, C: (batch, d_state); the rest as in `selective_scan_reference`; z and delta_bias
-    may be None. The inputs are left as they are.
+    u, delta, z: (batch, d_inner); B, C: (batch, d_state); the rest as in `selective_scan_reference`. No input is
+    changed in place.
     """
     dt = F.softplus(delta if delta_bias is None else delta + delta_bias)
     h = torch.exp(dt.unsqueeze(-1) * A) * h + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
@@ -67,9 +106,10 @@ def selective_scan_step(h, u, delta, A, B, C, D, z, delta_bias):
 
 
 def conv_step(conv_state, x, weight, bias):
-    """One step of the causal convolution: the last d_conv - 1 inputs and x (batch, d_inner) to (silu(conv), new state).
+    """One step of the causal convolution, from the d_conv - 1 inputs before it and x (batch, d_inner).
 
-    conv_state: (batch, d_inner, d_conv - 1), oldest first, zeros before the first step. It is left as it is.
+    conv_state (batch, d_inner, d_conv - 1) holds these inputs, the oldest first, zeros before the first step. It is not
+    changed in place. Returns (silu(convolution), the new conv_state).
     """
     window = torch.cat((conv_state, x.unsqueeze(-1).to(conv_state.dtype)), dim=-1)
     return F.silu((window * weight).sum(-1) + bias).to(x.dtype), window[..., 1:]
@@ -79,10 +119,10 @@ def conv_step(conv_state, x, weight, bias):
 
 
 def choose_backend(requested, device):
-    """The back end for tensors on `device`; prints it once a process.
+    """The back end for tensors on `device`. It is printed once per process.
 
-    `requested` is one of BACKENDS; "auto" takes triton, else mamba-ssm, on CUDA, and cpu on a CPU.
-    Raises UserError when the request can't be honoured; nothing else is taken in its place.
+    `requested` is one of BACKENDS; "auto" means cpu on a CPU, and on CUDA triton or, where that isn't installed,
+    mamba-ssm. Raises UserError where the request can't be met: no other back end is taken in its place.
     """
     device_type = torch.device(device).type
     if requested not in BACKENDS:
@@ -130,9 +170,9 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not positive; D (d_inner,);
     backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
 
-    "cpu" and "triton" keep xz, the convolved half of it, x_proj's output and one state a chunk of steps for the
-    backward pass, never a state a step. xz in bf16 or fp16 is computed with the projections' weights cast to that, the
-    recurrence in float32, and weight gradients come back in the weights' type.
+    For the backward pass "cpu" and "triton" keep xz, the convolved half of it, x_proj's output and one state per chunk
+    of steps, never one per step. Where xz is bfloat16 or float16, the projections are computed in that type and the
+    recurrence in float32; the gradients of the weights have the weights' dtype.
     """
     parameters = conv_weight.flatten(1), conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     if backend in KERNEL_MODULES:
@@ -144,7 +184,7 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
 
 @torch.no_grad()
 def mamba_inner_with_state(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
-    """`mamba_inner` without gradient, and the state behind the last step, from which single steps can go on.
+    """`mamba_inner` without gradient, and the state after the last step, from which single steps can continue.
 
     Returns y (batch, time, d_inner), conv_state (batch, d_inner, d_conv - 1) for `conv_step` and h
     (batch, d_inner, d_state) for `selective_scan_step`.
@@ -161,7 +201,7 @@ def mamba_inner_with_state(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_we
 
 
 def _inner_autograd(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
-    """The inner part for back ends that bring their own autograd: (y, last state)."""
+    """The inner part for the back ends that autograd can differentiate as they are: (y, last state)."""
     conv, scan = {"reference": (causal_conv_reference, selective_scan_reference),
                   "mamba-ssm": (_conv_mamba_ssm, _scan_mamba_ssm)}[backend]
     x, z = xz.chunk(2, dim=-1)
@@ -192,12 +232,13 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias):
 
 
 def _kernels(backend):
+    """The module of a back end that has kernels; imported when it is first asked for."""
     return importlib.import_module(KERNEL_MODULES[backend])
 
 
 def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
-    """(y, last state, what the backward pass needs): xc, the convolved input; x_dbl (batch, time, dt_rank + 2 d_state),
-    x_proj's output; the states at chunk boundaries."""
+    """(y, last state, what the backward pass needs). The third is a tuple: xc, the convolved input; x_dbl (batch, time,
+    dt_rank + 2 d_state), x_proj's output; the states at chunk boundaries."""
     kernels = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
     xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
@@ -209,6 +250,7 @@ def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt
 
 
 def _split(x_dbl, dt_proj_weight, A):
+    """x_proj's output cut into the low-rank form of delta (batch, time, dt_rank), B and C (batch, time, d_state)."""
     return x_dbl.split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
 
 
@@ -221,12 +263,12 @@ def _inner_backward(
     x, z = xz.chunk(2, dim=-1)
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
     dt_weight = dt_proj_weight.to(xz.dtype)
-    delta = F.linear(low_rank, dt_weight)  # as large as xc, but far cheaper to make again: so not kept
+    delta = F.linear(low_rank, dt_weight)  # as large as xc but far cheaper to compute: again here, rather than kept
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx_dbl = torch.empty_like(x_dbl)
     dx, dz = dxz.chunk(2, dim=-1)
     d_low_rank, dB, dC = _split(dx_dbl, dt_proj_weight, A)
-    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum comes as one expanded number
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum is one number, expanded with stride 0
     dxc, d_delta, dA, dD, d_dt_bias = kernels.scan_backward(
         dy, xc, delta, A, B, C, D, z, dt_proj_bias, chunk_states, dz, dB, dC
     )
@@ -242,7 +284,7 @@ def _inner_backward(
 
 
 def _without_autocast(function, first, *args):
-    """The types are settled by xz's: an autocast region around the call must not change them once more."""
+    """function(first, *args) outside of autocast: the dtypes follow from xz's, and autocast must not change them."""
     with torch.autocast(first.device.type, enabled=False):
         return function(first, *args)
 
@@ -251,8 +293,8 @@ class _Inner(torch.autograd.Function):
     @staticmethod
     def forward(ctx, xz, *args):
         *parameters, ctx.backend = args
-        y, _, kept = _without_autocast(_inner_forward, xz, *args)
-        ctx.save_for_backward(xz, *parameters, *kept)
+        y, _, for_backward = _without_autocast(_inner_forward, xz, *args)
+        ctx.save_for_backward(xz, *parameters, *for_backward)
         return y
 
     @staticmethod
@@ -261,8 +303,9 @@ class _Inner(torch.autograd.Function):
         return *_without_autocast(_inner_backward, dy, *ctx.saved_tensors, ctx.backend), None
 
 
-# The same for torch.compile, which takes an operator as it is where it would try to look into a Function. (Plain Python
-# calls the Function: on an H100's host that took a millisecond less for a block, forward and backward.)
+# The same as a custom operator, for torch.compile: it calls an operator without looking inside, where it would try to
+# trace a Function. Without torch.compile the Function is used, because calling the operator takes longer: by a
+# millisecond per block, forward and backward, on the host of an H100.
 
 
 @torch.library.custom_op("mambasynth::mamba_inner", mutates_args=())
@@ -270,10 +313,10 @@ def _inner_op(
     xz: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor, x_proj_weight: torch.Tensor,
     dt_proj_weight: torch.Tensor, dt_proj_bias: torch.Tensor, A: torch.Tensor, D: torch.Tensor, backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, _, kept = _without_autocast(
+    y, _, for_backward = _without_autocast(
         _inner_forward, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend
     )
-    return y, *kept
+    return y, *for_backward
 
 
 @_inner_op.register_fake
@@ -308,7 +351,8 @@ def _(dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bia
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output[1:])
-    ctx.set_materialize_grads(False)  # no zeros for what is kept for the backward pass, which nothing outside uses
+    # Only y has a gradient; for the outputs that are kept for the backward pass no zeros need to be made.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, *_):

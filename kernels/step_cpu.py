@@ -1,11 +1,11 @@
-"""The model's recurrence on the CPU: one Numba function that runs many generation steps of a whole model.
+"""The model's recurrence on the CPU: one Numba function that computes many generation steps of the whole model.
 
-A PyTorch step of the default model is about 150 small operations, and what it costs is their overhead. Here the
-weights are packed once and all steps of a block run inside one compiled function, without the interpreter. It
-computes what `CausalTimeSeriesMamba.step` computes, in the same order of layers, and the tests hold it to that.
+A step of the default model in PyTorch is about 150 small operations, whose time is mostly overhead. Here the weights
+are packed once, and all steps of a segment are computed inside one compiled function, without the Python interpreter.
+It computes what `CausalTimeSeriesMamba.step` computes, layer by layer in the same order; the tests compare the two.
 
-Samples are independent, so they are split into tiles of TILE that run on threads of their own. A tile shares each
-weight it loads: reading the weights is most of the work.
+Samples are independent of each other. They are divided into tiles of TILE samples, each on a thread of its own. All
+samples of a tile use a weight while it is loaded, because reading the weights is most of the work.
 """
 
 import math
@@ -33,8 +33,10 @@ TILE = 4  # samples that share a loaded weight
 
 
 class Weights(NamedTuple):
-    """A model's weights, packed. Column counts are rounded up to whole vectors; the first axis of those from `norm`
-    to `out_proj` is the layer."""
+    """A model's weights as `run_tile` reads them. Columns are rounded up to whole SIMD vectors, with zeros behind.
+
+    The first axis of those from `norm` to `out_proj` is the layer. Matrices are packed by `pack_matrix`.
+    """
 
     input_proj: np.ndarray
     input_bias: np.ndarray
@@ -45,7 +47,7 @@ class Weights(NamedTuple):
     x_proj: np.ndarray
     dt_proj: np.ndarray
     dt_bias: np.ndarray
-    A: np.ndarray  # (layers, d_state, d_inner), times log2(e)
+    A2: np.ndarray  # (layers, d_state, d_inner) A log2(e)
     D: np.ndarray
     out_proj: np.ndarray
     final_norm: np.ndarray
@@ -54,10 +56,12 @@ class Weights(NamedTuple):
     head_out: np.ndarray
     head_out_bias: np.ndarray
     zero: np.ndarray  # a bias of zeros
-    mask: np.ndarray  # (1, d_model) 1, zeros behind
+    mask: np.ndarray  # (1, d_model) ones; the padding behind them is zero
 
 
 class Sizes(NamedTuple):
+    """The model's sizes; lanes: numbers per SIMD vector; norm_eps: the epsilon of its LayerNorms."""
+
     feature_dim: int
     d_model: int
     d_inner: int
@@ -74,7 +78,7 @@ class Sizes(NamedTuple):
 
 @numba.njit(forceinline=True)
 def affine(weight, bias, n_in, lanes, x, y):
-    """y = weight x + bias for one tile: x (TILE, >= n_in), y (TILE, n_out); weight as `pack_matrix` has it."""
+    """y = weight x + bias for a tile of samples: x (TILE, n_in or more), y (TILE, n_out), a weight of `pack_matrix`."""
     for block in range(weight.shape[0] // n_in):
         column, row = block * lanes, block * n_in
         sum_0 = load(bias, 0, column)
@@ -93,7 +97,7 @@ def affine(weight, bias, n_in, lanes, x, y):
 
 @numba.njit(forceinline=True)
 def layer_norm(x, scale, shift, mask, d_model, eps, lanes, y):
-    """y = LayerNorm(x) for x (TILE, d_model padded); `mask` is 1 on the d_model real columns, 0 behind."""
+    """y = LayerNorm(x) for x (TILE, d_model padded); `mask` is 1 in the first d_model columns and 0 in the padding."""
     real = x.dtype.type
     for s in range(TILE):
         total = zeros_like(load(x, s, 0))
@@ -111,7 +115,10 @@ def layer_norm(x, scale, shift, mask, d_model, eps, lanes, y):
 
 @numba.njit(forceinline=True)
 def conv(xz, state, weight, bias, taps, lanes, u):
-    """u = silu(causal convolution) of the first half of xz, and the state (TILE * (taps - 1), d_inner) moved on."""
+    """u = silu(causal convolution) of x, the first half of xz.
+
+    state (TILE * (taps - 1), d_inner) holds each sample's last inputs, the oldest first; x replaces the oldest.
+    """
     past = taps - 1
     for s in range(TILE):
         for c in range(0, u.shape[1], lanes):
@@ -128,23 +135,28 @@ def conv(xz, state, weight, bias, taps, lanes, u):
 
 
 @numba.njit(forceinline=True)
-def scan(n_samples, u, delta, x_dbl, xz, h, A, D, dt_rank, d_state, lanes, y):
-    """The scan's step and the gate; A holds A log2(e), delta already its bias; h (TILE * d_state, d_inner)."""
+def scan(n_samples, u, delta, x_dbl, xz, h, A2, D, dt_rank, d_state, lanes, y):
+    """One step of the scan with its gate, in the names of selective_scan.py; delta already contains its bias.
+
+    h (TILE * d_state, d_inner) is the state before the step, and the one after it on return.
+    """
     for s in range(n_samples):
         for c in range(0, u.shape[1], lanes):
             u_c, z = load(u, s, c), load(xz, s, u.shape[1] + c)
             dt = softplus(load(delta, s, c))
-            dt_u = dt * u_c
-            out = load(D, 0, c) * u_c
+            v = dt * u_c
+            o = load(D, 0, c) * u_c
             for n in range(d_state):
-                state = exp2_of_product(load(A, n, c), dt) * load(h, s * d_state + n, c) + dt_u * x_dbl[s, dt_rank + n]
-                store(h, s * d_state + n, c, state)
-                out = out + state * x_dbl[s, dt_rank + d_state + n]
-            store(y, s, c, out * z * sigmoid(z))
+                B, C = x_dbl[s, dt_rank + n], x_dbl[s, dt_rank + d_state + n]
+                h_n = exp2_of_product(load(A2, n, c), dt) * load(h, s * d_state + n, c) + v * B
+                store(h, s * d_state + n, c, h_n)
+                o = o + h_n * C
+            store(y, s, c, o * z * sigmoid(z))
 
 
 @numba.njit(forceinline=True)
 def gelu(x):
+    """The exact GELU, with the error function, in place."""
     real = x.dtype.type
     for s in range(TILE):
         for c in range(x.shape[1]):
@@ -153,11 +165,13 @@ def gelu(x):
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions, simd_source=SIMD_SOURCE):
-    """All steps of a block for one tile of samples; `prediction`, conv_state and h are moved on in place.
+    """All steps of a segment for one tile of samples. prediction, conv_state and h are updated in place.
 
-    prediction (TILE, feature_dim padded); conv_state (layers, TILE * (d_conv - 1), d_inner); h (layers,
-    TILE * d_state, d_inner); noise (samples, steps, feature_dim); burst (steps,) the row of `hidden` that is added
-    to the layer outputs at this step, or -1; hidden (samples, rows, layers, d_model); predictions like noise.
+    prediction: (TILE, feature_dim padded), the last one. conv_state: (layers, TILE * (d_conv - 1), d_inner).
+    h: (layers, TILE * d_state, d_inner). noise: (samples, steps, feature_dim), added to the input of each step.
+    burst: (steps,), the row of `hidden` that is added to the layers' outputs at this step, or -1 for none.
+    hidden: (samples, rows, layers, d_model). predictions: like noise; written. simd_source is never passed: simd.py
+    explains it at SIMD_SOURCE.
     """
     lanes, d_model, d_state = sizes.lanes, sizes.d_model, sizes.d_state
     d_inner = w.D.shape[2]
@@ -176,13 +190,13 @@ def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predicti
                 predictions[s, t, j] = prediction[s, j]
                 x[s, j] = prediction[s, j] + noise[s, t, j]
         affine(w.input_proj, w.input_bias, sizes.feature_dim, lanes, x, residual)
-        for i in range(w.A.shape[0]):
+        for i in range(w.A2.shape[0]):
             layer_norm(residual, w.norm[i, :1], w.norm[i, 1:], w.mask, d_model, sizes.norm_eps, lanes, normed)
             affine(w.in_proj[i], w.zero, d_model, lanes, normed, xz)
             conv(xz, conv_state[i], w.conv[i], w.conv_bias[i], sizes.d_conv, lanes, u)
             affine(w.x_proj[i], w.zero, sizes.d_inner, lanes, u, x_dbl)
             affine(w.dt_proj[i], w.dt_bias[i], sizes.dt_rank, lanes, x_dbl, delta)
-            scan(n_samples, u, delta, x_dbl, xz, h[i], w.A[i], w.D[i], sizes.dt_rank, d_state, lanes, y)
+            scan(n_samples, u, delta, x_dbl, xz, h[i], w.A2[i], w.D[i], sizes.dt_rank, d_state, lanes, y)
             affine(w.out_proj[i], w.zero, sizes.d_inner, lanes, y, added)
             residual += added
             if burst[t] >= 0:
@@ -199,19 +213,22 @@ def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predicti
 
 
 def pad_last(array, lanes):
-    """The last axis rounded up to whole vectors, zeros behind."""
+    """The array with its last axis rounded up to whole SIMD vectors, zeros behind."""
     width = -array.shape[-1] % lanes
     return np.ascontiguousarray(np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, width)]))
 
 
 def pack_matrix(matrix, lanes):
-    """A (n_out, n_in) matrix in the order `affine` reads it: (blocks * n_in, lanes), a vector of outputs an input."""
+    """A matrix (n_out, n_in) in the order in which `affine` reads it: (blocks of outputs * n_in, lanes).
+
+    For each block of `lanes` outputs and each input it has one vector: the weights of these outputs for this input.
+    """
     padded = pad_last(matrix.T, lanes)
     return np.ascontiguousarray(padded.reshape(len(padded), -1, lanes).transpose(1, 0, 2).reshape(-1, lanes))
 
 
 def pack(model):
-    """(Weights, Sizes) of a CausalTimeSeriesMamba on the CPU; its dtype float32 or float64."""
+    """(Weights, Sizes) of a CausalTimeSeriesMamba that lies on the CPU, in float32 or float64."""
     block = model.layers[0].mamba
     dtype = model.input_proj.weight.detach().numpy().dtype
     lanes = VECTOR_BYTES // dtype.itemsize
@@ -226,7 +243,7 @@ def pack(model):
         return np.stack([get(layer) for layer in model.layers])
 
     def in_proj(layer):
-        # Each half is padded on its own: z begins at a whole vector.
+        # Each half is padded by itself, so that z begins at a whole vector.
         halves = np.split(array(layer.mamba.in_proj.weight), 2)
         return np.concatenate([pack_matrix(half, lanes) for half in halves])
 
@@ -244,7 +261,7 @@ def pack(model):
         x_proj=layers(lambda layer: pack_matrix(array(layer.mamba.x_proj.weight), lanes)),
         dt_proj=layers(lambda layer: pack_matrix(array(layer.mamba.dt_proj.weight), lanes)),
         dt_bias=layers(lambda layer: row(layer.mamba.dt_proj.bias)),
-        A=layers(lambda layer: pad_last(-np.exp(array(layer.mamba.A_log)).T * dtype.type(LOG2_E), lanes)),
+        A2=layers(lambda layer: pad_last(-np.exp(array(layer.mamba.A_log)).T * dtype.type(LOG2_E), lanes)),
         D=layers(lambda layer: row(layer.mamba.D)),
         out_proj=layers(lambda layer: pack_matrix(array(layer.mamba.out_proj.weight), lanes)),
         final_norm=norm(model.final_norm),
@@ -257,7 +274,7 @@ def pack(model):
 
 
 def pack_tile(prediction, states, samples, lanes):
-    """Prediction and states of `samples` (a slice) in the layout of `run_tile`."""
+    """Prediction and states of `samples` (a slice of at most TILE) in the layout of `run_tile`."""
     def tile(tensor):
         values = tensor[samples].numpy()
         return np.pad(values, [(0, TILE - len(values))] + [(0, 0)] * (values.ndim - 1))
@@ -272,7 +289,7 @@ def pack_tile(prediction, states, samples, lanes):
 def stepper(model, prediction, states):
     """The recurrence from `prediction` (n, feature_dim) and `states` on, as `model.prefill` returns them.
 
-    Returns advance(noise, burst, hidden) -> predictions: see `generate.steppers`.
+    Returns advance(noise, burst, hidden) -> predictions: see generate.py.
     """
     weights, sizes = pack(model)
     n = len(prediction)

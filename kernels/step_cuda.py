@@ -1,20 +1,19 @@
-"""The model's recurrence on a CUDA GPU: three Triton kernels a layer, replayed as one CUDA graph a step.
+"""The model's recurrence on a CUDA GPU: three Triton kernels per layer, and one CUDA graph that replays a whole step.
 
-At a handful of samples a step is all overhead: `CausalTimeSeriesMamba.step` launches some 25 small kernels a layer.
-Here each projection is fused with what surrounds it, cut only where a vector has to be complete before the next
-projection reads it:
+With a handful of samples the time of a step is all overhead: `CausalTimeSeriesMamba.step` launches some 25 small
+kernels per layer. Here each projection is fused with what surrounds it. A new kernel begins only where a vector must be
+complete before the next projection can read it:
 
-    enter     prediction + noise -> input projection
-    into      LayerNorm -> in_proj -> convolution of one half, SiLU of the other         (a layer)
-    recur     x_proj -> dt_proj -> the scan's step -> gate                               (a layer)
-    back      out_proj -> residual, plus burst noise                                     (a layer)
-    head_in   LayerNorm -> Linear -> GELU;  head_out  Linear -> prediction
+    enter      prediction + noise -> input projection
+    into       LayerNorm -> in_proj -> convolution of one half, SiLU of the other        (in each layer)
+    recur      x_proj -> dt_proj -> the scan's step -> gate                              (in each layer)
+    back       out_proj -> residual, plus burst noise                                    (in each layer)
+    head_in    LayerNorm -> Linear -> GELU
+    head_out   Linear -> prediction
 
-The time step is counted on the GPU and noise is read from a buffer, so replaying needs nothing from the host: it only
-refills the buffers every SEGMENT steps. Arithmetic is float32.
+The GPU itself counts the steps, and reads the noise of each step from a buffer. A replay therefore needs nothing from
+the host, which only refills the buffers every SEGMENT steps. Arithmetic is float32.
 """
-
-import math
 
 import numpy as np
 import torch
@@ -22,19 +21,19 @@ import triton
 import triton.language as tl
 
 from kernels.cuda_graph import captured
+from kernels.triton_math import LOG2E, sigmoid, softplus_sigmoid
 
-SEGMENT = 128  # steps between two visits of the host
-ROWS = 8  # outputs of a projection a program computes: small, so that a few samples still use many multiprocessors
-TILE = 8192  # weights a program holds at a time
-LOG2E = tl.constexpr(math.log2(math.e))
+SEGMENT = 128  # steps that the buffers hold: so many are replayed before the host empties and refills them
+ROWS = 8  # outputs of a projection per program: few, so that even one sample keeps many multiprocessors busy
+TILE = 8192  # weights that a program holds at a time
 
 
-# ---- kernels: program (block of outputs, sample) ---------------------------------------------------------------
+# ---- kernels: one program per block of ROWS outputs and sample -----------------------------------------------
 
 
 @triton.jit
 def _matvec(weight, rows, n_rows, x, n_in: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
-    """(R,) weight[rows] x, for weight (n_rows, n_in), K columns at a time."""
+    """(R,): weight[rows] x, for a weight (n_rows, n_in), K of its columns at a time."""
     total = tl.zeros((R,), tl.float32)
     for first in range(0, n_in, K):
         k = first + tl.arange(0, K)
@@ -46,34 +45,21 @@ def _matvec(weight, rows, n_rows, x, n_in: tl.constexpr, R: tl.constexpr, K: tl.
 
 @triton.jit
 def _norm_matvec(weight, rows, n_rows, x, scale, shift, n_in, eps, K: tl.constexpr):
-    """(R,) weight[rows] LayerNorm(x); K >= n_in."""
+    """(R,): weight[rows] LayerNorm(x); K >= n_in."""
     k = tl.arange(0, K)
-    here = k < n_in
-    w = tl.load(weight + rows[:, None] * n_in + k[None, :], (rows < n_rows)[:, None] & here[None, :], other=0.0)
-    value = tl.load(x + k, here, other=0.0)
-    centred = tl.where(here, value - tl.sum(value, 0) / n_in, 0.0)
+    valid = k < n_in
+    w = tl.load(weight + rows[:, None] * n_in + k[None, :], (rows < n_rows)[:, None] & valid[None, :], other=0.0)
+    value = tl.load(x + k, valid, other=0.0)
+    centred = tl.where(valid, value - tl.sum(value, 0) / n_in, 0.0)
     normed = centred / tl.sqrt(tl.sum(centred * centred, 0) / n_in + eps)
-    normed = normed * tl.load(scale + k, here, other=0.0) + tl.load(shift + k, here, other=0.0)
+    normed = normed * tl.load(scale + k, valid, other=0.0) + tl.load(shift + k, valid, other=0.0)
     return tl.sum(w * normed[None, :], 1)
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp2(-x * LOG2E))
-
-
-@triton.jit
-def _softplus(x):
-    # log1p(e) without cancellation for small e: log(1 + e) * e / ((1 + e) - 1), Kahan's identity.
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    sum_ = 1.0 + e
-    return tl.maximum(x, 0.0) + tl.where(sum_ == 1.0, e, tl.log(sum_) * (e / (sum_ - 1.0)))
 
 
 @triton.jit
 def _enter(prediction, noise, predictions, clock, weight, bias, residual, n_samples, n_features, d_model,
            R: tl.constexpr, F: tl.constexpr):
-    """Keeps the prediction, adds this step's noise and projects: residual = weight (prediction + noise) + bias."""
+    """residual = weight (prediction + noise) + bias; also copies the prediction into this step's row of the output."""
     sample = tl.program_id(1)
     rows, f = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, F)
     place = (tl.load(clock) * n_samples + sample) * n_features + f
@@ -90,57 +76,62 @@ def _enter(prediction, noise, predictions, clock, weight, bias, residual, n_samp
 @triton.jit
 def _into(residual, scale, shift, weight, conv_state, conv_weight, conv_bias, u, gate, d_model, d_inner, eps,
           TAPS: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
-    """u = silu(conv(x)) and gate = silu(z), with x, z = in_proj(LayerNorm(residual)); moves conv_state on."""
+    """u = silu(conv(x)) and gate = silu(z), with x, z = in_proj(LayerNorm(residual)); conv_state takes in x.
+
+    The first half of the programs computes u, the second half the gate.
+    """
     block, sample = tl.program_id(0), tl.program_id(1)
     half = tl.num_programs(0) // 2
     channel = (block % half) * R + tl.arange(0, R)
-    here = channel < d_inner
+    valid = channel < d_inner
     weight += (block // half) * d_inner * d_model
     x = _norm_matvec(weight, channel, d_inner, residual + sample * d_model, scale, shift, d_model, eps, K)
     if block < half:
         past = conv_state + (sample * d_inner + channel) * (TAPS - 1)
-        pre = tl.load(conv_bias + channel, here, other=0.0)
+        pre = tl.load(conv_bias + channel, valid, other=0.0)
         window = ()
         for k in tl.static_range(TAPS - 1):
-            window += (tl.load(past + k, here, other=0.0),)
-            pre += window[k] * tl.load(conv_weight + channel * TAPS + k, here, other=0.0)
+            window += (tl.load(past + k, valid, other=0.0),)
+            pre += window[k] * tl.load(conv_weight + channel * TAPS + k, valid, other=0.0)
         window += (x,)
-        pre += x * tl.load(conv_weight + channel * TAPS + TAPS - 1, here, other=0.0)
-        # Every warp loads the whole of so short a vector: none may store before the last one has loaded.
+        pre += x * tl.load(conv_weight + channel * TAPS + TAPS - 1, valid, other=0.0)
+        # The vector is so short that every warp of the program loads all of it. No warp may store its new values
+        # before every warp has loaded the old ones.
         tl.debug_barrier()
         for k in tl.static_range(TAPS - 1):
-            tl.store(past + k, window[k + 1], here)
-        tl.store(u + sample * d_inner + channel, _silu(pre), here)
+            tl.store(past + k, window[k + 1], valid)
+        tl.store(u + sample * d_inner + channel, pre * sigmoid(pre), valid)
     else:
-        tl.store(gate + sample * d_inner + channel, _silu(x), here)
+        tl.store(gate + sample * d_inner + channel, x * sigmoid(x), valid)
 
 
 @triton.jit
 def _recur(u, gate, x_proj, dt_proj, dt_bias, A, D, h, y, d_inner: tl.constexpr, d_state, dt_rank,
            R: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr):
-    """The scan's step and the gate for R channels. Each program makes B, C and delta itself: cheaper than a launch."""
+    """The scan's step and the gate for R channels. Every program computes all of B and C, and its own delta: to repeat
+    this takes less time than to launch another kernel that does it once."""
     sample = tl.program_id(1)
     channel, n, rank = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, N), tl.arange(0, RANK)
-    here, inside = channel < d_inner, (channel < d_inner)[:, None] & (n < d_state)[None, :]
+    valid, inside = channel < d_inner, (channel < d_inner)[:, None] & (n < d_state)[None, :]
     cell = channel[:, None] * d_state + n[None, :]
-    # These do not depend on the projections: their loads are under way meanwhile.
+    # Loaded first, because these don't depend on the projections, and arrive while those are computed.
     state = tl.load(h + sample * d_inner * d_state + cell, inside, other=0.0)
     decay = tl.load(A + cell, inside, other=0.0)
     dt_weight = tl.load(dt_proj + channel[:, None] * dt_rank + rank[None, :],
-                        here[:, None] & (rank < dt_rank)[None, :], other=0.0)
-    dt = tl.load(dt_bias + channel, here, other=0.0)
+                        valid[:, None] & (rank < dt_rank)[None, :], other=0.0)
+    dt = tl.load(dt_bias + channel, valid, other=0.0)
     u += sample * d_inner
     low_rank = _matvec(x_proj, rank, dt_rank, u, d_inner, RANK, K)
     B = _matvec(x_proj + dt_rank * d_inner, n, d_state, u, d_inner, N, K)
     C = _matvec(x_proj + (dt_rank + d_state) * d_inner, n, d_state, u, d_inner, N, K)
-    dt = _softplus(dt + tl.sum(dt_weight * low_rank[None, :], 1))
-    u_here = tl.load(u + channel, here, other=0.0)
+    dt, _ = softplus_sigmoid(dt + tl.sum(dt_weight * low_rank[None, :], 1))
+    u_here = tl.load(u + channel, valid, other=0.0)
     state = tl.exp2(dt[:, None] * decay * LOG2E) * state + (dt * u_here)[:, None] * B[None, :]
     tl.debug_barrier()  # as in _into
     tl.store(h + sample * d_inner * d_state + cell, state, inside)
-    out = tl.sum(state * C[None, :], 1) + tl.load(D + channel, here, other=0.0) * u_here
-    out *= tl.load(gate + sample * d_inner + channel, here, other=0.0)
-    tl.store(y + sample * d_inner + channel, out, here)
+    out = tl.sum(state * C[None, :], 1) + tl.load(D + channel, valid, other=0.0) * u_here
+    out *= tl.load(gate + sample * d_inner + channel, valid, other=0.0)
+    tl.store(y + sample * d_inner + channel, out, valid)
 
 
 @triton.jit
@@ -149,18 +140,19 @@ def _back(y, weight, residual, clock, burst, hidden, layer, n_layers, d_model, d
     """residual += out_proj(y), and this step's burst noise when there is one."""
     sample, n_samples = tl.program_id(1), tl.num_programs(1)
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    here = rows < d_model
+    valid = rows < d_model
     row = tl.load(burst + tl.load(clock))
-    out = tl.load(residual + sample * d_model + rows, here, other=0.0)
+    out = tl.load(residual + sample * d_model + rows, valid, other=0.0)
     out += _matvec(weight, rows, d_model, y + sample * d_inner, d_inner, R, K)
     noise = hidden + ((row * n_layers + layer) * n_samples + sample) * d_model
-    out += tl.load(noise + rows, here & (row >= 0), other=0.0)
+    out += tl.load(noise + rows, valid & (row >= 0), other=0.0)
     tl.debug_barrier()  # as in _into
-    tl.store(residual + sample * d_model + rows, out, here)
+    tl.store(residual + sample * d_model + rows, out, valid)
 
 
 @triton.jit
 def _head_in(residual, scale, shift, weight, bias, wide, d_model, d_ff, eps, R: tl.constexpr, K: tl.constexpr):
+    """wide = gelu(weight LayerNorm(residual) + bias)."""
     sample = tl.program_id(1)
     rows = tl.program_id(0) * R + tl.arange(0, R)
     x = _norm_matvec(weight, rows, d_ff, residual + sample * d_model, scale, shift, d_model, eps, K)
@@ -170,7 +162,7 @@ def _head_in(residual, scale, shift, weight, bias, wide, d_model, d_ff, eps, R: 
 
 @triton.jit
 def _head_out(wide, weight, bias, prediction, clock, d_ff: tl.constexpr, n_features, R: tl.constexpr, K: tl.constexpr):
-    """The next prediction; the clock moves on, which no other program of this kernel reads."""
+    """The next prediction. One program moves the clock on: no other program of this kernel reads it."""
     sample = tl.program_id(1)
     rows = tl.program_id(0) * R + tl.arange(0, R)
     out = _matvec(weight, rows, n_features, wide + sample * d_ff, d_ff, R, K)
@@ -184,7 +176,7 @@ def _head_out(wide, weight, bias, prediction, clock, d_ff: tl.constexpr, n_featu
 
 
 def allocate(model, n):
-    """The tensors of a step's kernels beside the weights, for n samples: a replayed graph keeps none of them alive."""
+    """The tensors, beside the weights, that the kernels of a step read and write, for n samples: {name: tensor(s)}."""
     device = model.input_proj.weight.device
     d_inner, d_model = model.layers[0].mamba.d_inner, model.d_model
 
@@ -201,15 +193,16 @@ def allocate(model, n):
     }
 
 
-def step_launcher(model, b, n):
-    """A function that launches the kernels of one step on the buffers `b` of `allocate`."""
-    block, d_model = model.layers[0].mamba, model.d_model
+def step_launcher(model, buffers, n):
+    """A function that launches the kernels of one step on `buffers`, the tensors of `allocate`."""
+    b, block, d_model = buffers, model.layers[0].mamba, model.d_model
     d_inner, d_state, dt_rank = block.d_inner, block.d_state, block.dt_rank
     head_in, _, head_out = model.output_heads["1"]
     power = triton.next_power_of_2
     K = power(d_model)
 
     def columns(rows, n_in):
+        """How many columns a program takes at a time, so that it holds TILE weights of `rows` rows."""
         return min(power(n_in), max(TILE // rows, 16))
 
     def grid(n_out, halves=1):
@@ -244,7 +237,8 @@ def step_launcher(model, b, n):
 def stepper(model, prediction, states):
     """The recurrence from `prediction` (n, feature_dim) and `states` on, as `model.prefill` returns them.
 
-    Returns advance(noise, burst, hidden) -> predictions: see generate.py.
+    Returns advance(noise, burst, hidden) -> predictions: see generate.py. The state of the recurrence lives in the
+    graph's buffers from one call to the next.
     """
     n, device = len(prediction), prediction.device
     b = allocate(model, n)
@@ -253,25 +247,27 @@ def stepper(model, prediction, states):
     # values in the buffers, so they are filled only now, and no state needs to be put back.
     step = captured(launch, None, list, device) if device.type == "cuda" else launch
     b["prediction"].copy_(prediction)
-    for mine, given in zip(b["states"], states, strict=True):
-        for buffer, values in zip(mine, given, strict=True):
+    for layer_buffers, layer_states in zip(b["states"], states, strict=True):
+        for buffer, values in zip(layer_buffers, layer_states, strict=True):
             buffer.copy_(values)
 
     @torch.inference_mode()
     def advance(noise, burst, hidden):
         predictions = np.empty_like(noise)
         for first in range(0, len(burst), SEGMENT):
-            rows = torch.as_tensor(burst[first:first + SEGMENT], dtype=torch.int32)
-            steps = len(rows)
+            burst_rows = torch.as_tensor(burst[first:first + SEGMENT], dtype=torch.int32)
+            steps = len(burst_rows)
             b["clock"].zero_()
             b["noise"][:steps].copy_(torch.as_tensor(noise[:, first:first + steps]).transpose(0, 1))
-            in_burst = rows >= 0
+            # The rows of `hidden` that this segment needs follow each other. They go to the front of their buffer, and
+            # `burst_rows` counts from there.
+            in_burst = burst_rows >= 0
             if in_burst.any():
-                base = int(rows[in_burst][0])
-                values = hidden[:, base:base + int(in_burst.sum())]
+                first_row = int(burst_rows[in_burst][0])
+                values = hidden[:, first_row:first_row + int(in_burst.sum())]
                 b["hidden"][:values.shape[1]].copy_(torch.as_tensor(values).permute(1, 2, 0, 3))
-                rows = torch.where(in_burst, rows - base, -1)
-            b["burst"][:steps].copy_(rows)
+                burst_rows = torch.where(in_burst, burst_rows - first_row, -1)
+            b["burst"][:steps].copy_(burst_rows)
             for _ in range(steps):
                 step()
             predictions[:, first:first + steps] = b["predictions"][:steps].transpose(0, 1).cpu().numpy()

@@ -114,7 +114,7 @@ def check_scan(batch, time, d_inner, n_state, dtype, with_h0):
     dxz = torch.full((batch, time, 2 * d_inner), 7.0, device=DEVICE, dtype=dtype)
     dx_dbl = torch.full((batch, time, 3 + 2 * n_state), 7.0, device=DEVICE, dtype=dtype)
     dz, dB, dC = dxz[..., d_inner:], dx_dbl[..., 3 : 3 + n_state], dx_dbl[..., 3 + n_state :]
-    du, ddelta, dA, dD, ddelta_bias = scan_triton.scan_backward(dy, *inputs, chunk_states, dz, dB, dC, h0)
+    du, ddelta, dA, dD, ddelta_bias = scan_triton.scan_backward(dy, *inputs, chunk_states, dz, dB, dC)
 
     assert (dxz[..., :d_inner] == 7).all() and (dx_dbl[..., :3] == 7).all()  # nothing beside the views is touched
     assert y.dtype == du.dtype == ddelta.dtype == dtype
