@@ -1,0 +1,288 @@
+"""Figures: what is drawn, where it lies, and what is written. Colours are read off the rendered pixels."""
+
+import colorsys
+import itertools
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+import cli
+import figures
+
+
+def rendered(fig):
+    """The pixels (rows, cols, 3) of a figure, in 0…1, the first row at its bottom."""
+    fig.canvas.draw()
+    return np.array(fig.canvas.buffer_rgba())[::-1, :, :3] / 255
+
+
+def color_at(fig, ax, x, y, pixels=None):
+    """The rendered colour at the data coordinates (x, y) of an Axes."""
+    pixels = rendered(fig) if pixels is None else pixels
+    col, row = np.floor(ax.transData.transform((x, y))).astype(int)
+    return pixels[row, col]
+
+
+def texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+# ---- colours and layout ----------------------------------------------------------------------------------------
+
+
+def test_up_to_ten_circles_have_colours_of_their_own_that_do_not_depend_on_how_many_there_are():
+    ten = figures.circle_colors(10)
+    assert ten.shape == (10, 3) and len({tuple(color) for color in ten}) == 10
+    assert [to_hex(color) for color in ten[:4]] == ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"]
+    for n in range(1, 10):
+        np.testing.assert_array_equal(figures.circle_colors(n), ten[:n])
+
+
+def test_more_circles_walk_around_the_hues_bright_and_dark_in_turn():
+    colors = figures.circle_colors(13)
+    wanted = [colorsys.hsv_to_rgb(i / 13, 0.85, 0.6 if i % 2 else 0.95) for i in range(13)]
+    np.testing.assert_allclose(colors, wanted, atol=1e-12)
+
+
+def test_a_figure_has_its_panels_in_rows_and_columns_and_the_size_of_all_of_them():
+    fig, axes = figures.new_figure(2, 3, panel=(4, 2.5), title="three by two", sharex=True)
+    assert axes.shape == (2, 3)
+    assert fig.get_size_inches().tolist() == [12, 5]
+    assert fig.get_suptitle() == "three by two"
+    axes[0, 0].set_xlim(3, 8)
+    assert axes[1, 2].get_xlim() == (3, 8)
+    assert figures.new_figure()[0].get_suptitle() == ""
+    pixels = rendered(fig)
+    assert pixels.shape[:2] == (5 * 150, 12 * 150)
+    above, left = (axes[i, j].get_position() for i, j in ((0, 0), (1, 2)))
+    assert above.y0 > left.y1 and above.x1 < left.x0
+
+
+def test_a_laid_out_figure_keeps_its_places():
+    fig, axes = figures.new_figure(1, 2, title="a title that takes room")
+    axes[0, 0].set_ylabel("a label")
+    figures.laid_out(fig)
+    before = [ax.get_position().bounds for ax in axes[0]]
+    assert fig.get_layout_engine() is None
+    assert before != [ax.get_position().bounds for ax in figures.new_figure(1, 2)[1][0]]
+    axes[0, 0].set_ylabel("a label\nof several\nlines")
+    assert figures.laid_out(fig) is fig
+    rendered(fig)
+    assert [ax.get_position().bounds for ax in axes[0]] == before
+
+
+def test_unused_panels_are_the_last_ones():
+    _, axes = figures.new_figure(2, 3)
+    figures.hide_unused(axes, 4)
+    assert [ax.axison for ax in axes.ravel()] == [True] * 4 + [False] * 2
+
+
+def test_bare_axes_have_no_ticks():
+    _, axes = figures.new_figure()
+    axes[0, 0].plot([0, 1], [0, 1])
+    figures.bare(axes[0, 0])
+    assert len(axes[0, 0].get_xticks()) == len(axes[0, 0].get_yticks()) == 0
+
+
+def test_logarithmic_ticks_are_plain_numbers():
+    fig, axes = figures.new_figure()
+    ax = axes[0, 0]
+    ax.plot([1, 2], [0.8, 60])
+    ax.set_yscale("log")
+    figures.log_ticks(ax.yaxis, [1, 3])
+    rendered(fig)
+    low, high = ax.get_ylim()
+    shown = [label.get_text() for label, at in zip(ax.get_yticklabels(), ax.get_yticks(), strict=True)
+             if low <= at <= high]
+    assert shown == ["1", "3", "10", "30"]
+    assert len(ax.yaxis.get_minorticklocs()) == 0
+
+
+# ---- panels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0, 70])
+def test_a_strip_shows_the_circle_of_each_step_at_its_time(start):
+    states = np.array([2, 2, 0, 1, 3, 3, 3])
+    fig, axes = figures.new_figure(panel=(5, 1))
+    figures.state_strip(axes[0, 0], states, 4, start, label="true circle")
+    ax = axes[0, 0]
+    pixels = rendered(fig)
+    for i, state in enumerate(states):
+        np.testing.assert_allclose(color_at(fig, ax, start + i, 0.5, pixels), figures.circle_colors(4)[state],
+                                   atol=0.01)
+        for edge in (-0.4, 0.4):
+            np.testing.assert_allclose(color_at(fig, ax, start + i + edge, 0.2, pixels),
+                                       figures.circle_colors(4)[state], atol=0.01)
+    assert ax.get_xlim() == (start - 0.5, start + 6.5)
+    assert len(ax.images) == 1
+    assert ax.get_ylabel() == "true circle" and len(ax.get_yticks()) == 0
+    assert not any(side.get_visible() for side in ax.spines.values())
+
+
+def test_a_heatmap_has_time_to_the_right_and_channels_upwards():
+    values = np.random.default_rng(0).uniform(-1, 3, size=(9, 4))
+    fig, axes = figures.new_figure(panel=(6, 3))
+    figures.heatmap_panel(fig, axes[0, 0], values, start=50, ylabel="channel", title="a title", unit="data units",
+                          limits=(-1, 3))
+    ax, bar = fig.axes
+    pixels = rendered(fig)
+    for t, c in itertools.product(range(9), range(4)):
+        for edge in (-0.35, 0.35):
+            wanted = matplotlib.colormaps["viridis"]((values[t, c] + 1) / 4)[:3]
+            np.testing.assert_allclose(color_at(fig, ax, 50 + t + edge, c + edge, pixels), wanted, atol=0.01)
+    assert ax.get_xlim() == (49.5, 58.5) and ax.get_ylim() == (-0.5, 3.5)
+    assert (ax.get_ylabel(), ax.get_title(loc="left"), bar.get_ylabel()) == ("channel", "a title", "data units")
+    assert all(tick == int(tick) for tick in ax.get_yticks())
+    # The colour bar is bright where the values are large.
+    np.testing.assert_allclose(color_at(fig, bar, 0.5, 2.97, pixels), matplotlib.colormaps["viridis"](255)[:3],
+                               atol=0.03)
+
+
+def percentile(values, share):
+    """Linear interpolation between the sorted values."""
+    ordered = sorted(values.ravel().tolist())
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def heatmap(values, **options):
+    fig, axes = figures.new_figure()
+    figures.heatmap_panel(fig, axes[0, 0], values, **options)
+    return fig, axes[0, 0].images[0]
+
+
+def test_colours_span_all_values_but_the_outliers():
+    values = np.random.default_rng(0).normal(3, 1, size=(200, 5))
+    values[10, 2], values[70, 3] = 1e6, -1e6
+    _, image = heatmap(values)
+    assert image.get_clim() == pytest.approx((percentile(values, 0.01), percentile(values, 0.99)))
+    assert image.get_cmap().name == "viridis"
+    _, image = heatmap(values, symmetric=True, cmap="RdBu_r")
+    assert image.get_clim() == pytest.approx((-percentile(values, 0.99), percentile(values, 0.99)))
+    assert image.get_cmap().name == "RdBu_r"
+    _, image = heatmap(-values, symmetric=True)
+    assert image.get_clim() == pytest.approx((-percentile(values, 0.99), percentile(values, 0.99)))
+    _, image = heatmap(np.full((10, 2), 7.0))
+    assert image.get_clim() == (6.5, 7.5)
+
+
+@pytest.mark.parametrize(("limits", "beyond"), [((0, 1), "neither"), ((0.2, 1), "min"), ((0, 0.8), "max"),
+                                                ((0.2, 0.8), "both")])
+def test_fixed_limits_hold_and_the_bar_shows_that_values_lie_beyond(limits, beyond):
+    _, image = heatmap(np.linspace(0, 1, 12).reshape(4, 3), limits=limits)
+    assert image.get_clim() == limits
+    assert image.colorbar.extend == beyond
+
+
+def test_a_scatter_shows_each_point_in_its_colour():
+    points = np.random.default_rng(0).standard_normal((50, 2))
+    colors = figures.circle_colors(5)[np.arange(50) % 5]
+    _, axes = figures.new_figure()
+    dots = figures.scatter_panel(axes[0, 0], points, colors, title="by circle")
+    np.testing.assert_array_equal(dots.get_offsets(), points)
+    np.testing.assert_allclose(dots.get_facecolors()[:, :3], colors)
+    assert dots.get_facecolors()[0, 3] == 0.8
+    assert axes[0, 0].get_title() == "by circle" and len(axes[0, 0].get_xticks()) == 0
+
+
+def test_a_scatter_of_values_uses_a_colour_map():
+    points, values = np.random.default_rng(0).standard_normal((50, 2)), np.arange(50) * 2.0
+    _, axes = figures.new_figure()
+    dots = figures.scatter_panel(axes[0, 0], points, values=values, cmap="plasma", size=5)
+    np.testing.assert_array_equal(dots.get_array(), values)
+    assert dots.get_cmap().name == "plasma" and dots.get_sizes().tolist() == [5]
+
+
+@pytest.mark.parametrize(("n", "area"), [(10, 12), (4000, 5), (100_000, 1)])
+def test_dots_are_smaller_where_there_are_more(n, area):
+    _, axes = figures.new_figure()
+    assert figures.scatter_panel(axes[0, 0], np.zeros((n, 2)), "black").get_sizes().tolist() == [area]
+
+
+# ---- legend and UMAPs ------------------------------------------------------------------------------------------
+
+
+def test_a_legend_names_the_circles_that_are_there_in_their_colours():
+    fig, axes = figures.new_figure()
+    legend = figures.circle_legend(fig, 6, np.array([1, 4]))
+    assert texts(legend) == ["1", "4"] and legend.get_title().get_text() == "circle"
+    assert [to_rgb(line.get_color()) for line in legend.get_lines()] == [
+        tuple(figures.circle_colors(6)[i]) for i in (1, 4)]
+    assert legend._ncols == 1 and legend in fig.legends
+    on_axes = figures.circle_legend(axes[0, 0], 31, loc="upper left")
+    assert texts(on_axes) == [str(i) for i in range(31)]
+    assert on_axes._ncols == 3 and axes[0, 0].get_legend() is on_axes
+    assert figures.circle_legend(axes[0, 0], 15, loc="upper left")._ncols == 1
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (9, (2, 5)), (12, (3, 5))])
+def test_umaps_stand_in_a_grid_each_under_its_title(n, shape):
+    rng = np.random.default_rng(0)
+    embeddings, states = rng.standard_normal((n, 40, 2)), np.arange(40) % 5
+    states[states == 3] = 1
+    fig = figures.draw_umaps(embeddings, [f"title {i}" for i in range(n)], states, 5, "all of them")
+    assert isinstance(fig, Figure) and fig.get_suptitle() == "all of them"
+    assert fig.axes[0].get_subplotspec().get_gridspec().get_geometry() == shape
+    for i, ax in enumerate(fig.axes):
+        assert ax.axison == (i < n)
+        if i < n:
+            assert ax.get_title() == f"title {i}"
+            np.testing.assert_array_equal(ax.collections[0].get_offsets(), embeddings[i])
+            np.testing.assert_allclose(ax.collections[0].get_facecolors()[:, :3], figures.circle_colors(5)[states])
+    assert texts(fig.legends[0]) == ["0", "1", "2", "4"]
+
+
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def plain_figure(color, size=(2, 1)):
+    fig, axes = figures.new_figure(panel=size)
+    fig.set_facecolor(color)
+    axes[0, 0].axis("off")
+    return fig
+
+
+def test_figures_are_written_under_their_names_at_150_dots_an_inch(tmp_path, capsys):
+    wanted = {tmp_path / "b.png": "red", tmp_path / "a.png": "blue", tmp_path / "c.png": "lime"}
+    figures.save_all({path: plain_figure(color) for path, color in wanted.items()})
+    assert capsys.readouterr().out.splitlines() == [f"wrote {path}" for path in wanted]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+    for path, color in wanted.items():
+        pixels = imread(path)
+        assert pixels.shape[:2] == (150, 300)
+        np.testing.assert_allclose(pixels[..., :3], np.broadcast_to(to_rgb(color), (150, 300, 3)), atol=0.01)
+        content = path.read_bytes()
+        assert b"Software" not in content
+        assert content[content.index(b"pHYs") + 4:][:8] == (5906).to_bytes(4, "big") * 2  # dots a metre
+
+
+def test_saving_shows_the_figure_as_it_is_drawn(tmp_path):
+    fig, axes = figures.new_figure(panel=(3, 2))
+    axes[0, 0].imshow([[0, 1], [2, 3]], extent=(0, 2, 0, 2))
+    figures.save(fig, tmp_path / "one.png")
+    np.testing.assert_allclose(imread(tmp_path / "one.png")[::-1, :, :3], rendered(fig), atol=0.005)
+
+
+def test_a_figure_that_can_not_be_written_leaves_the_older_file(tmp_path, monkeypatch):
+    (tmp_path / "old.png").write_bytes(b"precious")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(matplotlib.image, "imsave", full)
+    with pytest.raises(cli.UserError, match="No space left"):
+        figures.save(plain_figure("red"), tmp_path / "old.png")
+    assert (tmp_path / "old.png").read_bytes() == b"precious"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_style_is_that_of_the_project():
+    assert matplotlib.rcParams["figure.dpi"] == 150
+    assert not matplotlib.rcParams["axes.spines.top"] and not matplotlib.rcParams["axes.grid"]
+    assert matplotlib.rcParams["font.size"] == 10 and matplotlib.rcParams["axes.titlesize"] == 11
