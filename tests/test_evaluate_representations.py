@@ -3,15 +3,24 @@
 import csv
 import itertools
 import json
+import math
 import os
+import re
+import statistics
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import skdim
 import torch
 from conftest import TINY_MODEL
+from scipy.spatial.distance import cdist
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
 import cli
 import dataset
@@ -207,6 +216,340 @@ def test_a_pool_is_used_where_it_pays(monkeypatch):
     finally:
         pool.shutdown()
     assert ev.submit(None, os.getpid).result() == os.getpid()
+
+
+# ---- every measure of a level ----------------------------------------------------------------------------------
+
+
+def level_args(**changes):
+    return SimpleNamespace(**{"umap_points": 150, "lb_points": 220, "umap_neighbors": 12, "no_umap": False,
+                              "no_lb": False, "pca": None, "seed": 3, **changes})
+
+
+def rings(n, n_circles=3, width=7, noise=0.9):
+    """A level (n, width) of rings with offsets, and the series whose last n steps it belongs to."""
+    rng = np.random.default_rng(5)
+    states = np.concatenate([[2, 2], np.arange(n) // 30 % n_circles])  # the series has two steps more
+    thetas = np.concatenate([[0, 0], np.arange(n) * 0.31 % (2 * np.pi)])
+    axes = rng.standard_normal((n_circles, 2, width))
+    wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)[2:]
+    values = np.einsum("tp,tpw->tw", wave, axes[states[2:]]) + 0.5 * rng.standard_normal((n_circles, width))[states[2:]]
+    values = (values + noise * rng.standard_normal((n, width))).astype(np.float32)
+    return values, SimpleNamespace(states=states, thetas=thetas, n_circles=n_circles, n_steps=n + 2)
+
+
+def vote(labels, width):
+    """The commonest label around each step, the lowest of equals, by counting."""
+    winners = []
+    for t in range(len(labels)):
+        window = labels[max(0, t - width // 2):t + width // 2 + 1].tolist()
+        winners.append(min(set(window), key=lambda label: (-window.count(label), label)))
+    return np.array(winners)
+
+
+def agreement_scores(prefix, labels, states):
+    return {f"{prefix}_ari": adjusted_rand_score(states, labels),
+            f"{prefix}_nmi": normalized_mutual_info_score(states, labels),
+            f"{prefix}_ari_smooth": adjusted_rand_score(states, vote(labels, 101)),
+            f"{prefix}_nmi_smooth": normalized_mutual_info_score(states, vote(labels, 101))}
+
+
+@pytest.mark.parametrize("changes", [{}, {"pca": 2}, {"umap_points": 300, "lb_points": 180, "seed": 8}])
+def test_every_measure_of_a_level_is_that_of_an_independent_computation(monkeypatch, changes):
+    monkeypatch.setattr(ev, "PROBE_STEPS", 250)
+    args = level_args(**changes)
+    values, series = rings(600)
+    states, thetas = series.states[2:], series.thetas[2:]
+    rows = np.random.default_rng(1).permutation(600)[:max(args.umap_points, args.lb_points)]
+    level, points, graph, nearest = ev.level_measures(values, series, rows, args)
+
+    whole = values.astype(np.float64)
+    reduced = whole if args.pca is None else PCA(args.pca).fit(whole).transform(whole)
+    sample = reduced[rows]
+    train = np.random.default_rng(args.seed).permutation(420)[:250]
+    white = PCA(whiten=True).fit(whole[train])
+    scale = math.sqrt(250 / 249)  # PCA divides by n - 1
+    probe = LogisticRegression(C=1.0, max_iter=5000, tol=1e-6).fit(white.transform(whole[train]) * scale, states[train])
+    accuracy = (probe.predict(white.transform(whole[420:]) * scale) == states[420:]).mean()
+    wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)
+    ridge = Ridge(alpha=1.0).fit(white.transform(whole[train]) * scale, wave[train])
+    clusters = KMeans(3, n_init=4, random_state=args.seed).fit(sample.astype(np.float32)).predict(
+        reduced.astype(np.float32))
+    C = np.cov(whole.T, bias=True)
+    shown = args.umap_points
+    wanted = {
+        "width": 7, "probe_accuracy": accuracy,
+        "phase_r2": ridge.score(white.transform(whole[420:]) * scale, wave[420:]),
+        **agreement_scores("kmeans", clusters, states),
+        "silhouette": silhouette_score(sample[:shown], states[rows[:shown]]),
+        "effective_rank": np.trace(C)**2 / np.trace(C @ C),
+        "dimension": {k: skdim.id.MLE().fit(sample[:args.lb_points], n_neighbors=k).dimension_ for k in (10, 30, 100)},
+    }
+    assert list(level) == list(wanted)
+    for key, value in wanted.items():
+        if key == "probe_accuracy":  # two fits that both stop a little short of the optimum
+            assert level[key] == pytest.approx(value, abs=0.012) and 0.6 < value < 1
+        else:
+            assert level[key] == pytest.approx(value, rel=2e-3), key
+    distances = cdist(sample[:shown], sample[:shown])
+    np.testing.assert_array_equal(graph[1], distances.argsort(axis=1)[:, 1:args.umap_neighbors])
+    # Principal axes have no sign; distances show that the points are the right ones.
+    np.testing.assert_allclose(cdist(points, points), distances, atol=1e-3)
+    np.testing.assert_array_equal(nearest, cdist(reduced, sample[:shown]).argmin(axis=1))
+
+
+def test_what_a_level_is_not_asked_for_is_left_out():
+    values, series = rings(300)
+    rows = np.arange(300)
+    level, *rest = ev.level_measures(values, series, rows, level_args(no_umap=True, no_lb=True))
+    assert rest == [None, None, None] and level["dimension"] is None
+    assert level["silhouette"] == pytest.approx(silhouette_score(values[:150], series.states[2:152]), rel=1e-5)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+MEASURES = ("probe_accuracy", "phase_r2", "kmeans_ari", "kmeans_nmi", "kmeans_ari_smooth", "kmeans_nmi_smooth",
+            "silhouette", "effective_rank", "umap_silhouette", "umap_ari", "umap_nmi", "umap_ari_smooth",
+            "umap_nmi_smooth")
+
+
+def made_report(name="m", n_layers=3, shift=0.0, depths=None, best=2, umap=True, **more):
+    """A report whose every number is different: the layer `best` has the best probe, the last layer doesn't."""
+    levels = []
+    for depth in range(n_layers + 2) if depths is None else depths:
+        level = {"level": ["input", *(f"layer {i + 1}" for i in range(n_layers)), "output"][depth], "depth": depth}
+        for j, key in enumerate(MEASURES):
+            level[key] = 0.0137 + shift + 0.041 * j + 0.0023 * (depth if depth == best else -depth)
+        level["effective_rank"] *= 10
+        level["dimension"] = {k: 5 + shift + 0.3 * i - 0.07 * depth for i, k in enumerate((10, 30, 100))}
+        levels.append(level if umap else {key: value for key, value in level.items() if "umap" not in key})
+    errors = [{"horizon": k, "val_mse": 8.5 + k + shift, "optimal_mse": 8.1 + k, "excess_percent": 4.9 - k + shift}
+              for k in (1, 2, 4)]
+    return {"name": name, "n_layers": n_layers, "levels": levels, "errors": errors, "filter_circle_accuracy": 0.957,
+            "trained_with": {"seed": 1, "lr": 0.1}, **more}
+
+
+def cells(text):
+    """A text table as lists of cells: the header and the rows. No cell is empty."""
+    header, rule, *rows = (re.split(r"  +", line.strip()) for line in text.splitlines())
+    assert all(set(word) == {"-"} for word in rule)
+    return header, rows
+
+
+def test_every_cell_of_the_table_of_levels():
+    report = made_report()
+    header, rows = cells(ev.level_table(report))
+    assert header == ["level", "probe acc.", "phase R²", "ARI", "smooth", "NMI", "smooth", "silhouette", "rank",
+                      "dim 10", "dim 30", "dim 100"]
+    keys = ["probe_accuracy", "phase_r2", "kmeans_ari", "kmeans_ari_smooth", "kmeans_nmi", "kmeans_nmi_smooth",
+            "silhouette"]
+    assert rows == [[m["level"], *(f"{m[key]:.3f}" for key in keys), f"{m['effective_rank']:.1f}",
+                     *(f"{m['dimension'][k]:.2f}" for k in (10, 30, 100))] for m in report["levels"]]
+    for m in report["levels"]:
+        m["dimension"] = None
+    report["levels"][1]["probe_accuracy"] = None
+    header, rows = cells(ev.level_table(report))
+    assert len(header) == 9 and rows[1][:2] == ["layer 1", "–"]
+
+
+def test_every_cell_of_the_table_of_umaps():
+    report = made_report()
+    header, rows = cells(ev.umap_table(report))
+    assert header == ["in the UMAP", "silhouette", "ARI", "smooth", "NMI", "smooth"]
+    assert rows == [[m["level"], *(f"{m[key]:.3f}" for key in (
+        "umap_silhouette", "umap_ari", "umap_ari_smooth", "umap_nmi", "umap_nmi_smooth"))] for m in report["levels"]]
+
+
+WANTED_COMPARISON = {  # column of the CSV: (title in the table, format there, where the value comes from)
+    "checkpoint": ("checkpoint", "", lambda r: r["name"]),
+    "val_mse": ("val MSE", ".4f", lambda r: r["errors"][0]["val_mse"]),
+    "optimal_mse": ("optimal", ".4f", lambda r: r["errors"][0]["optimal_mse"]),
+    "excess_percent": ("excess %", "+.2f", lambda r: r["errors"][0]["excess_percent"]),
+    "best_layer": ("best layer", "", lambda r: "layer 2"),
+    "probe_accuracy": ("probe acc.", ".3f", lambda r: r["levels"][2]["probe_accuracy"]),
+    "phase_r2": ("phase R²", ".3f", lambda r: r["levels"][2]["phase_r2"]),
+    "silhouette": ("silhouette", ".3f", lambda r: r["levels"][2]["silhouette"]),
+    "kmeans_ari": ("ARI", ".3f", lambda r: r["levels"][2]["kmeans_ari"]),
+    "kmeans_ari_smooth": ("smooth", ".3f", lambda r: r["levels"][2]["kmeans_ari_smooth"]),
+    "dimension_k30": ("dim 30", ".2f", lambda r: r["levels"][2]["dimension"][30]),
+    "last_layer_dimension_k30": ("last", ".2f", lambda r: r["levels"][3]["dimension"][30]),
+    "peak_silhouette": ("peak sil.", ".3f", lambda r: max(m["silhouette"] for m in r["levels"])),
+    "peak_umap_silhouette": ("UMAP sil.", ".3f", lambda r: max(m["umap_silhouette"] for m in r["levels"])),
+    "peak_umap_ari_smooth": ("UMAP ARI", ".3f", lambda r: max(m["umap_ari_smooth"] for m in r["levels"])),
+}
+
+
+def peaked(report, level):
+    """The report with its highest silhouettes at this level, far from the best layer."""
+    for i, key in enumerate(("silhouette", "umap_silhouette", "umap_ari_smooth")):
+        report["levels"][level][key] = 0.91 + 0.01 * i
+    return report
+
+
+def test_every_cell_of_the_comparison():
+    reports = [peaked(made_report("a"), 0), peaked(made_report("b", shift=0.2), 4)]
+    rows = [ev.comparison_row(report) for report in reports]
+    for row, report in zip(rows, reports, strict=True):
+        assert row == {key: read(report) for key, (_, _, read) in WANTED_COMPARISON.items()}
+    header, table = cells(ev.comparison_table(rows))
+    assert header == [title for title, _, _ in WANTED_COMPARISON.values()]
+    assert table == [[format(read(report), form) for _, form, read in WANTED_COMPARISON.values()]
+                     for report in reports]
+    lines = list(csv.reader(ev.comparison_csv(rows).split("\n")))
+    assert lines[0] == list(WANTED_COMPARISON) and lines[3:] == [[]]
+    for line, report in zip(lines[1:3], reports, strict=True):
+        assert line == [str(read(report)) for _, _, read in WANTED_COMPARISON.values()]
+
+
+def test_a_comparison_leaves_out_columns_that_nobody_fills_and_marks_empty_cells():
+    full, bare = made_report("a", umap=False), made_report("b", umap=False, depths=[0, 4], errors=[])
+    for level in bare["levels"]:
+        level["dimension"] = None
+    rows = [ev.comparison_row(report) for report in (full, bare)]
+    header, table = cells(ev.comparison_table(rows))
+    assert header == [title for title, _, _ in WANTED_COMPARISON.values() if not title.startswith("UMAP")]
+    peak = f"{max(m['silhouette'] for m in bare['levels']):.3f}"
+    assert table[1] == ["b", *["–"] * 11, peak]
+    assert ev.comparison_csv(rows).split("\n")[2] == f"b{',' * 12}{rows[1]['peak_silhouette']},,"
+
+
+def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
+    flags = {"lr": 0.1, "epochs": 5, "seed": 1, "checkpoint": "a.pt", "resume": None, "device": "cpu", "log_dir": None}
+    changes = {"a": {}, "b": {"seed": 2}, "c": {"lr": 0.2}, "d": {"checkpoint": "d.pt", "resume": "x.pt"},
+               "e": {"epochs": 6, "seed": 3}, "f": {"device": "cuda", "log_dir": "logs"}, "g": {"lr": 0.2, "seed": 9}}
+    reports = [{"name": name, "trained_with": {**flags, **change}} for name, change in changes.items()]
+    groups = ev.seed_groups(reports)
+    assert {name: [r["name"] for r in group] for name, group in groups.items()} == {"a": ["a", "b", "d", "f"],
+                                                                                    "c": ["c", "g"]}
+
+
+def test_every_cell_of_the_spread_over_seeds():
+    reports = [made_report(f"r{i}", shift=shift) for i, shift in enumerate((0.0, 0.05, 0.31))]
+    other = [made_report(f"o{i}", shift=shift, errors=[]) for i, shift in enumerate((0.1, 0.2))]
+    header, rows = cells(ev.spread_table({"r0": reports, "o0": other}))
+    numbers = {key: entry for key, entry in WANTED_COMPARISON.items() if entry[1]}
+    assert header == ["mean ± std", *(title for title, _, _ in numbers.values())]
+    for row, name, group in ((rows[0], "r0, 3 seeds", reports), (rows[1], "o0, 2 seeds", other)):
+        assert row[0] == name
+        for cell, (title, form, read) in zip(row[1:], numbers.values(), strict=True):
+            if title in ("val MSE", "optimal", "excess %") and name.startswith("o"):
+                assert cell == "–"
+            else:
+                values = [read(report) for report in group]
+                assert cell == (f"{statistics.mean(values):{form}} ± "
+                                f"{statistics.stdev(values):{form.replace('+', '')}}"), title
+    header, _ = cells(ev.spread_table({"o0": other}))
+    assert header[:2] == ["mean ± std", "probe acc."]
+
+
+def test_a_peak_is_the_highest_value_of_the_levels_that_have_one():
+    assert ev.peak([{"x": 0.1}, {"x": None}, {"x": 0.7}, {}, {"x": 0.3}], "x") == 0.7
+    assert ev.peak([{"x": None}, {}], "x") is None
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------
+
+PANEL_LINES = [  # title, one line per entry: (label, key)
+    ("circle accuracy of a linear probe", [("", "probe_accuracy")]),
+    ("phase R², (cos θ, sin θ)", [("", "phase_r2")]),
+    ("ARI of k-means", [("vote over 101 steps", "kmeans_ari_smooth"), ("raw", "kmeans_ari"),
+                        ("in the UMAP, vote", "umap_ari_smooth")]),
+    ("NMI of k-means", [("vote over 101 steps", "kmeans_nmi_smooth"), ("raw", "kmeans_nmi"),
+                        ("in the UMAP, vote", "umap_nmi_smooth")]),
+    ("silhouette of the circles", [("in the level", "silhouette"), ("in its UMAP", "umap_silhouette")]),
+    ("effective rank", [("", "effective_rank")]),
+    ("Levina–Bickel dimension", [("k = 30", 30), ("k = 10", 10), ("k = 100", 100)]),
+]
+
+
+def read(level, key):
+    return level["dimension"][key] if isinstance(key, int) else level[key]
+
+
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
+    reports = [made_report("first"), made_report("second", shift=0.3)]
+    fig = ev.draw_summary(reports, "measures against depth")
+    assert fig.get_suptitle() == "measures against depth" and len(fig.axes) == 8
+    colors = figures.circle_colors(2)
+    for ax, (title, lines) in zip(fig.axes, PANEL_LINES, strict=False):
+        assert ax.get_title() == title
+        drawn = iter(ax.get_lines())
+        for report, color in zip(reports, colors, strict=True):
+            for style, (_, key) in zip(("-", "--", ":"), lines, strict=False):
+                line = next(drawn)
+                assert line.get_xdata().tolist() == [0, 1, 2, 3, 4]
+                assert line.get_ydata().tolist() == [read(level, key) for level in report["levels"]]
+                assert tuple(line.get_color()) == tuple(color) and line.get_linestyle() == style
+        assert ax.get_xlabel() == "layer"
+        assert [tick.get_text() for tick in ax.get_xticklabels()] == ["in", "1", "2", "3", "out"]
+        assert ax.get_xticks().tolist() == [0, 1, 2, 3, 4]
+        if len(lines) > 1:
+            assert legend_of(ax) == [label for label, _ in lines]
+            assert [h.get_linestyle() for h in ax.get_legend().get_lines()] == ["-", "--", ":"][:len(lines)]
+        else:
+            assert ax.get_legend() is None
+        if title.startswith(("circle accuracy", "ARI", "NMI", "silhouette")):
+            assert ax.get_ylim()[0] <= 0 and ax.get_ylim()[1] == 1.02
+        else:
+            assert ax.get_ylim()[1] != 1.02
+    ceiling = fig.axes[0].get_lines()[-1]
+    assert set(ceiling.get_ydata()) == {0.957} and ceiling.get_linestyle() == "-."
+    assert not fig.axes[7].axison and legend_of(fig.axes[7]) == ["first", "second", "exact filter: 0.957"]
+    handles = fig.axes[7].get_legend().get_lines()
+    assert [tuple(h.get_color()) for h in handles[:2]] == [tuple(color) for color in colors]
+
+
+def test_a_summary_draws_what_there_is():
+    report = made_report(umap=False, filter_circle_accuracy=None, depths=[0, 2, 4])
+    for level in report["levels"]:
+        level["dimension"] = None
+    report["levels"][1]["phase_r2"] = None
+    fig = ev.draw_summary([report], "t")
+    assert legend_of(fig.axes[7]) == ["m"]
+    assert len(fig.axes[0].get_lines()) == 1 and len(fig.axes[2].get_lines()) == 2 and not fig.axes[6].get_lines()
+    assert legend_of(fig.axes[2]) == ["vote over 101 steps", "raw"]
+    assert fig.axes[4].get_title() == "silhouette of the circles, in the level"
+    assert fig.axes[1].get_lines()[0].get_xdata().tolist() == [0, 2, 4]
+    assert np.isnan(fig.axes[1].get_lines()[0].get_ydata()).tolist() == [False, True, False]
+    report["levels"][0]["silhouette"] = -0.4
+    assert ev.draw_summary([report], "t").axes[4].get_ylim()[0] < -0.4
+
+
+def test_models_of_different_depth_share_a_relative_depth():
+    fig = ev.draw_summary([made_report("a", n_layers=1), made_report("b", n_layers=3)], "t")
+    first, second = fig.axes[0].get_lines()[:2]
+    assert first.get_xdata().tolist() == [0, 0.5, 1] and second.get_xdata().tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert [tick.get_text() for tick in fig.axes[0].get_xticklabels()] == ["input", "output"]
+    assert fig.axes[0].get_xlabel() == "relative depth"
+
+
+def test_many_models_get_one_line_each_and_short_names():
+    names = ["a" * 34, "b" * 35, "c", "d"]
+    fig = ev.draw_summary([made_report(name, shift=0.1 * i) for i, name in enumerate(names)], "t")
+    assert [len(ax.get_lines()) for ax in fig.axes[1:7]] == [4] * 6
+    assert fig.axes[2].get_title() == "ARI of k-means, vote over 101 steps" and fig.axes[2].get_legend() is None
+    assert legend_of(fig.axes[7])[:4] == ["a" * 34, "b" * 33 + "…", "c", "d"]
+
+
+def test_a_deep_model_has_the_ticks_that_find_room():
+    fig = ev.draw_summary([made_report(n_layers=30)], "t")
+    ticks = fig.axes[0].get_xticks().tolist()
+    labels = [tick.get_text() for tick in fig.axes[0].get_xticklabels()]
+    assert labels == ["in", *(str(tick) for tick in ticks[1:-1]), "out"] and ticks[0] == 0 and ticks[-1] == 31
+    assert len(ticks) <= 13 and np.diff(ticks).min() >= 2 and np.diff(ticks).max() <= 6
+
+
+def test_a_umap_panel_tells_the_dimension_of_its_level_and_its_own_silhouette():
+    level = {"level": "layer 3", "dimension": {10: 4.0, 30: 5.26, 100: 6.0}, "umap_silhouette": 0.318,
+             "silhouette": 0.9}
+    assert ev.level_title(level) == "layer 3\ndim 5.3, silhouette here 0.32"
+    assert ev.level_title({**level, "dimension": None}) == "layer 3\nsilhouette here 0.32"
+    assert ev.level_title({**level, "umap_silhouette": None}) == "layer 3\ndim 5.3"
+    assert ev.level_title({**level, "dimension": {30: None}, "umap_silhouette": None}) == "layer 3"
 
 
 # ---- names -----------------------------------------------------------------------------------------------------
