@@ -9,6 +9,7 @@ import re
 import statistics
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,7 @@ import evaluate_representations as ev
 import figures
 import mamba_model
 import measures
+import optimal_filter
 from measures import knn, levina_bickel
 
 SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
@@ -731,6 +733,181 @@ def test_windows_longer_than_the_validation_part_have_measures_but_no_error(run,
     result, _ = run(*QUICK, "--no-lb", "--layers", "1", checkpoints=[long])
     assert "no validation MSE: the validation part has 300 steps" in result.out
     assert json.loads((tmp_path / "plots" / "long_metrics.json").read_text())["errors"] == []
+
+
+# ---- what the script passes on and writes ----------------------------------------------------------------------
+
+
+def report_of(folder, name="tiny"):
+    return json.loads((folder / "plots" / f"{name}_metrics.json").read_text())
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that are saved, {file name: Figure}; no file is written."""
+    figs = {}
+    monkeypatch.setattr(figures, "save", lambda fig, path: figs.update({path.name: fig}))
+    return figs
+
+
+@pytest.fixture
+def quick_measures(monkeypatch):
+    """Measures that take long in place of which a test wants only what they are called with: a dict of calls."""
+    calls = {"seeds": [], "neighbours": [], "points": []}
+
+    def clusters(values, rows, states, n_circles, seed):
+        calls["seeds"].append(seed)
+        return dict.fromkeys(("kmeans_ari", "kmeans_nmi", "kmeans_ari_smooth", "kmeans_nmi_smooth"), 0.1)
+
+    def scores(embedding, nearest, shown, states, n_circles, seed):
+        calls["seeds"].append(seed)
+        return dict.fromkeys(("umap_silhouette", "umap_ari", "umap_nmi", "umap_ari_smooth", "umap_nmi_smooth"), 0.2)
+
+    def umap(points, graph, seed):
+        calls["seeds"].append(seed)
+        calls["neighbours"].append(graph[0].shape)
+        calls["points"].append(points)
+        return points[:, :2]
+
+    monkeypatch.setattr(measures, "circle_probe", lambda train, *_: 0.5 + train.shape[1] / 100)
+    monkeypatch.setattr(measures, "cluster_scores", clusters)
+    monkeypatch.setattr(measures, "embedding_scores", scores)
+    monkeypatch.setattr(measures, "umap_embedding", umap)
+    return calls
+
+
+def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpoint, tmp_path, quick_measures):
+    run("--layers", "input,2", "--velocity", "--pca", 4, "--seed", 5, "--umap-points", 10**6, "--lb-points", 250,
+        "--umap-neighbors", 9, "--device", "cpu", "--scan", "reference")
+    report = report_of(tmp_path, "tiny_velocity_pca4")
+    series = dataset.load_series(shared_data)
+    process = optimal_filter.known_process(series, "")
+    posterior = optimal_filter.predict(process, series.X, horizons=())["circle_posterior"]
+    tail = series.n_steps * 7 // 10
+    wanted = {"name": "tiny", "checkpoint": str(tiny_checkpoint), "data_dir": str(shared_data), "seed": 5,
+              "velocity": True, "pca": 4, "umap_points": 2999, "lb_points": 250, "n_layers": 2, "seq_len": 128,
+              "filter_circle_accuracy": float((posterior.argmax(axis=1)[tail:] == series.states[tail:]).mean()),
+              "trained_with": {**SAVED, "dropout": 0.1}, "best_layer": "layer 2"}
+    assert {key: report[key] for key in wanted} == wanted
+    assert set(report) == {*wanted, "errors", "levels"}
+    starts = np.arange(2700, 3000 - 128 + 1, 64)
+    floor = optimal_filter.window_mse(process, series, starts, 128, [1])
+    assert report["errors"][0]["optimal_mse"] == pytest.approx(floor[1], rel=1e-9)
+    assert set(quick_measures["seeds"]) == {5} and len(quick_measures["seeds"]) == 2 * 3
+    assert quick_measures["neighbours"] == [(2999, 8)] * 2
+
+
+def test_the_seed_draws_the_sample_and_starts_all_that_is_random(run, shared_data, tmp_path, quick_measures, saved,
+                                                                 monkeypatch):
+    trained = []
+    monkeypatch.setattr(ev, "PROBE_STEPS", 100)
+    monkeypatch.setattr(measures, "phase_probe", lambda train, thetas, *_: trained.append(thetas) or 0.5)
+    flags = ["--layers", "input", "--umap-points", 60, "--no-lb", "--device", "cpu", "--seed", 11]
+    run(*flags)
+    series = dataset.load_series(shared_data)
+    rows = np.random.default_rng(11).permutation(3000)[:60]
+    np.testing.assert_array_equal(quick_measures["points"][0], series.X[rows])
+    assert set(quick_measures["seeds"]) == {11}
+    shown = saved["tiny_umap.png"].axes[0].collections[0]
+    np.testing.assert_allclose(shown.get_facecolors()[:, :3], figures.circle_colors(4)[series.states[rows]])
+    fitted = sorted(np.random.default_rng(11).permutation(2100)[:100])
+    np.testing.assert_array_equal(trained[0], series.thetas[fitted])
+
+
+def test_device_and_scan_are_those_asked_for(run, monkeypatch, quick_measures, shared_data):
+    asked, picked = [], []
+    open_model, pick = mamba_model.open_model, cli.pick_device
+    monkeypatch.setattr(mamba_model, "open_model", lambda *given: asked.append(given) or open_model(*given))
+    monkeypatch.setattr(cli, "pick_device", lambda name: picked.append(name) or pick("cpu"))
+    run("--no-umap", "--no-lb", "--layers", "input", "--device", "a name", "--scan", "reference")
+    assert picked == ["a name"]
+    (_, data_dir, device, scan, _), = asked
+    assert (data_dir, device, scan) == (shared_data, torch.device("cpu"), "reference")
+
+
+def test_measures_in_the_umap_are_those_of_each_levels_own_umap(run, shared_data, tmp_path, monkeypatch, saved):
+    monkeypatch.setattr(measures, "circle_probe", lambda *_: 0.5)
+    monkeypatch.setattr(measures, "umap_embedding", lambda points, graph, seed: 3 * points[:, 1:3])
+    run("--umap-points", 200, "--no-lb", "--velocity", "--layers", "input,output", "--seed", 2, "--device", "cpu")
+    series = dataset.load_series(shared_data)
+    change, states = np.diff(series.X, axis=0), series.states[1:]
+    rows = np.random.default_rng(2).permutation(2999)[:200]
+    level = report_of(tmp_path, "tiny_velocity")["levels"][0]
+    embedding = 3 * change[rows][:, 1:3]
+    labels = KMeans(4, n_init=4, random_state=2).fit(embedding).labels_[cdist(change, change[rows]).argmin(axis=1)]
+    for key, value in agreement_scores("umap", labels, states).items():
+        assert level[key] == pytest.approx(value, abs=2e-3), key
+    assert level["umap_silhouette"] == pytest.approx(silhouette_score(embedding, states[rows]), rel=1e-4)
+    fig = saved["tiny_velocity_umap.png"]
+    assert fig.get_suptitle() == "tiny: UMAP of 200 steps, change since the step before"
+    np.testing.assert_allclose(fig.axes[0].collections[0].get_offsets(), embedding, atol=1e-5)
+    assert [ax.get_title().split("\n")[0] for ax in fig.axes] == ["input", "output"]
+    assert f"silhouette here {level['umap_silhouette']:.2f}" in fig.axes[0].get_title()
+
+
+def test_figures_per_level_show_that_level(run, shared_data, quick_measures, saved):
+    run("--umap-points", 80, "--no-lb", "--per-layer", "--pca", 3, "--layers", "1,output", "--device", "cpu")
+    names = {"tiny_pca3_umap_layer1.png": "layer 1", "tiny_pca3_umap_output.png": "output"}
+    assert set(saved) == {*names, "tiny_pca3_summary.png"}
+    for (name, level), points in zip(names.items(), quick_measures["points"], strict=True):
+        (ax,) = saved[name].axes
+        assert ax.get_title() == f"{level}\nsilhouette here 0.20"
+        assert saved[name].get_suptitle() == "tiny: UMAP of 80 steps, up to 3 principal components"
+        np.testing.assert_array_equal(ax.collections[0].get_offsets(), points[:, :2])
+    assert saved["tiny_pca3_summary.png"].get_suptitle() == (
+        "tiny: measures against depth, up to 3 principal components")
+
+
+def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint, tmp_path, quick_measures, saved):
+    other = save_model(tmp_path / "deep.pt", tiny_model(1, n_layers=3, max_horizon=2), seq_len=64)
+    result, _ = run("--umap-points", 120, "--lb-points", 130, "--device", "cpu", "--pca", 3, "--velocity",
+                    checkpoints=(tiny_checkpoint, other))
+    reports = [report_of(tmp_path, f"{name}_velocity_pca3") for name in ("tiny", "deep")]
+    for report in reports:
+        for level in report["levels"]:
+            level["dimension"] = {int(k): value for k, value in level["dimension"].items()}
+        for text in (ev.level_table(report), ev.umap_table(report)):
+            assert f"{text}\n" in result.out
+        rows = [[str(row["horizon"]), f"{row['val_mse']:.4f}", f"{row['optimal_mse']:.4f}",
+                 f"{row['excess_percent']:+.2f} %"] for row in report["errors"]]
+        for row in rows:
+            assert re.search(r"^ *" + r" +".join(map(re.escape, row)) + "$", result.out, re.MULTILINE)
+        assert (f"\n{report['name']}: {report['n_layers']} layers; exact filter's circle accuracy "
+                f"{report['filter_circle_accuracy']:.3f}\n") in result.out
+        summary = saved[f"{report['name']}_velocity_pca3_summary.png"]
+        assert [line.get_ydata().tolist() for line in summary.axes[5].get_lines()] == [
+            [level["effective_rank"] for level in report["levels"]]]
+        assert legend_of(summary.axes[7])[0] == report["name"]
+    assert reports[1]["seq_len"] == 64 and [row["horizon"] for row in reports[1]["errors"]] == [1, 2]
+    assert reports[0]["errors"][0]["optimal_mse"] != reports[1]["errors"][0]["optimal_mse"]  # other windows
+    table = [ev.comparison_row(report) for report in reports]
+    assert ev.comparison_table(table) in result.out
+    folder = tmp_path / "plots"
+    assert (folder / "compare_tiny_deep_velocity_pca3_summary.csv").read_text() == ev.comparison_csv(table)
+    compared = saved["compare_tiny_deep_velocity_pca3_summary.png"]
+    assert compared.get_suptitle() == (
+        "measures against depth, change since the step before, up to 3 principal components")
+    assert [len(line.get_ydata()) for line in compared.axes[5].get_lines()] == [4, 5]
+
+
+def test_windows_shared_by_models_are_filtered_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(optimal_filter, "known_process", lambda series, missed: None)
+    optimum = ev.Optimum(SimpleNamespace())
+    assert optimum.circle_accuracy is None and optimum.window_mse(np.arange(3), 8, [1]) is None
+    optimum.process = "a process"
+    monkeypatch.setattr(optimal_filter, "window_mse", lambda *given: calls.append(given) or {1: len(calls)})
+    asked = [(np.arange(3), 8, [1]), (np.arange(3), 8, [1]), (np.arange(1, 4), 8, [1]), (np.arange(3), 9, [1]),
+             (np.arange(3), 8, [1, 2])]
+    assert [optimum.window_mse(*given)[1] for given in asked] == [1, 1, 2, 3, 4]
+
+
+def test_without_flags_the_readmes_defaults_hold():
+    args = vars(ev.parse_args([]))
+    assert args == {"layers": None, "velocity": False, "pca": None, "no_umap": False, "umap_points": 5000,
+                    "umap_neighbors": 30, "per_layer": False, "no_lb": False, "lb_points": 10_000, "seed": 42,
+                    "device": "auto", "scan": "auto", "checkpoint": [Path("model_next.pt")],
+                    "data_dir": Path("data"), "save_dir": Path("plots")}
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
