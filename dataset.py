@@ -1,13 +1,13 @@
 """The data: one loader that checks it, sliding windows, and a validation split that leaks nothing.
 
 Everything that reads `data/data.npz` and `data/config.json` goes through `load_series`. A file written with
---uncompressed is mapped, not loaded: what works on it passes through it in `blocks` or takes windows by `gather`, and
-then never holds more of it in memory than one block or batch.
+--uncompressed is mapped, not loaded. Code that walks through a long series takes it in `blocks`, takes windows by
+`gather` or rows by `pick`: these give the pages of a mapped array back, so that memory never holds more of it than one
+block or batch.
 """
 
 import json
 import mmap
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ from circle_process import LARGEST_VALUE, LONGEST_PERIOD
 from cli import WINDOW_DEFAULTS, UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
-DEFLATE_MAX_RATIO = 1032  # no DEFLATE stream expands by more (zlib's technical notes)
+ARRAYS = ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes")
 # The numbers of config.json that are used, and how large they may be.
 CONFIG_NUMBERS = {"noise_std": LARGEST_VALUE, "center_walk_std": LARGEST_VALUE, "dwell_mean": 1.7e308,
                   "dwell_std": 1.7e308}
+FULL_CIRCLE = 2 * np.pi + 1e-3  # radians; as a float32, 2π itself is a little larger
 BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the cache
-MAPPED = {"X.npy": "=f4", "states.npy": "=i8", "thetas.npy": "=f8"}  # as long as the series: the types they map as
 PAGES_AROUND = 1 << 21  # bytes, aligned, that the system may map at a time when one of them is touched: a huge page
-ROWS_PICKED = 256  # at a time; each may bring PAGES_AROUND into memory
+ROWS_PICKED = 256  # rows between two releases of memory; each row may bring PAGES_AROUND bytes into it
 LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name and its extra field
 
 
@@ -66,9 +66,9 @@ class Series:
 def load_series(data_dir):
     """Read and check `data_dir/data.npz` and `data_dir/config.json`; returns a Series.
 
-    X, states and thetas of a file written with --uncompressed are mapped: memory holds what is used of them. Raises
-    UserError when a file is missing or damaged, an array is missing, has a wrong shape or type, or holds NaN or
-    infinity. Nothing is unpickled.
+    The long arrays X, states and thetas of a file written with --uncompressed are mapped: memory holds only what is
+    used of them. Raises UserError when a file is missing or damaged, or when an array is missing, has the wrong shape
+    or type, holds NaN or leaves its range. Nothing is unpickled.
     """
     data_dir = Path(data_dir)
     path, remedy = data_dir / "data.npz", REMEDY.format(data_dir)
@@ -76,28 +76,23 @@ def load_series(data_dir):
         raise UserError(f"{path} not found; {remedy}")
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            arrays = {name: read_member(archive, file, name + ".npy") for name in
-                      ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods")}
-            has_planes = "planes.npy" in archive.namelist()
-            planes = read_member(archive, file, "planes.npy") if has_planes else None
-    except KeyError as error:
-        raise UserError(f"{path} lacks the array {one_line(error.args[0])}; {remedy}") from None
-    except MemoryError:
-        raise  # the sizes were checked: the data are that large
+            arrays = {info.filename.removesuffix(".npy"): read_array(archive, file, info)
+                      for info in archive.infolist() if info.filename.removesuffix(".npy") in ARRAYS}
     except Exception as error:  # zipfile and numpy let out whatever they stumble over in a hostile file
-        raise UserError(f"{path} is damaged ({one_line(error)[:200] or type(error).__name__}); {remedy}") from None
-    series = Series(**arrays, planes=planes, config=load_config(data_dir))
-    problem = find_problem(series)
+        wrong = "does not fit in memory" if isinstance(error, MemoryError) else "is damaged"
+        raise UserError(f"{path} {wrong} ({one_line(error)[:200] or type(error).__name__}); {remedy}") from None
+    problem = find_problem(arrays)
     if problem:
         raise UserError(f"{path}: {problem}; {remedy}")
-    series.X = np.ascontiguousarray(series.X, dtype=np.float32)
-    series.states = series.states.astype(np.int64, copy=False)
-    series.periods = series.periods.astype(np.int64)
-    for name in ("thetas", "transition_matrix", "radii", "entry_angles"):
-        setattr(series, name, getattr(series, name).astype(np.float64, copy=False))
-    if planes is not None:
-        series.planes = planes.astype(np.float64)
-    return series
+
+    arrays["X"] = np.ascontiguousarray(arrays["X"], dtype=np.float32)
+    arrays["states"] = arrays["states"].astype(np.int64, copy=False)
+    arrays["thetas"] = arrays["thetas"].astype(np.float64, copy=False)
+    arrays["periods"] = arrays["periods"].astype(np.int64)
+    for name in ("transition_matrix", "radii", "entry_angles", "planes"):
+        if name in arrays:
+            arrays[name] = arrays[name].astype(np.float64)
+    return Series(**arrays, config=load_config(data_dir))
 
 
 def load_config(data_dir):
@@ -118,83 +113,43 @@ def load_config(data_dir):
     return config
 
 
-def read_member(archive, file, name):
-    """One array of an npz, its header checked against the bytes that are really there before memory is taken.
+def read_array(archive, file, info):
+    """One array of an npz. An uncompressed one is mapped read-only in place of being read.
 
-    archive: the zipfile.ZipFile of the open `file`. An array that is stored as it is used (see MAPPED) is mapped
-    read-only in place of being read. Raises KeyError when it isn't there, ValueError or BadZipFile when the bytes
-    can't be trusted.
+    archive: the zipfile.ZipFile of the open `file`; info: the array's entry in its directory. Raises an error unless
+    the bytes are those that were written. Memory is filled with bytes that are really there, whatever headers say.
     """
-    try:
-        info = archive.getinfo(name)
-    except KeyError:
-        raise KeyError(name.removesuffix(".npy")) from None
-    if info.file_size > max(info.compress_size, 1) * DEFLATE_MAX_RATIO:
-        raise ValueError(f"{name} declares more bytes than it can hold")
-    if info.header_offset + LOCAL_HEADER + info.compress_size > os.fstat(file.fileno()).st_size:
-        raise ValueError(f"{name} declares more bytes than the file has")
+    if info.compress_type == zipfile.ZIP_STORED:
+        return map_array(file, info)
+    if info.compress_type != zipfile.ZIP_DEFLATED:
+        raise ValueError(f"{info.filename} is compressed in a way that NumPy does not use")
     with archive.open(info) as member:
-        shape, fortran_order, dtype = read_npy_header(member, name)
-        count = 1
-        for size in shape:
-            count *= size
-        header = member.tell()
-        if header + count * dtype.itemsize != info.file_size:
-            raise ValueError(f"{name} declares the shape {shape}, which its size does not fit")
-        mappable = name in MAPPED and dtype == MAPPED[name] and not fortran_order
-        if mappable and info.compress_type == zipfile.ZIP_STORED:
-            values = map_values(file, info, header)
-            if values.ctypes.data % dtype.itemsize == 0:  # as the generator writes it; np.savez leaves that to chance
-                return values.view(dtype).reshape(shape)
-        array = np.empty(count, dtype)
-        target = memoryview(array.view(np.uint8))
-        filled = 0
-        while filled < len(target):
-            got = member.readinto(target[filled:])
-            if not got:
-                raise EOFError(f"{name} ends early")
-            filled += got
-        member.read(1)  # reaches the member's end, where zipfile checks the CRC
-    return array.reshape(shape, order="F" if fortran_order else "C")
-
-
-def read_npy_header(member, name):
-    """(shape, fortran_order, dtype) of an npy file open at its beginning. Raises ValueError for what isn't numbers."""
-    version = np.lib.format.read_magic(member)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                   (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read_header is None:
-        raise ValueError(f"{name} has an unknown npy version {version}")
-    try:
-        shape, fortran_order, dtype = read_header(member)
-    except Exception as error:  # a MemoryError too: Python's parser lets one out at deep nesting
-        raise ValueError(f"{name} has a damaged header ({one_line(error)[:100]})") from None
-    if dtype.hasobject:
-        raise ValueError(f"{name} holds pickled objects, which are never read")
-    if dtype.kind not in "fiu":
-        raise ValueError(f"{name} holds {dtype}, not numbers")
-    return shape, fortran_order, dtype
+        array = np.lib.format.read_array(member, allow_pickle=False)
+        if member.read(1):  # zipfile checks the CRC where the member ends
+            raise ValueError(f"{info.filename} is longer than its array")
+    return array
 
 
 # ---------------------------------------------------------------------------------------------- mapped from the file
 
 
-def map_values(file, info, header):
-    """The bytes of a stored zip member from byte `header` on, mapped read-only: (n,) uint8.
+def map_array(file, info):
+    """The array of an uncompressed member of an npz, mapped read-only, or read where its values lie unaligned.
 
-    The CRC is taken over the mapped bytes themselves, so what is used is what was checked. Raises ValueError or
-    BadZipFile where they aren't a whole member of the file.
+    The CRC is taken over the mapped bytes themselves, so what is used is what was checked.
     """
-    if info.compress_size != info.file_size:
-        raise ValueError(f"{info.filename} is stored, yet {info.file_size} bytes take {info.compress_size}")
+    # The values follow the member's own header, its name and an extra field; bytes 26 to 29 hold the lengths of both.
     whole = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    local = whole[info.header_offset:info.header_offset + LOCAL_HEADER]
-    lengths = local[26:30].view("<u2").tolist()  # of the name and of the extra field, which the values follow
-    first = info.header_offset + LOCAL_HEADER + sum(lengths)
+    lengths = whole[info.header_offset + 26:info.header_offset + LOCAL_HEADER].view("<u2")
+    first = info.header_offset + LOCAL_HEADER + int(lengths.sum())
     member = whole[first:first + info.file_size]
     if len(member) != info.file_size or crc32(member) != info.CRC:
         raise zipfile.BadZipFile(f"bad CRC-32 for {info.filename}")
-    return member[header:]
+    file.seek(first)
+    np.lib.format.read_magic(file)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    values = member[file.tell() - first:].view(dtype).reshape(shape, order="F" if fortran_order else "C")
+    return np.require(values, requirements="A")  # the generator aligns the values in the file; np.savez does not
 
 
 def mapping_of(array):
@@ -231,11 +186,11 @@ def blocks(array, n_bytes=BLOCK_BYTES):
 
 
 def pick(array, rows):
-    """array[rows] for row numbers anywhere in a long array: a mapped one leaves memory again on the way."""
+    """array[rows] for row numbers anywhere in a long array; the pages of a mapped one are released on the way."""
     picked = np.empty((len(rows), *array.shape[1:]), array.dtype)
     for first in range(0, len(rows), ROWS_PICKED):
-        part = slice(first, first + ROWS_PICKED)
-        picked[part] = array[rows[part]]
+        some = slice(first, first + ROWS_PICKED)
+        picked[some] = array[rows[some]]
         release(array)
     return picked
 
@@ -248,52 +203,53 @@ def crc32(array):
     return value
 
 
-def all_finite(array):
-    """Whether every value is finite; no mask as large as the array."""
-    return all(np.isfinite(block).all() for block in blocks(array))
-
-
-def find_problem(series):
-    """What is wrong with the arrays of a series, in words, or None."""
-    X, K = series.X, series.radii.shape[0] if series.radii.ndim == 1 else 0
-    if X.ndim != 2 or X.dtype.kind != "f" or X.shape[0] < 2 or X.shape[1] < 1:
-        return f"X must be (n_steps, ambient_dim) float, not {X.shape} {X.dtype}"
-    if K < 1:
-        return f"radii must be (n_circles,), not {series.radii.shape}"
-    shapes = {"states": (len(X),), "thetas": (len(X),), "transition_matrix": (K, K), "entry_angles": (K,),
-              "periods": (K,)}
-    if series.planes is not None:
-        shapes["planes"] = (K, 2, X.shape[1])
-    for name, shape in shapes.items():
-        if getattr(series, name).shape != shape:
-            return f"{name} must have shape {shape}, not {getattr(series, name).shape}"
-    for name in ("states", "periods"):
-        if getattr(series, name).dtype.kind not in "iu":
-            return f"{name} must hold whole numbers, not {getattr(series, name).dtype}"
-    if not all_finite(X):
-        return "X holds NaN or infinity"
-    if X.dtype.itemsize > 4 and any(abs(block).max() > LARGEST_VALUE for block in blocks(X)):
-        return "X holds values too large for float32"
-    for name in ("thetas", "transition_matrix", "radii", "entry_angles", "planes"):
-        values = getattr(series, name)
-        if values is not None and not all_finite(values):
-            return f"{name} holds NaN or infinity"
-    if any(block.min() < 0 or block.max() >= K for block in blocks(series.states)):
-        return f"states must lie in 0…{K - 1}"
-    if series.periods.min() < 1 or series.periods.max() > LONGEST_PERIOD:
-        return f"periods must be 1…{LONGEST_PERIOD}"
-    if series.radii.min() <= 0 or series.radii.max() > LARGEST_VALUE:
-        return f"radii must be above 0 and no more than {LARGEST_VALUE:g}"
-    if series.planes is not None and abs(series.planes).max() > 1.001:
-        return "planes must be pairs of unit vectors"
-    P = series.transition_matrix
-    if P.min() < 0 or not np.allclose(P.sum(axis=1), 1, atol=1e-6):
-        return "the rows of transition_matrix must be probabilities that sum to 1"
+def find_problem(arrays):
+    """What is wrong with the arrays of a data.npz, {name: array}, in words, or None."""
+    lacking = [name for name in ARRAYS if name not in arrays and name != "planes"]
+    if lacking:
+        return f"it lacks the array {lacking[0]}"
+    X, radii = arrays["X"], arrays["radii"]
+    if X.ndim != 2 or X.shape[0] < 2 or X.shape[1] < 1:
+        return f"X must have shape (n_steps, ambient_dim), not {X.shape}"
+    if radii.ndim != 1 or len(radii) < 1:
+        return f"radii must have shape (n_circles,), not {radii.shape}"
+    (n_steps, dim), K = X.shape, len(radii)
+    angle = -FULL_CIRCLE, FULL_CIRCLE
+    rules = {  # shape, kinds of dtype, smallest and largest value
+        "X": ((n_steps, dim), "f", -LARGEST_VALUE, LARGEST_VALUE),
+        "states": ((n_steps,), "iu", 0, K - 1),
+        "thetas": ((n_steps,), "fiu", *angle),
+        "transition_matrix": ((K, K), "fiu", 0, 1 + 1e-6),
+        "radii": ((K,), "fiu", 1 / LARGEST_VALUE, LARGEST_VALUE),
+        "entry_angles": ((K,), "fiu", *angle),
+        "periods": ((K,), "iu", 1, LONGEST_PERIOD),
+        "planes": ((K, 2, dim), "fiu", -1.001, 1.001),
+    }
+    for name, array in arrays.items():
+        shape, kinds, low, high = rules[name]
+        if array.shape != shape:
+            return f"{name} must have shape {shape}, not {array.shape}"
+        if array.dtype.kind not in kinds:
+            wanted = {"f": "floating-point numbers", "iu": "whole numbers", "fiu": "numbers"}[kinds]
+            return f"{name} must hold {wanted}, not {array.dtype}"
+        # Written so that NaN, which is the minimum and the maximum of a block that holds it, fails the comparison.
+        if not all(low <= float(block.min()) and float(block.max()) <= high for block in blocks(array)):
+            return f"{name} holds NaN or values outside {low:g}…{high:g}"
+    if not np.allclose(arrays["transition_matrix"].sum(axis=1), 1, atol=1e-6):
+        return "the rows of transition_matrix must sum to 1"
+    if "planes" in arrays and not np.allclose(gram(arrays["planes"]), np.eye(2), atol=2e-3):
+        return "planes must be pairs of orthogonal unit vectors"
     return None
 
 
+def gram(planes):
+    """The scalar products of the two vectors of each plane: (K, 2, dim) to (K, 2, 2)."""
+    planes = planes.astype(np.float64)
+    return planes @ planes.transpose(0, 2, 1)
+
+
 def visits(states):
-    """The visits of a state sequence: circles (n,), first steps (n,) and lengths (n,) in steps."""
+    """The visits of a state sequence (n_steps,): circles, first steps and lengths in steps, each (n_visits,)."""
     circles, starts, first, before = [], [], 0, -1
     for block in blocks(states):
         begins = np.flatnonzero(np.diff(block, prepend=before))
@@ -317,18 +273,19 @@ def check_fits_model(series, model, checkpoint):
 def window_settings(args, checkpoint):
     """seq_len, stride and val_fraction that a model was trained with; args: the flags that its checkpoint holds.
 
-    Those it doesn't name (older files) are the training script's defaults, and a line says so. Raises UserError when
-    one makes no sense.
+    Older files don't name all of them: the training script's defaults take their place, and a line says so. Raises
+    UserError when one makes no sense.
     """
     missing = [name for name in WINDOW_DEFAULTS if name not in args]
     if missing:
         print(f"{checkpoint} doesn't name its " + ", ".join(f"{name} (taken: {WINDOW_DEFAULTS[name]})"
                                                             for name in missing))
     seq_len, stride, val_fraction = (args.get(name, default) for name, default in WINDOW_DEFAULTS.items())
-    if not (isinstance(seq_len, int) and seq_len > 1 and isinstance(stride, int) and stride > 0
+    if not (isinstance(seq_len, int) and 1 < seq_len <= LONGEST_PERIOD
+            and isinstance(stride, int) and 0 < stride <= LONGEST_PERIOD
             and isinstance(val_fraction, float) and 0 < val_fraction < 1):
-        raise UserError(f"{checkpoint} names seq_len {seq_len!r}, stride {stride!r} and val_fraction "
-                        f"{val_fraction!r}, which make no windows; give another --checkpoint")
+        raise UserError(f"the seq_len, stride and val_fraction that {checkpoint} names make no windows; give another "
+                        "--checkpoint")
     return seq_len, stride, val_fraction
 
 
