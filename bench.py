@@ -913,8 +913,7 @@ def generate_by_step(config, block_values=None):
         X[t] += rng.normal(0, config["noise_std"], config["ambient_dim"])
         states[t], thetas[t] = circle, theta
         left, step = left - 1, step + 1
-    return dataset.Series(X, states, thetas, process.transition_matrix, process.radii, process.entry_angles,
-                          process.periods, process.planes, dict(config))
+    return dataset.Series(X, states, thetas, process, dict(config))
 
 
 def strip_by_step(ax, states, n_circles, start=0, label="circle"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from circle_process import LARGEST_VALUE, LONGEST_PERIOD
+from circle_process import LARGEST_VALUE, LONGEST_PERIOD, Process
 from cli import WINDOW_DEFAULTS, UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
@@ -35,19 +35,14 @@ class Series:
     """A series and the process that made it.
 
     X (n_steps, feature_dim) float32; states (n_steps,) int64, the circle of each step; thetas (n_steps,) float64,
-    radians in [0, 2π); transition_matrix (K, K); radii (K,); entry_angles (K,) radians; periods (K,) int64, steps a
-    revolution; planes (K, 2, feature_dim), orthonormal pairs, or None in older files; config: the generator's flags.
-    X, states and thetas are read-only views of the file where it was written with --uncompressed.
+    radians in [0, 2π); process: a circle_process.Process, without planes in older files; config: the generator's
+    flags. X, states and thetas are read-only views of the file where it was written with --uncompressed.
     """
 
     X: np.ndarray
     states: np.ndarray
     thetas: np.ndarray
-    transition_matrix: np.ndarray
-    radii: np.ndarray
-    entry_angles: np.ndarray
-    periods: np.ndarray
-    planes: np.ndarray | None = None
+    process: Process
     config: dict = field(default_factory=dict)
 
     @property
@@ -60,7 +55,7 @@ class Series:
 
     @property
     def n_circles(self):
-        return len(self.radii)
+        return self.process.n_circles
 
 
 def load_series(data_dir):
@@ -88,11 +83,11 @@ def load_series(data_dir):
     arrays["X"] = np.ascontiguousarray(arrays["X"], dtype=np.float32)
     arrays["states"] = arrays["states"].astype(np.int64, copy=False)
     arrays["thetas"] = arrays["thetas"].astype(np.float64, copy=False)
-    arrays["periods"] = arrays["periods"].astype(np.int64)
-    for name in ("transition_matrix", "radii", "entry_angles", "planes"):
-        if name in arrays:
-            arrays[name] = arrays[name].astype(np.float64)
-    return Series(**arrays, config=load_config(data_dir))
+    for name in set(arrays) - {"X", "states", "thetas"}:
+        arrays[name] = arrays[name].astype(np.int64 if name == "periods" else np.float64)
+    config = load_config(data_dir)
+    X, states, thetas = (arrays.pop(name) for name in ("X", "states", "thetas"))
+    return Series(X, states, thetas, Process(**arrays, noise_std=config.get("noise_std")), config)
 
 
 def load_config(data_dir):

@@ -124,9 +124,7 @@ def generate(config, block_values=BLOCK_VALUES):
     check_config(config)
     process = circle_process.draw_process(config)
     X, states, thetas = circle_process.draw_series(process, config, config["n_steps"], config["seed"], block_values)
-    return Series(X=X, states=states, thetas=thetas, transition_matrix=process.transition_matrix,
-                  radii=process.radii, entry_angles=process.entry_angles, periods=process.periods,
-                  planes=process.planes, config=dict(config))
+    return Series(X=X, states=states, thetas=thetas, process=process, config=dict(config))
 
 
 # ------------------------------------------------------------------------------------------------------- the files
@@ -148,10 +146,11 @@ def writing_data(config, data_dir):
 
 def save(series, data_dir):
     """Write a series as one compressed data.npz, and its config.json."""
+    process = series.process
     with writing_data(series.config, data_dir) as part:
         np.savez_compressed(part, X=series.X, states=series.states, thetas=series.thetas,
-                            transition_matrix=series.transition_matrix, radii=series.radii,
-                            entry_angles=series.entry_angles, periods=series.periods, planes=series.planes)
+                            transition_matrix=process.transition_matrix, radii=process.radii,
+                            entry_angles=process.entry_angles, periods=process.periods, planes=process.planes)
 
 
 def save_uncompressed(config, data_dir, block_values=BLOCK_VALUES):
@@ -232,7 +231,7 @@ def summary_table(series, statistics):
 
     rows = [[i, f"{r:.2f}", period, f"{n:,}", f"{100 * n / series.n_steps:.1f} %", visits, steps(mean), steps(std)]
             for i, (r, period, n, visits, mean, std)
-            in enumerate(zip(series.radii, series.periods, *statistics, strict=True))]
+            in enumerate(zip(series.process.radii, series.process.periods, *statistics, strict=True))]
     return cli.table(["circle", "radius", "period", "steps", "share", "visits", "dwell mean", "dwell std"], rows)
 
 
@@ -297,7 +296,7 @@ def plot_periods(series, statistics):
     circles, colors = np.arange(series.n_circles), figures.circle_colors(series.n_circles)
     fig, axes = figures.new_figure(1, 3, panel=(4, 3.2))
     for ax, values, errors, label in zip(
-            axes[0], (series.periods, series.radii, dwell_mean), (None, None, np.nan_to_num(dwell_std)),
+            axes[0], (series.process.periods, series.process.radii, dwell_mean), (None, None, np.nan_to_num(dwell_std)),
             ("period [steps a revolution]", "radius", "dwell of a visit [steps], mean ± std"), strict=True):
         ax.bar(circles, np.nan_to_num(values), yerr=errors, color=colors, capsize=3)
         ax.set(xlabel="circle", ylabel=label)
@@ -334,7 +333,7 @@ def plot_all(series, statistics):
     n = min(SAMPLE_WINDOW, series.n_steps)
     firsts = np.linspace(0, series.n_steps - n, N_SAMPLE_WINDOWS).astype(int).tolist()
     drawn = {"state_sequence.png": plot_state_sequence(series),
-             "transition_matrix.png": plot_transition_matrix(series.transition_matrix),
+             "transition_matrix.png": plot_transition_matrix(series.process.transition_matrix),
              "periods.png": plot_periods(series, statistics),
              **{f"sample_window_{i}.png": plot_sample_window(series, first, n) for i, first in enumerate(firsts)}}
     return {name: figures.laid_out(fig) for name, fig in drawn.items()}

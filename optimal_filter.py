@@ -81,14 +81,15 @@ def process_from_series(series):
     if noise_std < LEAST_NOISE:
         raise cli.UserError(f"these data have noise_std {noise_std:g}, where the filter's likelihoods are not defined; "
                             "use data with --noise-std above 0")
-    check_size(series.periods, dwell_mean, dwell_std)
-    planes = series.planes
+    process = series.process
+    check_size(process.periods, dwell_mean, dwell_std)
+    planes = process.planes
     if planes is None:
         planes = circle_process.recover_planes(series.X, series.states, series.thetas, series.n_circles)
     return Process(
-        radii=series.radii, entry_angles=series.entry_angles, periods=series.periods,
-        transition_matrix=series.transition_matrix, planes=planes, noise_std=noise_std,
-        dwell_law=circle_process.dwell_law(series.periods, dwell_mean, dwell_std),
+        radii=process.radii, entry_angles=process.entry_angles, periods=process.periods,
+        transition_matrix=process.transition_matrix, planes=planes, noise_std=noise_std,
+        dwell_law=circle_process.dwell_law(process.periods, dwell_mean, dwell_std),
     )
 
 
@@ -649,7 +650,7 @@ def measure(args, series, process):
     right_smoothed = smoothed["circle"] == series.states
     report = {
         "noise_floor": process.noise_std**2,
-        "planes_recovered": series.planes is None,
+        "planes_recovered": series.process.planes is None,
         "n_steps": series.n_steps, "first_validation_step": boundary, "seq_len": args.seq_len, "stride": args.stride,
         "horizons": [{"horizon": k, "mse": float(errors.mean()), "val_mse": float(errors[boundary:].mean()),
                       "val_window_mse": in_windows[k]} for k, errors in filtered["squared_error"].items()],

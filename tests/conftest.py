@@ -122,5 +122,12 @@ def tiny_checkpoint(tmp_path):
     return path
 
 
+def arrays_of(series):
+    """The arrays of a dataset.Series under their names in data.npz."""
+    long, short = ("X", "states", "thetas"), ("transition_matrix", "radii", "entry_angles", "periods", "planes")
+    return {**{name: getattr(series, name) for name in long},
+            **{name: getattr(series.process, name) for name in short}}
+
+
 def relative_error(value, reference):
     return float((value - reference).norm() / reference.norm())

@@ -143,12 +143,12 @@ def test_prefix_steps_left_out_count_at_the_length_of_the_one_that_ran(monkeypat
 def test_the_generator_by_step_draws_from_the_same_process():
     config = circles.config_of(circles.parse_args(["--n-steps", "4000", "--noise-std", "0.5"]))
     series = bench.generate_by_step(config)
-    r, plane = series.radii[series.states], series.planes[series.states]
+    r, plane = series.process.radii[series.states], series.process.planes[series.states]
     point = r[:, None] * (np.cos(series.thetas)[:, None] * plane[:, 0] + np.sin(series.thetas)[:, None] * plane[:, 1])
     assert (series.X - point).std() == pytest.approx(0.5, rel=0.05)
     visited, _, lengths = dataset.runs(series.states)
-    assert (lengths[:-1] % series.periods[visited[:-1]] == 0).all()
-    assert (series.transition_matrix[visited[:-1], visited[1:]] > 0).all()
+    assert (lengths[:-1] % series.process.periods[visited[:-1]] == 0).all()
+    assert (series.process.transition_matrix[visited[:-1], visited[1:]] > 0).all()
 
 
 def test_one_query_a_k_gives_the_same_dimension():

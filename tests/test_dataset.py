@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DATA
+from conftest import TINY_DATA, arrays_of
 
 import cli
 import dataset
@@ -24,7 +24,7 @@ LONG = ("X", "states", "thetas")
 def test_loads_what_the_generator_wrote(shared_data):
     series = dataset.load_series(shared_data)
     assert series.X.shape == (3000, 6) and series.X.dtype == np.float32
-    assert series.planes.shape == (4, 2, 6) and series.n_circles == 4
+    assert series.process.planes.shape == (4, 2, 6) and series.n_circles == 4
     assert series.config["noise_std"] == 2.83
 
 
@@ -32,7 +32,7 @@ def test_older_files_without_planes_or_config_load(rewrite_data):
     folder = rewrite_data(planes=None)
     (folder / "config.json").unlink()
     series = dataset.load_series(folder)
-    assert series.planes is None and series.config == {}
+    assert series.process.planes is None and series.config == {}
 
 
 @pytest.mark.parametrize("n_steps, seq_len, stride, val_fraction",
@@ -114,7 +114,7 @@ def test_every_array_of_a_wrong_shape_is_refused(rewrite_data, name):
 
 @pytest.mark.parametrize("name", ARRAYS)
 def test_every_array_of_a_wrong_type_is_refused(rewrite_data, shared_data, name):
-    shape = getattr(dataset.load_series(shared_data), name).shape
+    shape = arrays_of(dataset.load_series(shared_data))[name].shape
     with pytest.raises(cli.UserError, match=rf"data\.npz: {name} must hold .*numbers, not "):
         dataset.load_series(rewrite_data(**{name: np.ones(shape).astype(WRONG_TYPES[name])}))
 
@@ -124,7 +124,7 @@ def test_every_array_of_a_wrong_type_is_refused(rewrite_data, shared_data, name)
     for value in (*WRONG_VALUES[name], *((np.nan, np.inf, -np.inf) if name not in ("states", "periods") else ()))])
 @pytest.mark.parametrize("place", [0, -1])
 def test_every_array_with_one_wrong_value_is_refused(rewrite_data, shared_data, name, value, place):
-    values = getattr(dataset.load_series(shared_data), name).copy()
+    values = arrays_of(dataset.load_series(shared_data))[name].copy()
     values = values.astype(np.float64) if name == "X" else values
     values.ravel()[place] = value
     with pytest.raises(cli.UserError, match=rf"data\.npz: {name} holds NaN or values outside "):
@@ -133,13 +133,13 @@ def test_every_array_with_one_wrong_value_is_refused(rewrite_data, shared_data, 
 
 def test_the_edges_of_every_range_are_allowed(rewrite_data, shared_data):
     series = dataset.load_series(shared_data)
-    X, thetas, radii, periods = series.X.copy(), series.thetas.copy(), series.radii.copy(), series.periods.copy()
+    X, thetas, radii, periods = (arrays_of(series)[name].copy() for name in ("X", "thetas", "radii", "periods"))
     X[0, :2], thetas[:2], radii[:2], periods[:2] = (-9e29, 9e29), (0, 2 * np.pi), (1e-30, 1e30), (1, 2**40)
     changed = {"X": X, "thetas": thetas.astype("f4"), "radii": radii, "periods": periods}
     loaded = dataset.load_series(rewrite_data(**changed))
     np.testing.assert_array_equal(loaded.X, X)
     for name, values in changed.items():
-        np.testing.assert_array_equal(getattr(loaded, name), values)
+        np.testing.assert_array_equal(arrays_of(loaded)[name], values)
 
 
 @pytest.mark.parametrize("arrays, message", [
@@ -249,14 +249,14 @@ def uncompressed(shared_uncompressed, tmp_path):
 def test_both_forms_hold_the_same_series(shared_data, shared_uncompressed):
     compressed, mapped = dataset.load_series(shared_data), dataset.load_series(shared_uncompressed)
     for name in ARRAYS:
-        a, b = getattr(compressed, name), getattr(mapped, name)
+        a, b = arrays_of(compressed)[name], arrays_of(mapped)[name]
         assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
         assert dataset.mapping_of(a) is None and (dataset.mapping_of(b) is not None) == (name in LONG)
     assert compressed.config == mapped.config
     assert dataset.crc32(compressed.X) == dataset.crc32(mapped.X)
     with np.load(shared_uncompressed / "data.npz", allow_pickle=False) as file:  # NumPy reads it as well
         for name in ARRAYS:
-            np.testing.assert_array_equal(file[name], getattr(compressed, name))
+            np.testing.assert_array_equal(file[name], arrays_of(compressed)[name])
     with pytest.raises(ValueError, match="read-only"):
         mapped.X[0] = 0
 
@@ -271,7 +271,7 @@ def test_a_mapped_series_survives_its_file_being_replaced(uncompressed, shared_d
 def test_uncompressed_files_of_numpy_load(rewrite_data, shared_data):
     series, expected = dataset.load_series(rewrite_data()), dataset.load_series(shared_data)
     for name in ARRAYS:
-        np.testing.assert_array_equal(getattr(series, name), getattr(expected, name))
+        np.testing.assert_array_equal(arrays_of(series)[name], arrays_of(expected)[name])
 
 
 def test_blocks_are_the_array():
@@ -309,7 +309,7 @@ def write_arrays(folder, arrays):
     ("states", -1, "values outside 0…3")])
 def test_bad_values_in_a_mapped_series(uncompressed, shared_data, name, value, message):
     series = dataset.load_series(shared_data)
-    arrays = {key: getattr(series, key).copy() for key in ARRAYS}
+    arrays = {key: values.copy() for key, values in arrays_of(series).items()}
     write_arrays(uncompressed, arrays)
     assert dataset.mapping_of(dataset.load_series(uncompressed).X) is not None
     arrays[name][-1] = value
@@ -335,7 +335,7 @@ def test_a_flipped_byte_is_refused_or_does_not_matter(uncompressed, shared_data)
             refused += 1
         else:
             for name in ARRAYS[:-1]:
-                np.testing.assert_array_equal(getattr(series, name), getattr(expected, name))
+                np.testing.assert_array_equal(arrays_of(series)[name], arrays_of(expected)[name])
     assert refused > 0.6 * len(places)
 
 

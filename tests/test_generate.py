@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import arrays_of
 
 import circle_process
 import cli
@@ -348,7 +349,8 @@ def toy_series(n_steps=3000, seed=0, noise_std=0.5):
     X = np.cos(thetas)[:, None] * planes[states, 0] + np.sin(thetas)[:, None] * planes[states, 1]
     X = (radii[states, None] * X + noise_std * rng.standard_normal(X.shape)).astype(np.float32)
     config = {"noise_std": noise_std, "dwell_mean": 40, "dwell_std": 8, "drift": False, "center_walk_std": 0}
-    return dataset.Series(X, states, thetas, P, radii, entry, periods, planes, config)
+    process = circle_process.Process(radii, entry, periods, P, planes)
+    return dataset.Series(X, states, thetas, process, config)
 
 
 @pytest.fixture(scope="module")
@@ -360,8 +362,8 @@ def toy():
 
 
 def clean_points(series):
-    plane = series.planes[series.states]
-    return series.radii[series.states, None] * (np.cos(series.thetas)[:, None] * plane[:, 0]
+    plane = series.process.planes[series.states]
+    return series.process.radii[series.states, None] * (np.cos(series.thetas)[:, None] * plane[:, 0]
                                                 + np.sin(series.thetas)[:, None] * plane[:, 1])
 
 
@@ -431,8 +433,7 @@ def inputs(tmp_path_factory, toy):
 
 
 def write_series(data_dir, series, config):
-    names = ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes")
-    np.savez(data_dir / "data.npz", **{name: getattr(series, name) for name in names})
+    np.savez(data_dir / "data.npz", **arrays_of(series))
     (data_dir / "config.json").write_text(json.dumps(config))
 
 

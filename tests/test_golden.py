@@ -32,15 +32,15 @@ def series_numbers(data_dir):
 
     series = dataset.load_series(data_dir)
     digest = hashlib.sha256()
-    for array in (series.states, series.periods, np.array(series.X.shape)):
+    for array in (series.states, series.process.periods, np.array(series.X.shape)):
         digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
     waves = np.cos(np.outer([0.1, 1.7], np.arange(series.n_steps)))
     values = {"X": np.asarray(series.X, dtype=np.float64),
               "position": np.stack([np.cos(series.thetas), np.sin(series.thetas)], axis=1)}
     projections = {name: (waves @ value / series.n_steps).ravel().tolist() for name, value in values.items()}
     for name in ("radii", "entry_angles"):
-        projections[name] = getattr(series, name).tolist()
-    projections["transition_matrix"] = (series.transition_matrix @ np.arange(series.n_circles)).tolist()
+        projections[name] = getattr(series.process, name).tolist()
+    projections["transition_matrix"] = (series.process.transition_matrix @ np.arange(series.n_circles)).tolist()
     return digest.hexdigest(), projections
 
 

@@ -189,8 +189,9 @@ def check_series(folder):
     assert series.states.shape == (n,) and series.states.dtype == np.int64
     assert series.states.min() >= 0 and series.states.max() < K
     assert series.thetas.shape == (n,) and np.isfinite(series.thetas).all() and series.thetas.dtype == np.float64
-    assert series.transition_matrix.shape == (K, K) and series.periods.shape == (K,) and series.periods.min() >= 1
-    assert series.planes is None or series.planes.shape == (K, 2, dim)
+    process = series.process
+    assert process.transition_matrix.shape == (K, K) and process.periods.shape == (K,) and process.periods.min() >= 1
+    assert process.planes is None or process.planes.shape == (K, 2, dim)
     return series
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import arrays_of
 from matplotlib.image import imread
 
 import circle_process
@@ -51,7 +52,7 @@ def test_visits_follow_the_transition_matrix():
     circles, _, _ = dataset.runs(series.states)
     counts = np.zeros((5, 5))
     np.add.at(counts, (circles[:-1], circles[1:]), 1)
-    P = series.transition_matrix
+    P = series.process.transition_matrix
     assert (counts[P == 0] == 0).all()
     n = counts.sum(axis=1, keepdims=True)
     assert (np.abs(counts - n * P) <= 5 * np.sqrt(n * P * (1 - P))).all()
@@ -68,11 +69,11 @@ def test_dwell_is_whole_revolutions_of_a_gaussian():
                                 "--max-period", 300))
     by_circle = {0: [], 1: [], 2: []}
     for circle, first, end in visits_of(series):
-        assert (end - first) % series.periods[circle] == 0
+        assert (end - first) % series.process.periods[circle] == 0
         by_circle[circle].append(end - first)
     rng = np.random.default_rng(0)
     for circle, dwells in by_circle.items():
-        period = series.periods[circle]
+        period = series.process.periods[circle]
         expected = np.maximum(1, np.rint(rng.normal(400, 100, 100_000) / period)) * period
         assert abs(np.mean(dwells) - expected.mean()) < 5 * expected.std() / np.sqrt(len(dwells))
         assert 0.8 < np.std(dwells) / expected.std() < 1.2
@@ -80,7 +81,7 @@ def test_dwell_is_whole_revolutions_of_a_gaussian():
 
 def test_short_dwell_still_makes_one_revolution():
     series = mc.generate(config(*SMALL, "--dwell-mean", 1, "--dwell-std", 0))
-    assert all(end - first == series.periods[circle] for circle, first, end in visits_of(series))
+    assert all(end - first == series.process.periods[circle] for circle, first, end in visits_of(series))
 
 
 def test_phase_starts_at_the_entry_angle_and_advances_by_a_period():
@@ -88,41 +89,41 @@ def test_phase_starts_at_the_entry_angle_and_advances_by_a_period():
     assert series.thetas.min() >= 0 and series.thetas.max() < 2 * np.pi
     for circle, first, end in visits_of(series):
         step = np.arange(end - first)
-        expected = series.entry_angles[circle] + 2 * np.pi * step / series.periods[circle]
+        expected = series.process.entry_angles[circle] + 2 * np.pi * step / series.process.periods[circle]
         difference = np.exp(1j * series.thetas[first:end]) - np.exp(1j * expected)
         assert np.abs(difference).max() < 1e-12
-        assert series.thetas[first] == pytest.approx(series.entry_angles[circle], abs=1e-12)
+        assert series.thetas[first] == pytest.approx(series.process.entry_angles[circle], abs=1e-12)
 
 
 def test_periods_are_linearly_spaced_whole_numbers():
     series = mc.generate(config("--n-steps", 10))
-    assert series.periods.tolist() == [40, 80, 120, 160, 200, 240, 280, 320, 360, 400]
-    assert mc.generate(config(*SMALL)).periods.tolist() == [10, 20, 30, 40]
+    assert series.process.periods.tolist() == [40, 80, 120, 160, 200, 240, 280, 320, 360, 400]
+    assert mc.generate(config(*SMALL)).process.periods.tolist() == [10, 20, 30, 40]
 
 
 def test_radii_are_gaussian_and_clipped():
-    wide = mc.generate(config("--n-steps", 2, "--n-circles", 500, "--radius-std", 40)).radii
+    wide = mc.generate(config("--n-steps", 2, "--n-circles", 500, "--radius-std", 40)).process.radii
     assert wide.min() == 10 and wide.max() == 30
-    narrow = mc.generate(config("--n-steps", 2, "--n-circles", 500)).radii
+    narrow = mc.generate(config("--n-steps", 2, "--n-circles", 500)).process.radii
     assert abs(narrow.mean() - 20) < 5 * 2 / np.sqrt(500) and 1.7 < narrow.std() < 2.3
 
 
 @pytest.mark.parametrize("subspace", [2, 3, 7, 20])
 def test_planes_are_orthonormal_in_one_subspace(subspace):
     series = mc.generate(config("--subspace-dim", subspace, "--n-steps", 20_000, "--dwell-mean", 50, *QUIET))
-    gram = series.planes @ series.planes.transpose(0, 2, 1)
+    gram = series.process.planes @ series.process.planes.transpose(0, 2, 1)
     np.testing.assert_allclose(gram, np.broadcast_to(np.eye(2), gram.shape), atol=1e-12)
-    assert np.linalg.matrix_rank(series.planes.reshape(-1, 20)) == subspace
+    assert np.linalg.matrix_rank(series.process.planes.reshape(-1, 20)) == subspace
     assert np.linalg.matrix_rank(series.X, tol=0.1) == subspace
-    assert (np.abs(series.planes).max(axis=(0, 1)) > 1e-3).all()  # the subspace is not along the axes
+    assert (np.abs(series.process.planes).max(axis=(0, 1)) > 1e-3).all()  # the subspace is not along the axes
 
 
 def test_points_without_noise_lie_on_their_circle():
     series = mc.generate(config(*SMALL, *QUIET))
     for t in range(0, series.n_steps, 7):
-        v1, v2 = series.planes[series.states[t]]
+        v1, v2 = series.process.planes[series.states[t]]
         theta = series.thetas[t]
-        point = series.radii[series.states[t]] * (np.cos(theta) * v1 + np.sin(theta) * v2)
+        point = series.process.radii[series.states[t]] * (np.cos(theta) * v1 + np.sin(theta) * v2)
         np.testing.assert_allclose(series.X[t], point, atol=1e-4)
 
 
@@ -141,8 +142,9 @@ def test_neither_the_block_nor_the_length_changes_a_value(variant):
     c = config(*SMALL, *variant)
     whole, blocks = mc.generate(c), mc.generate(c, block_values=6 * 37)
     longer = mc.generate({**c, "n_steps": 9000})
-    for name in ("X", "states", "thetas", "planes"):
-        np.testing.assert_array_equal(getattr(whole, name), getattr(blocks, name))
+    in_blocks = arrays_of(blocks)
+    for name, values in arrays_of(whole).items():
+        np.testing.assert_array_equal(values, in_blocks[name])
     for name in ("X", "states", "thetas"):
         np.testing.assert_array_equal(getattr(whole, name), getattr(longer, name)[:4000])
 
@@ -159,11 +161,11 @@ def test_drift_tilts_even_circles_and_starts_anew():
             continue
         X, theta = drifting.X[first:end].astype(float), drifting.thetas[first:end]
         np.testing.assert_allclose(X[0], still.X[first], atol=1e-4)
-        np.testing.assert_allclose(np.linalg.norm(X, axis=1), still.radii[circle], rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(X, axis=1), still.process.radii[circle], rtol=1e-5)
         alpha = 0.5 * np.arange(end - first) / (end - first - 1)
-        height = still.radii[circle] * np.sin(theta)
-        v1, v2 = still.planes[circle]
-        np.testing.assert_allclose(X @ v1, still.radii[circle] * np.cos(theta), atol=1e-4)
+        height = still.process.radii[circle] * np.sin(theta)
+        v1, v2 = still.process.planes[circle]
+        np.testing.assert_allclose(X @ v1, still.process.radii[circle] * np.cos(theta), atol=1e-4)
         np.testing.assert_allclose(X @ v2, height * np.cos(alpha), atol=1e-4)
         rest = X - np.outer(X @ v1, v1) - np.outer(X @ v2, v2)
         lift = height * np.sin(alpha)
@@ -202,7 +204,7 @@ def test_statistics_agree_with_a_count_by_hand():
         dwells = [end - first for c, first, end in whole if c == circle]
         n_visits = len(dwells) + (series.states[-1] == circle)
         n_steps = int((series.states == circle).sum())
-        assert row.split() == [str(circle), f"{series.radii[circle]:.2f}", str(series.periods[circle]),
+        assert row.split() == [str(circle), f"{series.process.radii[circle]:.2f}", str(series.process.periods[circle]),
                                f"{n_steps:,}", f"{n_steps / 40:.1f}", "%", str(n_visits), f"{np.mean(dwells):.0f}",
                                f"{np.std(dwells, ddof=1):.0f}"]
 
@@ -217,8 +219,9 @@ def test_script_writes_what_the_loader_reads(script, tmp_path):
     for figure in tmp_path.glob("*.png"):
         assert imread(figure)[..., :3].std() > 0.05
     series, expected = dataset.load_series(tmp_path), mc.generate(config(*SMALL, "--drift"))
-    for name in ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes"):
-        np.testing.assert_array_equal(getattr(series, name), getattr(expected, name))
+    loaded = arrays_of(series)
+    for name, values in arrays_of(expected).items():
+        np.testing.assert_array_equal(loaded[name], values)
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "n_steps": 4000, "n_circles": 4, "ambient_dim": 6, "subspace_dim": 6, "radius_mean": 20.0, "radius_std": 2.0,
         "noise_std": 2.83, "dwell_mean": 80.0, "dwell_std": 20.0, "min_period": 10, "max_period": 40, "drift": True,

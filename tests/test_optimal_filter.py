@@ -1,5 +1,6 @@
 """The exact filter against every hidden path of tiny processes, written out, and against a plain log-space HMM."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import arrays_of
 from scipy.special import logsumexp
 from scipy.stats import norm
 
@@ -28,8 +30,9 @@ def make_process(n_circles, seed=0, dwell=(5.0, 2.0), dim=4, noise_std=NOISE, pe
     planes = np.stack([np.linalg.qr(rng.normal(size=(dim, 2)))[0].T for _ in range(n_circles)])
     series = Series(
         X=np.zeros((0, dim), np.float32), states=np.zeros(0, np.int64), thetas=np.zeros(0),
-        transition_matrix=matrix / matrix.sum(axis=1, keepdims=True), radii=rng.uniform(1, 2, n_circles),
-        entry_angles=rng.uniform(0, 2 * np.pi, n_circles), periods=periods, planes=planes,
+        process=circle_process.Process(
+            transition_matrix=matrix / matrix.sum(axis=1, keepdims=True), radii=rng.uniform(1, 2, n_circles),
+            entry_angles=rng.uniform(0, 2 * np.pi, n_circles), periods=periods, planes=planes),
         config={"noise_std": noise_std, "dwell_mean": dwell[0], "dwell_std": dwell[1]})
     return series, optimal_filter.process_from_series(series)
 
@@ -40,12 +43,12 @@ def simulate(series, n_steps, seed=1):
     config, states, thetas = series.config, [], []
     circle = rng.integers(series.n_circles)
     while len(states) < n_steps:
-        period = series.periods[circle]
+        period = series.process.periods[circle]
         revolutions = max(1, round(rng.normal(config["dwell_mean"], config["dwell_std"]) / period))
         for step in range(revolutions * period):
             states.append(circle)
-            thetas.append((series.entry_angles[circle] + 2 * np.pi * step / period) % (2 * np.pi))
-        circle = rng.choice(series.n_circles, p=series.transition_matrix[circle])
+            thetas.append((series.process.entry_angles[circle] + 2 * np.pi * step / period) % (2 * np.pi))
+        circle = rng.choice(series.n_circles, p=series.process.transition_matrix[circle])
     series.states, series.thetas = np.array(states[:n_steps]), np.array(thetas[:n_steps])
     clean = np.array([point(series, i, angle) for i, angle in zip(series.states, series.thetas, strict=True)])
     series.X = (clean + config["noise_std"] * rng.normal(size=clean.shape)).astype(np.float32)
@@ -53,13 +56,13 @@ def simulate(series, n_steps, seed=1):
 
 
 def point(series, circle, angle):
-    v1, v2 = series.planes[circle]
-    return series.radii[circle] * (np.cos(angle) * v1 + np.sin(angle) * v2)
+    v1, v2 = series.process.planes[circle]
+    return series.process.radii[circle] * (np.cos(angle) * v1 + np.sin(angle) * v2)
 
 
 def dwell_law(series, circle):
     """{revolutions: probability}, straight from the definition."""
-    mean, std, period = series.config["dwell_mean"], series.config["dwell_std"], series.periods[circle]
+    mean, std, period = series.config["dwell_mean"], series.config["dwell_std"], series.process.periods[circle]
     law = {r: norm.cdf((r + 0.5) * period, mean, std) - norm.cdf((r - 0.5) * period, mean, std)
            for r in range(2, 30)}
     return {1: norm.cdf(1.5 * period, mean, std)} | {r: p for r, p in law.items() if p > 1e-15}
@@ -73,19 +76,19 @@ def dense_hmm(series):
     """
     K = series.n_circles
     laws = [dwell_law(series, i) for i in range(K)]
-    states = [(i, r, e) for i in range(K) for r in laws[i] for e in range(r * series.periods[i])]
+    states = [(i, r, e) for i in range(K) for r in laws[i] for e in range(r * series.process.periods[i])]
     index = {state: a for a, state in enumerate(states)}
     T, start = np.zeros((len(states), len(states))), np.zeros(len(states))
     for (i, r, e), a in index.items():
-        if e + 1 < r * series.periods[i]:
+        if e + 1 < r * series.process.periods[i]:
             T[a, index[i, r, e + 1]] = 1
         else:
             for k in range(K):
                 for revolutions, p in laws[k].items():
-                    T[a, index[k, revolutions, 0]] = series.transition_matrix[i, k] * p
+                    T[a, index[k, revolutions, 0]] = series.process.transition_matrix[i, k] * p
         if e == 0:
             start[a] = laws[i][r] / K
-    means = np.array([point(series, i, series.entry_angles[i] + 2 * np.pi * e / series.periods[i])
+    means = np.array([point(series, i, series.process.entry_angles[i] + 2 * np.pi * e / series.process.periods[i])
                       for i, _, e in states])
     balance = np.vstack([T.T - np.eye(len(T)), np.ones(len(T))])
     stationary = np.linalg.lstsq(balance, np.r_[np.zeros(len(T)), 1])[0]
@@ -153,7 +156,7 @@ def reference_filter(series, X, initial, horizons):
     filtered = np.exp(alpha - logsumexp(alpha, axis=1, keepdims=True))
     smoothed = np.exp(alpha + beta - logsumexp(alpha[-1]))
     of_circle = circles[:, None] == np.arange(series.n_circles)
-    angles = series.entry_angles[circles] + 2 * np.pi * steps / series.periods[circles]
+    angles = series.process.entry_angles[circles] + 2 * np.pi * steps / series.process.periods[circles]
     return {"prediction": {k: filtered @ np.linalg.matrix_power(T, k) @ means for k in horizons},
             "circle_posterior": filtered @ of_circle, "smoothed": smoothed @ of_circle,
             "phasor": (smoothed * np.exp(1j * angles)) @ of_circle}
@@ -213,7 +216,7 @@ def test_data_that_the_process_cannot_make_still_get_an_answer():
     """A visit that never ends is impossible under the dwell law: the filter must stay finite all the same."""
     series, process = make_process(2, dwell=(4.0, 0.0), noise_std=0.05)
     step = np.arange(500)
-    X = np.array([point(series, 0, series.entry_angles[0] + 2 * np.pi * j / series.periods[0]) for j in step])
+    X = np.array([point(series, 0, process.entry_angles[0] + 2 * np.pi * j / process.periods[0]) for j in step])
     result = optimal_filter.predict(process, X, (1, 2))
     assert all(np.isfinite(value).all() for value in (result["prediction"][2], result["log_likelihood"]))
     assert np.isfinite(optimal_filter.smooth(process, X)["circle_posterior"]).all()
@@ -255,7 +258,7 @@ def test_errors_are_those_the_filter_expects():
     assert 0.97 * floor < errors[1].mean() < errors[2].mean() < errors[8].mean() < X.var(axis=0).mean() * 1.05
     # Nobody leaves a circle within a revolution: with the dwell fixed and the phase known only noise is left.
     fixed, process = make_process(2, dwell=(30.0, 0.0), noise_std=0.3, periods=[10, 15])
-    fixed.transition_matrix[:] = [[0, 1], [1, 0]]
+    fixed.process.transition_matrix[:] = [[0, 1], [1, 0]]
     errors = optimal_filter.predict(process, simulate(fixed, 20_000).X, (1, 8), keep_predictions=False)
     for k in (1, 8):
         assert errors["squared_error"][k][200:].mean() == pytest.approx(floor, rel=0.03)
@@ -293,7 +296,7 @@ def test_window_errors():
 def test_planes_are_recovered():
     series, process = make_process(3, noise_std=0.3, dim=6, periods=[3, 4, 5])
     simulate(series, 3000)
-    planes, series.planes = series.planes, None
+    planes, series.process = series.process.planes, dataclasses.replace(series.process, planes=None)
     refitted = optimal_filter.process_from_series(series)
     recovered = refitted.planes
     np.testing.assert_allclose(recovered @ recovered.transpose(0, 2, 1), np.tile(np.eye(2), (3, 1, 1)), atol=1e-12)
@@ -323,8 +326,7 @@ def test_refuses_what_it_cannot_be_exact_for(change, message):
 
 def save_series(series, folder):
     folder.mkdir()
-    names = ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes")
-    np.savez(folder / "data.npz", **{name: getattr(series, name) for name in names})
+    np.savez(folder / "data.npz", **arrays_of(series))
     (folder / "config.json").write_text(json.dumps(series.config))
 
 
