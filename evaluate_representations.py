@@ -323,7 +323,7 @@ def submit(pool, function, *arguments):
 class Optimum:
     """What the exact filter reaches on a series: the floor of the errors and the ceiling of the circle accuracy.
 
-    Everything is None for data that the filter doesn't know (a line then says so).
+    For data that the filter doesn't know there is neither, and a line says why.
     """
 
     def __init__(self, series):
@@ -339,9 +339,9 @@ class Optimum:
         return float((posterior.argmax(axis=1) == self.series.states)[scored].mean())
 
     def window_mse(self, starts, seq_len, horizons):
-        """{horizon: the filter's error} on these windows, in each of which the filter starts anew, as a model does."""
+        """{horizon: MSE of the filter} on these windows, each begun without a past, as by a model; {} when unknown."""
         if self.process is None:
-            return None
+            return {}
         key = (starts.tobytes(), seq_len, tuple(horizons))
         if key not in self.floors:  # models to be compared mostly share their windows
             self.floors[key] = optimal_filter.window_mse(self.process, self.series, starts, seq_len, horizons)
@@ -349,7 +349,7 @@ class Optimum:
 
 
 def prediction_errors(model, series, window_settings, optimum):
-    """The validation MSE of the model and of the exact filter on the same windows: a list with one dict per horizon.
+    """The validation MSE of the model and of the exact filter on the same windows: `optimal_filter.error_rows`.
 
     window_settings: (seq_len, stride, val_fraction). Raises UserError when the validation part holds no window or the
     largest horizon doesn't fit into one.
@@ -363,9 +363,7 @@ def prediction_errors(model, series, window_settings, optimum):
     mse = mamba_model.validation_mse(model, windows, torch.from_numpy(starts).to(windows.starts_device),
                                      max(1, STEPS_IN_BATCH[device.type] // seq_len), amp=False).tolist()
     floor = optimum.window_mse(starts, seq_len, model.horizons)
-    return [{"horizon": k, "val_mse": value, "optimal_mse": floor[k] if floor else None,
-             "excess_percent": 100 * (value / floor[k] - 1) if floor else None}
-            for k, value in zip(model.horizons, mse, strict=True)]
+    return optimal_filter.error_rows(dict(zip(model.horizons, mse, strict=True)), floor)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -395,14 +393,6 @@ def umap_table(report):
     keys = ("umap_silhouette", "umap_ari", "umap_ari_smooth", "umap_nmi", "umap_nmi_smooth")
     return cli.table(["in the UMAP", "silhouette", "ARI", "smooth", "NMI", "smooth"], [
         [m["level"], *(cell(m[key]) for key in keys)] for m in report["levels"]])
-
-
-def error_table(report):
-    """The table of the model's validation MSE beside the exact filter's, one row per horizon."""
-    return cli.table(["horizon", "val MSE", "optimal", "excess"], [
-        [row["horizon"], cell(row["val_mse"], ".4f"), cell(row["optimal_mse"], ".4f"),
-         cell(row["excess_percent"], "+.2f") + (" %" if row["excess_percent"] is not None else "")]
-        for row in report["errors"]], align="rrrr")
 
 
 def peak(levels, key):
@@ -678,7 +668,7 @@ def evaluate(loaded, series, optimum, rows, args, pool):
     # ---- how well it predicts
     try:
         report["errors"] = prediction_errors(loaded.model, series, loaded.window_settings, optimum)
-        print(error_table(report))
+        print(optimal_filter.error_table(report["errors"]))
     except cli.UserError as error:
         print(f"no validation MSE: {error}")
 

@@ -141,7 +141,7 @@ def test_only_the_wanted_levels_are_computed():
 
 class NoFilter:
     def window_mse(self, starts, seq_len, horizons):
-        return None
+        return {}
 
 
 def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows():
@@ -781,7 +781,7 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
         "--umap-neighbors", 9, "--device", "cpu", "--scan", "reference")
     report = report_of(tmp_path, "tiny_velocity_pca4")
     series = dataset.load_series(shared_data)
-    process = optimal_filter.known_process(series, "")
+    process = optimal_filter.process_from_series(series)
     posterior = optimal_filter.predict(process, series.X, horizons=())["circle_posterior"]
     tail = series.n_steps * 7 // 10
     wanted = {"name": "tiny", "checkpoint": str(tiny_checkpoint), "data_dir": str(shared_data), "seed": 5,
@@ -892,9 +892,9 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint,
 
 def test_windows_shared_by_models_are_filtered_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(optimal_filter, "known_process", lambda series, missed: None)
+    monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: None)
     optimum = ev.Optimum(SimpleNamespace())
-    assert optimum.circle_accuracy is None and optimum.window_mse(np.arange(3), 8, [1]) is None
+    assert optimum.circle_accuracy is None and optimum.window_mse(np.arange(3), 8, [1]) == {}
     optimum.process = "a process"
     monkeypatch.setattr(optimal_filter, "window_mse", lambda *given: calls.append(given) or {1: len(calls)})
     asked = [(np.arange(3), 8, [1]), (np.arange(3), 8, [1]), (np.arange(1, 4), 8, [1]), (np.arange(3), 9, [1]),

@@ -222,6 +222,203 @@ def test_the_layer_asked_for_is_the_layer_drawn(monkeypatch, work):
     np.testing.assert_array_equal(states, series.states[964:996])
 
 
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that are saved, {file name: Figure}; no file is written."""
+    figs = {}
+    monkeypatch.setattr(figures, "save", lambda fig, path: figs.update({path.name: fig}))
+    return figs
+
+
+def true_signals(X, start, length=SEQ_LEN):
+    """The signals of both layers for one window, float64, from `recompute` and the model's own layers."""
+    model = tiny_model()
+    model.use_scan("reference", "cpu")
+    with torch.no_grad():
+        h = model.input_proj(torch.from_numpy(X[None, start:start + length]))
+        layers = []
+        for layer in model.layers:
+            layers.append(recompute(layer.mamba, layer.norm(h)[0].double().numpy()))
+            h = layer(h, "reference")
+    return layers
+
+
+def sorted_by_step_size(signals):
+    order = sorted(range(signals["delta"].shape[1]), key=lambda c: signals["delta"][:, c].mean())
+    return {name: values if name in "BC" else values[:, order] for name, values in signals.items()}
+
+
+def panels_of(fig):
+    return [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+
+
+def bars_of(fig):
+    return [ax for ax in fig.axes if ax.get_label() == "<colorbar>"]
+
+
+def legend_of(fig):
+    return [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def eta(values, states):
+    """1 - SS_within / SS_total of each column, looped over groups; the mean over columns."""
+    shares = []
+    for column in np.asarray(values, dtype=float).T:
+        within = sum(((column[states == g] - column[states == g].mean())**2).sum() for g in np.unique(states))
+        shares.append(1 - within / ((column - column.mean())**2).sum())
+    return np.mean(shares)
+
+
+def test_every_panel_of_a_layer_shows_the_signal_that_its_title_names(work, saved):
+    run_here(work, "--layer", "2", "--sample", "1")
+    fig = saved["m_gates_layer2_1.png"]
+    series = dataset.load_series(work / "data")
+    signals = sorted_by_step_size(true_signals(series.X, 932)[1])
+    mean = signals["delta"].mean(axis=0)
+    wanted = [("input x", "x", "dimension", series.X[932:964]),
+              ("conv: the block's input after convolution and SiLU", "conv", "channel\n(by mean Δ)", signals["conv"]),
+              ("step size Δ over the channel's mean: red takes the input in and forgets, blue holds the state",
+               "log₂(Δ / mean)", "channel's\nmean Δ", np.log2(signals["delta"] / mean)),
+              ("gate z, before SiLU: red open, blue closed", "z", "channel\n(by mean Δ)", signals["z"]),
+              ("B: how the input enters the state", "B", "SSM state", signals["B"]),
+              ("C: how the state is read out", "C", "SSM state", signals["C"])]
+    strip, *heatmaps = panels_of(fig)
+    np.testing.assert_allclose(strip.images[0].get_array()[0], figures.circle_colors(CIRCLES)[series.states[932:964]])
+    assert tuple(strip.images[0].get_extent()) == (931.5, 963.5, 0, 1) and strip.get_ylabel() == "circle"
+    for ax, bar, (title, unit, label, values) in zip(heatmaps, bars_of(fig), wanted, strict=True):
+        image = ax.images[0]
+        np.testing.assert_allclose(image.get_array(), values.T, rtol=1e-3, atol=2e-5)
+        assert image.origin == "lower"
+        assert tuple(image.get_extent()) == (931.5, 963.5, -0.5, values.shape[1] - 0.5)
+        assert (ax.get_title(loc="left"), bar.get_ylabel(), ax.get_ylabel()) == (title, unit, label)
+        assert image.get_cmap().name == "RdBu_r"
+        low, high = image.get_clim()
+        assert low == -high == pytest.approx(-max(abs(np.percentile(values, [1, 99]))), rel=1e-3)
+    marked = [0, 10, 20, 31]
+    assert heatmaps[2].get_yticks().tolist() == marked
+    assert [tick.get_text() for tick in heatmaps[2].get_yticklabels()] == [f"{mean[i]:.2g}" for i in marked]
+    assert [ax.get_xlabel() for ax in heatmaps] == [""] * 5 + ["time step"]
+    assert fig.get_suptitle() == "m: layer 2 of 2, sample 1"
+    assert legend_of(fig) == [str(i) for i in sorted(set(series.states[932:964].tolist()))]
+
+
+def test_every_panel_of_the_summary_shows_its_layer_and_signal(work, saved, capsys):
+    run_here(work, "--sample", "2", "--seed", "4")
+    fig = saved["m_gates_summary_2.png"]
+    series = dataset.load_series(work / "data")
+    layers = true_signals(series.X, 964)
+    grid = np.array(panels_of(fig)).reshape(LAYERS + 1, 7)
+    assert [ax.get_title() for ax in grid[0]] == ["mean Δ of channels", "Δ", "z", "B", "C", "conv",
+                                                  "η² (dotted: of input)"]
+    for strip in grid[0, :6]:
+        np.testing.assert_allclose(strip.images[0].get_array()[0],
+                                   figures.circle_colors(CIRCLES)[series.states[964:996]])
+        assert tuple(strip.images[0].get_extent()) == (963.5, 995.5, 0, 1)
+    steps = np.random.default_rng(4).choice(np.arange(900, 996), 96, replace=False)
+    by_step = [[true_signals(series.X, start)[i] for start in (900, 932, 964)] for i in range(LAYERS)]
+    shares = [{name: eta(np.concatenate([window[name] for window in windows])[steps - 900], series.states[steps])
+               for name in vg.SIGNALS} for windows in by_step]
+    top = 1.1 * max(eta(series.X[steps], series.states[steps]), *(max(share.values()) for share in shares))
+    for i in range(LAYERS):
+        trace, *heatmaps, bars = grid[i + 1]
+        signals = sorted_by_step_size(layers[i])
+        (line,) = trace.get_lines()
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(964, 996))
+        np.testing.assert_allclose(line.get_ydata(), signals["delta"].mean(axis=1), rtol=1e-4)
+        assert trace.get_ylabel() == f"layer {i + 1}" and trace.get_xlim() == (963.5, 995.5)
+        for ax, name in zip(heatmaps, ("delta", "z", "B", "C", "conv"), strict=True):
+            image, values = ax.images[0], signals[name]
+            np.testing.assert_allclose(image.get_array(), ((values - values.mean(axis=0)) / values.std(axis=0)).T,
+                                       rtol=1e-2, atol=2e-3)
+            assert image.get_clim() == (-2.5, 2.5) and image.origin == "lower" and image.get_cmap().name == "RdBu_r"
+            assert tuple(image.get_extent()) == (963.5, 995.5, 0, 1)
+        assert [bar.get_height() for bar in bars.patches] == pytest.approx(list(shares[i].values()), rel=1e-3)
+        assert [bar.get_x() + bar.get_width() / 2 for bar in bars.patches] == pytest.approx(range(5))
+        assert bars.get_ylim() == (0, pytest.approx(top, rel=1e-3))
+        assert bars.get_lines()[0].get_ydata() == pytest.approx([eta(series.X[steps], series.states[steps])] * 2)
+        last = i == LAYERS - 1
+        assert [tick.get_text() for tick in bars.get_xticklabels()] == (["Δ", "z", "B", "C", "conv"] if last
+                                                                        else [""] * 5)
+        assert [ax.get_xlabel() for ax in (trace, *heatmaps)] == ["time step" if last else ""] * 6
+    (bar,) = bars_of(fig)
+    assert bar.get_xlabel().startswith("standard deviations from the channel's mean")
+    assert fig.get_suptitle() == "m: signals of all layers, sample 2"
+    assert legend_of(fig) == [str(i) for i in sorted(set(series.states[964:996].tolist()))]
+    out = capsys.readouterr().out
+    assert f"of the input: {eta(series.X[steps], series.states[steps]):.3f}\n" in out
+    for i, share in enumerate(shares):
+        row = re.search(rf"^layer {i + 1} +(.*)$", out, re.MULTILINE)[1].split()
+        assert [float(cell) for cell in row] == pytest.approx(list(share.values()), abs=0.0011)
+    assert re.search(r"^ +delta +z +B +C +conv$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_every_umap_is_that_of_the_signal_and_layer_that_it_names(work, saved, monkeypatch, layer):
+    calls = []
+
+    def embed(values, graph, seed):
+        calls.append((values, graph, seed))
+        return values[:, :2] + 7
+
+    monkeypatch.setattr(vg, "umap_embedding", embed)
+    run_here(work, "--umap", "--umap-points", "60", "--seed", "6", *(["--layer", str(layer)] if layer else []))
+    series = dataset.load_series(work / "data")
+    steps = np.random.default_rng(6).choice(np.arange(900, 996), 60, replace=False)
+    windows = [true_signals(series.X, start) for start in (900, 932, 964)]
+    prefix = f"m_gates_layer{layer}" if layer else "m_gates"
+    assert list(saved) == [f"{prefix}_umap_{name}.png" for name in ("delta", "z", "B", "C", "conv")]
+    for name, symbol in (("delta", "Δ"), ("z", "z"), ("B", "B"), ("C", "C"), ("conv", "conv")):
+        fig = saved[f"{prefix}_umap_{name}.png"]
+        assert fig.get_suptitle() == f"m: UMAP of {symbol} at 60 validation steps"
+        shown = [2] if layer else [1, 2]
+        assert len(fig.axes) == len(shown)
+        for ax, number in zip(fig.axes, shown, strict=True):
+            values = np.concatenate([window[number - 1][name] for window in windows])[steps - 900]
+            scaled = (values - values.mean(axis=0)) / values.std(axis=0)
+            given, graph, seed = calls.pop(0)
+            np.testing.assert_allclose(given, scaled, rtol=1e-2, atol=2e-3)
+            distances = np.linalg.norm(given[:, None] - given, axis=2)
+            np.testing.assert_array_equal(graph[1], distances.argsort(axis=1)[:, 1:15])
+            assert seed == 6
+            np.testing.assert_allclose(ax.collections[0].get_offsets(), scaled[:, :2] + 7, rtol=1e-2, atol=2e-3)
+            np.testing.assert_allclose(ax.collections[0].get_facecolors()[:, :3],
+                                       figures.circle_colors(CIRCLES)[series.states[steps]])
+            assert ax.get_title() == f"layer {number}   (η² {eta(values, series.states[steps]):.2f})"
+    assert not calls
+
+
+def test_more_umap_points_than_steps_are_all_taken(work, saved, monkeypatch, capsys):
+    monkeypatch.setattr(vg, "umap_embedding", lambda values, graph, seed: values[:, :2])
+    run_here(work, "--umap", "--umap-points", "97", "--layer", "1")
+    assert "have 96 time steps: all are taken" in capsys.readouterr().out
+    assert saved["m_gates_layer1_umap_z.png"].get_suptitle() == "m: UMAP of z at 96 validation steps"
+
+
+def test_eta_squared_is_taken_over_so_many_steps_at_most(work, monkeypatch):
+    monkeypatch.setattr(vg, "ANOVA_POINTS", 40)
+    model, series = tiny_model(), dataset.load_series(work / "data")
+    model.use_scan("reference", "cpu")
+    _, share = vg.explained_by_circle(model, series, np.array([900, 932, 964]), SEQ_LEN, seed=1)
+    steps = np.random.default_rng(1).choice(np.arange(900, 996), 40, replace=False)
+    assert share == pytest.approx(eta(series.X[steps], series.states[steps]))
+
+
+def test_device_and_scan_are_those_asked_for(work, saved, monkeypatch):
+    asked, picked = [], []
+    open_model, pick = mamba_model.open_model, cli.pick_device
+    monkeypatch.setattr(mamba_model, "open_model", lambda *given: asked.append(given) or open_model(*given))
+    monkeypatch.setattr(cli, "pick_device", lambda name: picked.append(name) or pick("cpu"))
+    run_here(work, "--device", "a name", "--layer", "1")
+    assert picked == ["a name"]
+    assert asked == [(work / "ckpt" / "m.pt", work / "data", torch.device("cpu"), "reference")]
+
+
+def test_without_flags_the_readmes_defaults_hold():
+    assert vars(vg.parse_args(["--checkpoint", "m.pt"])) == {
+        "layer": None, "sample": 0, "n_samples": 1, "umap": False, "umap_points": 3000, "seed": 42, "device": "auto",
+        "scan": "auto", "checkpoint": Path("m.pt"), "data_dir": Path("data"), "save_dir": Path("plots")}
+
+
 def test_umap_names_a_grid_a_signal_and_colours_by_circle(monkeypatch, work):
     drawn = []
     real = figures.draw_umaps
