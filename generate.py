@@ -1,16 +1,17 @@
 """Let a trained model sing: feed its own predictions back, perturb it, and ask whether the song is still a song.
 
-Reads NAME.pt and DATA_DIR/data.npz, config.json. Each sample starts from --seed-len real steps and goes on for
---gen-len steps by the one-step recurrence, whose cost a step does not depend on how many came before.
+A song is a series that the model generates. Reads NAME.pt and DATA_DIR/data.npz, config.json. Each sample starts from
+--seed-len real steps and goes on for --gen-len steps by the one-step recurrence, whose cost per step does not depend
+on how many steps came before.
 
-Temperature T adds Gaussian noise of standard deviation T * noise_std (config.json) to each prediction, and the sum is
-both kept and fed back: T = 1 draws from the process as the model knows it, T = 0 is greedy. A burst every
---perturb-interval steps (the first one after that many) lasts --perturb-duration steps. While it lasts, Gaussian
-noise of standard deviation --perturb-scale is added to what the model reads, or, with --perturb-hidden, to the
-outputs of its layers. Burst noise acts on the model only; it is not part of the generated series.
+Temperature T adds Gaussian noise of standard deviation T * noise_std (config.json) to each prediction; the sum is the
+next step of the song, and the model reads it as such: T = 1 draws from the process as the model knows it, T = 0 is
+greedy. Bursts come every --perturb-interval steps (the first one after that many) and last --perturb-duration steps.
+During a burst, Gaussian noise of standard deviation --perturb-scale is added to what the model reads, or, with
+--perturb-hidden, to the outputs of its layers. Burst noise acts on the model only; it is not part of the song.
 
 The exact filter's smoother then labels each generated step with a circle and an angle. Reported are transitions, dwell
-times, the circles visited, the share of predictions near no circle, and how long a generation stays on the process.
+times, the circles visited, the share of predictions near no circle, and how long a song stays on the process.
 
 Writes to SAVE_DIR, VARIANT naming every setting that isn't the default:
   NAME_generated[_VARIANT].npz        generated, predictions (samples, steps, features), seed, seed_starts, perturbed,
@@ -18,7 +19,8 @@ Writes to SAVE_DIR, VARIANT naming every setting that isn't the default:
   NAME_generated[_VARIANT]_seed.png   seed and continuation
   NAME_generated[_VARIANT]_truth.png  continuation against the true one, and the error
   NAME_generated[_VARIANT]_song.png   transition matrix, dwell times, distance to the process
-  NAME_compare[_VARIANT].png, .json   with --compare: greedy, temperature, output and hidden bursts side by side
+  NAME_compare[_VARIANT].png, .json   with --compare: greedy, temperature, output and hidden bursts side by side,
+                                      beside the real series where it is long enough
 
 Examples:
   python generate.py --checkpoint model_next.pt --seed-len 64 --gen-len 512
@@ -29,6 +31,10 @@ Examples:
 """
 
 import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import cli
@@ -51,7 +57,7 @@ def parse_args(argv=None):
     song.add_argument("--temperature", type=cli.non_negative_float, default=0.0, metavar="T",
                       help="noise on each prediction, in units of the data's noise_std")
     song.add_argument("--n-samples", type=cli.positive_int, default=3, metavar="N",
-                      help="generations, run as one batch, from seeds spread evenly behind the first")
+                      help="songs, generated as one batch, from seeds spread evenly behind the first")
     # Left out of the namespace unless given: their defaults depend on other flags.
     song.add_argument("--seed-offset", type=cli.non_negative_int, default=argparse.SUPPRESS, metavar="STEP",
                       help="time step where the first seed starts (default: the first validation step)")
@@ -67,12 +73,9 @@ def parse_args(argv=None):
     bursts.add_argument("--perturb-layers", type=layer_numbers, nargs="+", default=argparse.SUPPRESS, metavar="N",
                         help="the layers to perturb, counted from 1 (default: all)")
     bursts.add_argument("--compare", action="store_true",
-                        help="run greedy, temperature, output bursts and hidden bursts and compare them "
+                        help="compare greedy generation, temperature, output bursts and hidden bursts "
                              f"(temperature {COMPARE_TEMPERATURE:g}, interval {COMPARE_INTERVAL} unless given)")
-    computing = parser.add_argument_group("computing")
-    cli.add_seed(computing)
-    cli.add_device(computing)
-    cli.add_scan(computing)
+    cli.add_computing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
     cli.add_data_dir(files)
@@ -84,12 +87,12 @@ def parse_args(argv=None):
     if args.compare:
         args.temperature = args.temperature or COMPARE_TEMPERATURE
         args.perturb_interval = args.perturb_interval or COMPARE_INTERVAL
-    given = vars(args)
-    given.setdefault("seed_offset", None)
-    given.setdefault("perturb_scale", PERTURB_SCALE)
-    given.setdefault("perturb_duration", min(PERTURB_DURATION, args.perturb_interval or PERTURB_DURATION))
-    layers = given.pop("perturb_layers", None)
-    args.perturb_layers = None if layers is None else sorted({n for group in layers for n in group})
+    flags = vars(args)
+    flags.setdefault("seed_offset", None)
+    flags.setdefault("perturb_scale", PERTURB_SCALE)
+    flags.setdefault("perturb_duration", min(PERTURB_DURATION, args.perturb_interval or PERTURB_DURATION))
+    groups = flags.pop("perturb_layers", None)
+    args.perturb_layers = None if groups is None else sorted({n for group in groups for n in group})
     if args.perturb_interval and args.perturb_duration > args.perturb_interval:
         parser.error(f"--perturb-duration {args.perturb_duration} is longer than --perturb-interval "
                      f"{args.perturb_interval}: bursts would overlap; make it shorter")
@@ -112,11 +115,6 @@ def find_problem(args):
 if __name__ == "__main__":
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
-import json
-import math
-import time
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -124,10 +122,12 @@ from tqdm import tqdm
 import circle_process
 import dataset
 import figures
-from mamba_model import load_checkpoint, stem
+import optimal_filter
+from mamba_model import open_model, stem
 
-BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: memory besides the result
+BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: bounds the extra memory
 SHOWN_STEPS, SHOWN_SAMPLES = 4096, 3  # more than that can't be told apart in a figure
+MOST_NAMED_CIRCLES = 20  # beyond, a transition matrix has room for every fifth number only, and for no text beside it
 
 
 # ------------------------------------------------------------------------------------------------- generation
@@ -157,9 +157,9 @@ def burst_steps(n_steps, bursts):
 def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42):
     """Continue the series `seed` (n, seed_len, feature_dim), an array, for n_steps steps.
 
-    noise_std: standard deviation, in the data's units, of the noise that is added to each prediction before it is
-    kept and fed back. Returns (generated, predictions), each (n, n_steps, feature_dim) in the model's type:
-    predictions[:, t] is the mean the model gave for step t, generated[:, t] that plus the noise.
+    noise_std: standard deviation, in the data's units, of the noise that is added to each prediction; the sum is the
+    next step of the series and is fed back. Returns (generated, predictions), each (n, n_steps, feature_dim) in the
+    model's type: predictions[:, t] is the mean that the model gave for step t, generated[:, t] that plus the noise.
 
     A sample's noise depends on random_seed and its place in the batch alone, so a larger batch only adds samples.
     """
@@ -171,37 +171,54 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42):
     advance = choose_stepper(model)(model, prediction["1"], states)
 
     in_burst = burst_steps(n_steps, bursts)
-    hidden_layers = () if bursts is None or bursts.layers is None else bursts.layers
     streams = [[np.random.default_rng([random_seed, i, k]) for k in (0, 1)] for i in range(n)]
     predictions = np.empty((n, n_steps, feature_dim), dtype)
     generated = np.empty_like(predictions)
     with tqdm(total=n_steps, unit="step", disable=None, leave=False) as progress:
         for first in range(0, n_steps, BLOCK):
-            here = in_burst[first:first + BLOCK]
-            kept = np.zeros((n, len(here), feature_dim), dtype)
-            fed = np.zeros_like(kept)  # burst noise on the observation
-            hidden = np.zeros((n, here.sum() if hidden_layers else 0, model.n_layers, model.d_model), dtype)
-            for i, (of_temperature, of_bursts) in enumerate(streams):
-                if noise_std:
-                    kept[i] = noise_std * of_temperature.standard_normal(kept[i].shape)
-                if hidden_layers:
-                    shape = (hidden.shape[1], len(hidden_layers), model.d_model)
-                    hidden[i][:, list(hidden_layers)] = bursts.scale * of_bursts.standard_normal(shape)
-                elif bursts is not None:
-                    fed[i, here] = bursts.scale * of_bursts.standard_normal((here.sum(), feature_dim))
-            row = np.where(here & bool(hidden_layers), np.cumsum(here) - 1, -1)
-            block = slice(first, first + len(here))
-            predictions[:, block] = advance(kept + fed, row, hidden)
-            generated[:, block] = predictions[:, block] + kept
-            progress.update(len(here))
+            block = slice(first, min(first + BLOCK, n_steps))
+            own, observation, hidden = draw_noise(model, streams, in_burst[block], noise_std, bursts, dtype)
+            predictions[:, block] = advance(own + observation, hidden_rows(in_burst[block], bursts), hidden)
+            generated[:, block] = predictions[:, block] + own
+            progress.update(block.stop - block.start)
     return generated, predictions
+
+
+def draw_noise(model, streams, in_burst, noise_std, bursts, dtype):
+    """The noise of one block of steps; in_burst (steps,) says which of them lie in a burst.
+
+    streams: for each sample, one random generator for temperature and one for bursts. Returns three arrays: the noise
+    that becomes part of the series, (n, steps, feature_dim); burst noise on what the model reads, of the same shape;
+    burst noise on the layers' outputs, (n, steps in a burst, n_layers, d_model), or no rows where bursts don't hit
+    the layers.
+    """
+    n_burst = int(in_burst.sum())
+    layers = [] if bursts is None or bursts.layers is None else list(bursts.layers)
+    own = np.zeros((len(streams), len(in_burst), model.feature_dim), dtype)
+    observation = np.zeros_like(own)
+    hidden = np.zeros((len(streams), n_burst if layers else 0, model.n_layers, model.d_model), dtype)
+    for i, (temperature_rng, burst_rng) in enumerate(streams):
+        if noise_std:
+            own[i] = noise_std * temperature_rng.standard_normal(own[i].shape)
+        if layers:
+            hidden[i][:, layers] = bursts.scale * burst_rng.standard_normal((n_burst, len(layers), model.d_model))
+        elif bursts is not None:
+            observation[i, in_burst] = bursts.scale * burst_rng.standard_normal((n_burst, model.feature_dim))
+    return own, observation, hidden
+
+
+def hidden_rows(in_burst, bursts):
+    """For each step (steps,) of a block, its row in `draw_noise`'s third array, -1 where it has none."""
+    hits_layers = bursts is not None and bursts.layers is not None
+    return np.where(in_burst & hits_layers, np.cumsum(in_burst) - 1, -1)
 
 
 # A stepper takes a model and what its prefill returned and gives a function
 #   advance(noise, burst, hidden) -> predictions (n, steps, feature_dim)
-# that runs a block of steps and remembers where it stopped. Step t keeps the current prediction, reads that plus
-# noise[:, t], and predicts the next; when burst[t] is not -1, hidden[:, burst[t], i] is added to the output of layer i
-# while it reads. noise (n, steps, feature_dim); burst (steps,) int; hidden (n, bursts, n_layers, d_model).
+# that computes a block of steps and remembers where it stopped. At step t it writes down the current prediction, reads
+# that plus noise[:, t], and predicts the next one; where burst[t] is not -1, hidden[:, burst[t], i] is added to the
+# output of layer i while it reads. noise (n, steps, feature_dim); burst (steps,) int; hidden (n, rows, n_layers,
+# d_model).
 
 
 def choose_stepper(model):
@@ -242,7 +259,7 @@ def loop_stepper(model, prediction, states):
 def seed_windows(n_steps, seed_len, gen_len, n_samples, offset):
     """First steps (n_samples,) of the seeds: the first at `offset`, the others spread evenly behind it.
 
-    As long as there is room, each leaves gen_len true steps behind it to compare with. Raises cli.UserError when a
+    As long as there is room, each seed has gen_len true steps after it to compare with. Raises cli.UserError when a
     seed at `offset` does not fit into the series.
     """
     last = n_steps - seed_len
@@ -263,7 +280,7 @@ def transition_counts(label_rows, n_circles):
     """How often each circle follows each other one: (K, K) int, row: from, column: to."""
     counts = np.zeros((n_circles, n_circles), dtype=np.int64)
     for labels in label_rows:
-        circles, _, _ = dataset.runs(labels)
+        circles, _, _ = dataset.visits(labels)
         np.add.at(counts, (circles[:-1], circles[1:]), 1)
     return counts
 
@@ -299,49 +316,49 @@ def mean_absolute_deviation(n, p):
 
 def completed_dwells(label_rows):
     """Circles and lengths (steps) of the visits whose first and last step were both seen."""
-    rows = [dataset.runs(labels) for labels in label_rows]
-    return (np.concatenate([circles[1:-1] for circles, _, _ in rows]),
-            np.concatenate([lengths[1:-1] for _, _, lengths in rows]))
+    visits = [dataset.visits(labels) for labels in label_rows]
+    return (np.concatenate([circles[1:-1] for circles, _, _ in visits]),
+            np.concatenate([lengths[1:-1] for _, _, lengths in visits]))
 
 
-def dwell_law(process, circles):
+def dwell_time_law(process, circles):
     """The true law of the dwell times of visits to `circles`: possible lengths (steps) and their probabilities."""
     revolutions = np.arange(1, process.dwell_law.shape[1] + 1)
     lengths = process.periods[circles][:, None] * revolutions
     values, index = np.unique(lengths, return_inverse=True)
-    return values, np.bincount(index.ravel(), process.dwell_law[circles].ravel(), len(values)) / max(len(circles), 1)
+    total = np.bincount(index.ravel(), process.dwell_law[circles].ravel(), len(values))
+    return values, total / max(len(circles), 1)
 
 
 def steps_on(off, patience):
-    """Steps until something goes off for good measure: the first of `patience` off steps in a row, or all of them."""
-    n, run = len(off), 0
-    for t, bad in enumerate(off):
-        run = run + 1 if bad else 0
-        if run == patience:
+    """Steps before the first `patience` consecutive ones that are off (n,) bool; all of them if there are none."""
+    in_a_row = 0
+    for t, is_off in enumerate(off):
+        in_a_row = in_a_row + 1 if is_off else 0
+        if in_a_row == patience:
             return t + 1 - patience
-    return n
+    return len(off)
 
 
 def off_distance(process):
     """A prediction farther than this from a point of the process is off it: half the smallest radius.
 
-    Predictions have no noise, so the geometry is the measure. A prediction that hedges between circles or shrinks to
-    the common centre, one radius from all of them, is off; a blurred one is not yet.
+    Predictions have no noise, so distance alone can judge them. A prediction that hedges between circles or shrinks to
+    the common centre, one radius from all of them, is off; one that is merely blurred is not.
     """
     return process.radii.min() / 2
 
 
 def analyse(process, seeds, generated, predictions):
-    """What the exact smoother makes of a generation; arrays as `generate` returns them. Returns a dict.
+    """What the exact smoother makes of a generation; arrays as `generate` takes and returns them. Returns a dict.
 
-    labels, thetas (n, n_steps): circle and angle of each generated step, given seed and continuation;
-    nearest_distance: from each prediction to the nearest point of any circle; path_distance: to the point at the
-    smoother's circle and angle, which moves as the process moves: a song that freezes, or stays on a circle longer
-    than any visit lasts, is near a circle but not on the path. steps_on_process (n,): before the path distance stays
-    above `off_distance` for half the shortest revolution.
+    labels, thetas (n, n_steps): circle and angle of each generated step, given seed and continuation.
+    nearest_distance (n, n_steps): from each prediction to the nearest point of any circle.
+    path_distance (n, n_steps): from each prediction to the point at the smoother's circle and angle, which moves as the
+    process moves. A song that freezes, or stays on a circle longer than any visit lasts, is near a circle but not on
+    the path.
+    steps_on_process (n,): steps before the path distance stays above `off_distance` for half the shortest revolution.
     """
-    import optimal_filter
-
     seed_len = seeds.shape[1]
     smoothed = [optimal_filter.smooth(process, np.concatenate(pair), initial="stationary")
                 for pair in zip(seeds, generated, strict=True)]
@@ -354,21 +371,21 @@ def analyse(process, seeds, generated, predictions):
 
 
 def summarise(process, song):
-    """The numbers of a song, over all its samples, as a dict of plain values."""
+    """The numbers of a song, over all its samples, as a dict of plain values; None for what was never seen."""
+    P = process.transition_matrix
     counts = transition_counts(song["labels"], process.n_circles)
     left = counts.sum(axis=1)
-    distances, chance = (total_variation(counts, process.transition_matrix),
-                         chance_total_variation(left, process.transition_matrix))
+    distances, chance = total_variation(counts, P), chance_total_variation(left, P)
+    share = left / max(left.sum(), 1)  # each row of the matrix counts by how often its circle was left
     _, dwells = completed_dwells(song["labels"])
-    weigh = left / max(left.sum(), 1)
     return {
         "steps": int(song["labels"].shape[1]),
         "steps_on_process": song["steps_on_process"].tolist(),
         "near_no_circle": float((song["nearest_distance"] > off_distance(process)).mean()),
         "circles_visited": len(np.unique(song["labels"])),
         "transitions": int(left.sum()),
-        "total_variation": float(np.nansum(distances * weigh)) if left.sum() else None,
-        "total_variation_by_chance": float(np.nansum(chance * weigh)) if left.sum() else None,
+        "total_variation": float(np.nansum(distances * share)) if left.sum() else None,
+        "total_variation_by_chance": float(np.nansum(chance * share)) if left.sum() else None,
         "transitions_a_row": left.tolist(),
         "total_variation_a_row": [None if math.isnan(d) else float(d) for d in distances],
         "completed_visits": len(dwells),
@@ -380,44 +397,59 @@ SUMMARY_HEADER = ["", "steps on the process", "near no circle", "circles", "tran
                   "mean dwell"]
 
 
-def summary_row(name, s):
-    def number(value, digits):
-        return "–" if value is None else f"{value:.{digits}f}"
+def summary_row(name, summary):
+    """The cells of one line under SUMMARY_HEADER; summary: as `summarise` returns it."""
+    def number(key, digits):
+        return "–" if summary[key] is None else f"{summary[key]:.{digits}f}"
 
-    return [name, ", ".join(map(str, s["steps_on_process"])), f"{s['near_no_circle']:.1%}", s["circles_visited"],
-            s["transitions"], number(s["total_variation"], 3), number(s["total_variation_by_chance"], 3),
-            number(s["mean_dwell"], 0)]
+    return [name, ", ".join(map(str, summary["steps_on_process"])), f"{summary['near_no_circle']:.1%}",
+            summary["circles_visited"], summary["transitions"], number("total_variation", 3),
+            number("total_variation_by_chance", 3), number("mean_dwell", 0)]
+
+
+def transition_table(process, labels):
+    """For each circle that was left: how often, and how far from the true transitions, in fact and by chance."""
+    P = process.transition_matrix
+    counts = transition_counts(labels, process.n_circles)
+    left = counts.sum(axis=1)
+    distances, chance = total_variation(counts, P), chance_total_variation(left, P)
+    return cli.table(["from circle", "left", "TV", "TV by chance"], [
+        [i, left[i], f"{distances[i]:.3f}", f"{chance[i]:.3f}"] for i in np.flatnonzero(left)])
 
 
 def reference_song(process, series, starts, seed_len, n_steps):
-    """The same analysis of the true continuations, predicted step by step by the exact filter; None if too short."""
-    import optimal_filter
+    """The same analysis of the true continuations of the seeds, or None where the series ends too early.
 
+    The exact filter takes the model's place: it predicts each step from the true ones before it.
+    """
     if max(starts) + seed_len + n_steps > series.n_steps:
         return None
     windows = np.stack([series.X[start:start + seed_len + n_steps] for start in starts])
-    predictions = np.stack([optimal_filter.predict(process, X, initial="stationary")["prediction"][1][seed_len - 1:-1]
-                            for X in windows])
-    return analyse(process, windows[:, :seed_len], windows[:, seed_len:], predictions)
+    predictions = []
+    for X in windows:
+        one_ahead = optimal_filter.predict(process, X, initial="stationary")["prediction"][1]
+        predictions.append(one_ahead[seed_len - 1:-1])  # row t predicts step t + 1
+    return analyse(process, windows[:, :seed_len], windows[:, seed_len:], np.stack(predictions))
 
 
 def rms_error(generated, truth):
-    """Root mean square over features of generated - truth, a step: two arrays (n_steps, feature_dim) to (n_steps,)."""
+    """Root mean square of generated - truth over features: two (n_steps, feature_dim) arrays to (n_steps,)."""
     return np.sqrt(((generated - truth)**2).mean(axis=1))
 
 
 # ------------------------------------------------------------------------------------------------- figures
 
 
-def mark_bursts(ax, in_burst, start):
-    """Short black bars above an axis where bursts were; `start` is the time step of in_burst[0]."""
-    first, last = np.flatnonzero(np.diff(np.r_[False, in_burst, False])).reshape(-1, 2).T + start - 0.5
+def burst_marks(ax, in_burst):
+    """Short black bars above an axis where bursts were; in_burst (n_steps,) begins with generated step 0."""
+    edges = np.flatnonzero(np.diff(np.r_[False, in_burst, False]))  # first step of a burst, first step after it, …
+    first, last = edges.reshape(-1, 2).T - 0.5
     ax.hlines(np.full(len(first), 1.02), first, last, color="black", linewidth=3, clip_on=False,
               transform=ax.get_xaxis_transform())
 
 
-def draw_seed(path, title, windows, seed_states, labels, seed_starts, in_burst, n_circles):
-    """Seed and continuation of each sample: a strip of circles above a heatmap of the features.
+def draw_seed(title, windows, seed_states, labels, seed_starts, in_burst, n_circles):
+    """Seed and continuation of each sample, a strip of circles above a heatmap of the features: a Figure.
 
     windows (n, seed_len + steps, features); seed_states (n, seed_len); labels (n, steps) or None without a filter.
     """
@@ -427,24 +459,26 @@ def draw_seed(path, title, windows, seed_states, labels, seed_starts, in_burst, 
     limits = np.percentile(windows, [1, 99])
     for i, window in enumerate(windows):
         strip, heat = axes[2 * i:2 * i + 2, 0]
-        known = seed_states[i] if labels is None else np.concatenate([seed_states[i], labels[i]])
-        figures.state_strip(strip, known, n_circles, start=-seed_len)
+        circles = seed_states[i] if labels is None else np.concatenate([seed_states[i], labels[i]])
+        figures.state_strip(strip, circles, n_circles, start=-seed_len)
         strip.set_xlim(-seed_len - 0.5, window.shape[0] - seed_len - 0.5)
         figures.heatmap_panel(fig, heat, window, start=-seed_len, ylabel="feature", limits=limits)
         strip.set_title(f"seed from time step {seed_starts[i]}", loc="left")
         heat.axvline(-0.5, color="white", linestyle="--")
-        mark_bursts(strip, in_burst, 0)
+        burst_marks(strip, in_burst)
     axes[-1, 0].set_xlabel("generated step (before 0: the seed; black bars: bursts)" if in_burst.any()
                            else "generated step (before 0: the seed)")
     figures.circle_legend(fig, n_circles)
-    figures.save(fig, path)
+    return fig
 
 
-def draw_truth(path, title, generated, labels, truth, states, start, errors, noise_std, in_burst, n_circles):
-    """The first sample's continuation under the true one, their difference, and the error of all samples.
+def draw_truth(title, generated, labels, truths, states, start, noise_std, in_burst, n_circles):
+    """The first sample's continuation under the true one, their difference, and the error of all samples: a Figure.
 
-    generated, truth (steps, features), labels (steps,) or None; states (steps,); errors: a list of (steps,).
+    generated (n, steps, features); labels (n, steps) or None without a filter; truths: a list of n arrays (steps,
+    features), shorter where the series ends; states: the circles of the first of them; start: its first time step.
     """
+    truth, steps = truths[0], len(truths[0])
     fig, axes = figures.new_figure(6, 1, panel=(11.0, 1.45), title=title,
                                    gridspec_kw={"height_ratios": [0.14, 1, 0.14, 1, 1, 1]})
     true_strip, true_heat, strip, heat, difference, curve = axes[:, 0]
@@ -456,120 +490,153 @@ def draw_truth(path, title, generated, labels, truth, states, start, errors, noi
     if labels is None:
         strip.axis("off")
     else:
-        figures.state_strip(strip, labels, n_circles)
-    figures.heatmap_panel(fig, heat, generated, ylabel="feature", limits=limits)
-    figures.heatmap_panel(fig, difference, generated - truth, ylabel="feature", title="generated − true",
+        figures.state_strip(strip, labels[0, :steps], n_circles)
+    figures.heatmap_panel(fig, heat, generated[0, :steps], ylabel="feature", limits=limits)
+    figures.heatmap_panel(fig, difference, generated[0, :steps] - truth, ylabel="feature", title="generated − true",
                           cmap="RdBu_r", symmetric=True)
-    for i, error in enumerate(errors):
-        curve.plot(error, linewidth=1.0, label=f"sample {i}")
-    if noise_std:
-        curve.axhline(noise_std, color="0.3", linestyle="--", linewidth=1.0, label="noise_std")
-    curve.axhline(truth.std(), color="0.3", linestyle=":", linewidth=1.0, label="std of the true series")
-    top = 1.35 * max(truth.std(), *(error.max() for error in errors))  # leaves room for the legend
-    curve.set(xlim=(-0.5, len(truth) - 0.5), ylim=(0, top), ylabel="RMS error", xlabel="generated step")
-    curve.legend(loc="upper left", ncols=5, fontsize=8)
-    mark_bursts(strip, in_burst[:len(truth)], 0)
+    error_curves(curve, generated, truths, noise_std)
+    burst_marks(strip, in_burst[:steps])
     figures.circle_legend(fig, n_circles)
-    figures.save(fig, path)
+    return fig
 
 
-def draw_song(path, title, song, P, counts, row_distances, dwells, law, threshold, in_burst):
-    """Transition matrices, dwell times against their law, and the distance to the process over time.
+def error_curves(ax, generated, truths, noise_std):
+    """The RMS error of each sample over time, beside the noise and the spread of the first true continuation."""
+    top = spread = truths[0].std()
+    for i, (sample, truth) in enumerate(zip(generated, truths, strict=True)):
+        if len(truth):
+            error = rms_error(sample[:len(truth)], truth)
+            top = max(top, error.max())
+            ax.plot(error, linewidth=1.0, label=f"sample {i}")
+    if noise_std:
+        ax.axhline(noise_std, color="0.3", linestyle="--", linewidth=1.0, label="noise_std")
+    ax.axhline(spread, color="0.3", linestyle=":", linewidth=1.0, label="std of the true series")
+    ax.set(xlim=(-0.5, len(truths[0]) - 0.5), ylim=(0, 1.35 * top), ylabel="RMS error", xlabel="generated step")
+    ax.legend(loc="upper left", ncols=5, fontsize=8)  # above the curves: there is room for it
 
-    counts (K, K); row_distances (K,); dwells (n,) steps; law: (lengths, probabilities) or None without a visit.
-    """
+
+def draw_song(title, process, song, in_burst):
+    """Transitions and dwell times beside the true ones, and the distance to the process over time: a Figure."""
     fig, axes = figures.new_figure(2, 2, panel=(5.6, 3.9), title=title)
-    left = counts.sum(axis=1)
+    transition_panels(fig, axes[0], process.transition_matrix, transition_counts(song["labels"], process.n_circles))
+    dwell_histogram(axes[1, 0], process, *completed_dwells(song["labels"]))
+    distance_curves(axes[1, 1], song["path_distance"][:SHOWN_SAMPLES, :SHOWN_STEPS], off_distance(process),
+                    in_burst[:SHOWN_STEPS])
+    return fig
+
+
+def transition_panels(fig, axes, P, counts):
+    """The true transition matrix P (K, K) and the shares of counts (K, K), with each row's distance beside it."""
+    K, left = len(P), counts.sum(axis=1)
     shares = counts / np.maximum(left, 1)[:, None]
-    for ax, matrix, name in ((axes[0, 0], P, "true transitions"), (axes[0, 1], shares, "generated transitions")):
+    ticks = range(K) if K <= MOST_NAMED_CIRCLES else range(0, K, 5)
+    for ax, matrix, name in zip(axes, (P, shares), ("true transitions", "generated transitions"), strict=True):
         image = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
-        ax.set(title=name, xlabel="to circle", ylabel="from circle", xticks=range(len(P)), yticks=range(len(P)))
-        if len(P) > 20:
-            ax.set(xticks=range(0, len(P), 5), yticks=range(0, len(P), 5))
-    fig.colorbar(image, ax=axes[0, :2].tolist(), label="probability", fraction=0.03, pad=0.01)
-    if len(P) <= 20:
-        texts = [f"TV {'–' if math.isnan(d) else f'{d:.2f}'}  n {n}" for d, n in zip(row_distances, left, strict=True)]
-        for i, text in enumerate(texts):
-            axes[0, 1].text(len(P) - 0.3, i, text, va="center", fontsize=8)
-    histogram, distance = axes[1]
-    if law is None:
-        histogram.text(0.5, 0.5, "no visit was seen from\nits first to its last step", ha="center", va="center",
-                       transform=histogram.transAxes)
-        figures.bare(histogram)
-    else:
-        lengths, probabilities = law
-        top = max(dwells.max(), lengths[np.searchsorted(np.cumsum(probabilities), 0.999).clip(max=len(lengths) - 1)])
-        bins = np.linspace(0, top * 1.02, 41)
-        histogram.hist(lengths, bins, weights=probabilities, color="0.75", label="true law")
-        histogram.hist(dwells, bins, weights=np.full(len(dwells), 1 / len(dwells)), histtype="step", color="#1f77b4",
-                       linewidth=1.5, label=f"generated ({len(dwells)} visits)")
-        histogram.set(xlabel="dwell time (steps)", ylabel="share of visits")
-        histogram.legend()
-    histogram.set_title("dwell times")
-    shown = song["path_distance"][:SHOWN_SAMPLES, :SHOWN_STEPS]
-    for i, row in enumerate(shown):
-        distance.plot(row, linewidth=0.8, label=f"sample {i}")
-    distance.axhline(threshold, color="black", linestyle="--", linewidth=1.0, label="off the process")
-    distance.set(xlabel="generated step", ylabel="distance", ylim=(0, None), xlim=(-0.5, shown.shape[1] - 0.5))
-    distance.set_title("prediction to the process", pad=12)  # clear of the burst marks
-    mark_bursts(distance, in_burst[:SHOWN_STEPS], 0)
-    distance.legend(loc="upper right", fontsize=8)
-    figures.save(fig, path)
+        ax.set(title=name, xlabel="to circle", ylabel="from circle", xticks=ticks, yticks=ticks)
+    fig.colorbar(image, ax=axes.tolist(), label="probability", fraction=0.03, pad=0.01)
+    if K <= MOST_NAMED_CIRCLES:
+        for i, (distance, n) in enumerate(zip(total_variation(counts, P), left, strict=True)):
+            text = f"TV {'–' if math.isnan(distance) else f'{distance:.2f}'}  n {n}"
+            axes[1].text(K - 0.3, i, text, va="center", fontsize=8)
 
 
-def draw_compare(path, title, songs, summaries, bursts_of, threshold, n_circles):
-    """The circles of each variant's samples as strips, white where a step is off the process, and its distances."""
+def dwell_histogram(ax, process, circles, dwells):
+    """The lengths of visits, dwells (n,) steps on circles (n,), over the law that the process gives them."""
+    ax.set_title("dwell times")
+    if len(dwells) == 0:
+        ax.text(0.5, 0.5, "no visit was seen from\nits first to its last step", ha="center", va="center",
+                transform=ax.transAxes)
+        figures.bare(ax)
+        return
+    lengths, law = dwell_time_law(process, circles)
+    nearly_all = lengths[np.searchsorted(np.cumsum(law), 0.999).clip(max=len(lengths) - 1)]
+    bins = np.linspace(0, 1.02 * max(dwells.max(), nearly_all), 41)
+    ax.hist(lengths, bins, weights=law, color="0.75", label="true law")
+    ax.hist(dwells, bins, weights=np.full(len(dwells), 1 / len(dwells)), histtype="step", color="#1f77b4",
+            linewidth=1.5, label=f"generated ({len(dwells)} visits)")
+    ax.set(xlabel="dwell time (steps)", ylabel="share of visits")
+    ax.legend()
+
+
+def distance_curves(ax, distances, threshold, in_burst):
+    """The distance of each sample's prediction to the process, (n, steps), and where it counts as off."""
+    for i, row in enumerate(distances):
+        ax.plot(row, linewidth=0.8, label=f"sample {i}")
+    ax.axhline(threshold, color="black", linestyle="--", linewidth=1.0, label="off the process")
+    ax.set(xlabel="generated step", ylabel="distance", ylim=(0, None), xlim=(-0.5, distances.shape[1] - 0.5))
+    ax.set_title("prediction to the process", pad=12)  # clear of the burst marks
+    burst_marks(ax, in_burst)
+    ax.legend(loc="upper right", fontsize=8)
+
+
+def draw_compare(title, songs, summaries, in_burst, threshold, n_circles):
+    """The circles of each song's samples as strips, white where a step is off the process, and its distances: a Figure.
+
+    songs, summaries, in_burst: dicts with the same names as keys, of what `analyse`, `summarise` and `burst_steps`
+    return.
+    """
     fig, axes = figures.new_figure(len(songs), 2, panel=(6.5, 1.6), title=title, sharex=True,
                                    gridspec_kw={"width_ratios": [1.3, 1]})
     colors = figures.circle_colors(n_circles)
     for (name, song), (strip, curve) in zip(songs.items(), axes, strict=True):
-        labels, off = song["labels"][:SHOWN_SAMPLES], song["path_distance"][:SHOWN_SAMPLES] > threshold
+        labels, distances = song["labels"][:SHOWN_SAMPLES], song["path_distance"][:SHOWN_SAMPLES]
         n, steps = labels.shape
+        off = distances > threshold
         strip.imshow(np.where(off[..., None], 1.0, colors[labels]), aspect="auto", interpolation="nearest",
                      extent=(-0.5, steps - 0.5, n - 0.5, -0.5))
         strip.set(yticks=range(n), ylabel="sample")
-        s = summaries[name]
-        strip.set_title(f"{name}: {s['circles_visited']} circles, {s['near_no_circle']:.1%} near none", loc="left")
-        curve.plot(song["path_distance"][:SHOWN_SAMPLES].T, linewidth=0.7)
+        summary = summaries[name]
+        strip.set_title(f"{name}: {summary['circles_visited']} circles, {summary['near_no_circle']:.1%} near none",
+                        loc="left")
+        curve.plot(distances.T, linewidth=0.7)
         curve.axhline(threshold, color="black", linestyle="--", linewidth=1.0)
         curve.set(ylabel="distance", ylim=(0, None), xlim=(-0.5, steps - 0.5))
         for ax in (strip, curve):
-            mark_bursts(ax, bursts_of[name], 0)
+            burst_marks(ax, in_burst[name])
     for ax in axes[-1]:
         ax.set_xlabel("generated step")
     axes[0, 1].set_title("prediction to the process", loc="left")
     figures.circle_legend(fig, n_circles)
-    figures.save(fig, path)
+    return fig
 
 
 # ------------------------------------------------------------------------------------------------- the script
 
 
-def plain(value):
-    """A number as short as it can be without another number getting the same name."""
-    return repr(value).removesuffix(".0")
+@dataclass(frozen=True)
+class Inputs:
+    """What is generated from: process is None for data that the exact filter doesn't know; starts (n,) time steps of
+    the seeds (n, seed_len, features); noise_std 0 where config.json gives none."""
+
+    model: torch.nn.Module
+    series: dataset.Series
+    process: circle_process.Process | None
+    starts: np.ndarray
+    seeds: np.ndarray
+    noise_std: float
 
 
-def variant(args, defaults):
-    """The part of a file name that tells this run from others: every setting that isn't the default, compactly."""
-    parts = [f"{letter}{plain(getattr(args, name))}" for letter, name in
-             (("s", "seed_len"), ("g", "gen_len"), ("n", "n_samples"), ("o", "seed_offset"), ("r", "seed"),
-              ("T", "temperature")) if getattr(args, name) != getattr(defaults, name)]
-    if args.perturb_interval != defaults.perturb_interval or args.perturb_scale != defaults.perturb_scale or \
-            args.perturb_duration != defaults.perturb_duration:
-        where = "hidden" if args.perturb_hidden else "output"
-        where = "bursts" if args.compare else where
-        parts.append(f"{where}{args.perturb_interval}x{plain(args.perturb_scale)}x{args.perturb_duration}")
+def load_inputs(args):
+    """Load and check what the flags name: an Inputs. Raises cli.UserError when something doesn't fit."""
+    model, trained_with, series = open_model(args.checkpoint, args.data_dir, cli.pick_device(args.device), args.scan)
     if args.perturb_layers:
-        parts.append("L" + "-".join(map(str, args.perturb_layers)))
-    return "".join(f"_{part}" for part in parts)
-
-
-def file_prefix(args):
-    """What the names of all files of this run begin with."""
-    like = ["--checkpoint", str(args.checkpoint)] + (["--compare"] if args.compare else [])
-    kind = "compare" if args.compare else "generated"
-    return f"{stem(args.checkpoint)}_{kind}{variant(args, parse_args(like))}"
+        layers_to_perturb(args, model.n_layers)
+    process = optimal_filter.process_or_none(series, without="no exact filter, so no song analysis")
+    if args.compare and process is None:
+        raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
+    noise_std = series.config.get("noise_std")
+    if args.temperature and noise_std is None:
+        raise cli.UserError(f"--temperature is in units of noise_std, which {args.data_dir}/config.json doesn't give; "
+                            "use --temperature 0")
+    offset = args.seed_offset
+    if offset is None:
+        _, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)
+        first_validation_step = dataset.first_validation_step(series.n_steps, val_fraction)
+        offset = min(first_validation_step, max(series.n_steps - args.seed_len, 0))
+    starts = seed_windows(series.n_steps, args.seed_len, args.gen_len, args.n_samples, offset)
+    seeds = np.stack([series.X[start:start + args.seed_len] for start in starts])
+    print(f"seeds of {args.seed_len} steps from time steps {', '.join(map(str, starts))}")
+    return Inputs(model, series, process, starts, seeds, noise_std or 0.0)
 
 
 def layers_to_perturb(args, n_layers):
@@ -580,135 +647,153 @@ def layers_to_perturb(args, n_layers):
     return tuple(n - 1 for n in layers)
 
 
-def run(args, model, seeds, noise_std, bursts):
+def plain(value):
+    """A number as short as it can be without another number getting the same name."""
+    return repr(value).removesuffix(".0")
+
+
+def variant(args, defaults):
+    """The part of a file name that names every setting that isn't the default, compactly."""
+    def changed(*names):
+        return any(getattr(args, name) != getattr(defaults, name) for name in names)
+
+    letters = {"seed_len": "s", "gen_len": "g", "n_samples": "n", "seed_offset": "o", "seed": "r", "temperature": "T"}
+    words = [letter + plain(getattr(args, name)) for name, letter in letters.items() if changed(name)]
+    if changed("perturb_interval", "perturb_scale", "perturb_duration"):
+        where = "bursts" if args.compare else "hidden" if args.perturb_hidden else "output"
+        words.append(f"{where}{args.perturb_interval}x{plain(args.perturb_scale)}x{args.perturb_duration}")
+    if args.perturb_layers:
+        words.append("L" + "-".join(map(str, args.perturb_layers)))
+    return "".join(f"_{word}" for word in words)
+
+
+def file_prefix(args):
+    """What the names of all files that this command writes begin with."""
+    bare_command = ["--checkpoint", str(args.checkpoint)] + (["--compare"] if args.compare else [])
+    kind = "compare" if args.compare else "generated"
+    return f"{stem(args.checkpoint)}_{kind}{variant(args, parse_args(bare_command))}"
+
+
+def beside(args, ending):
+    """The path of a file that this command writes."""
+    return args.save_dir / f"{file_prefix(args)}{ending}"
+
+
+def timed_generation(args, inputs, noise_std, bursts):
     """`generate`, with the time it took on stdout. Raises cli.UserError when the series leaves the finite numbers."""
     begin = time.perf_counter()
-    generated, predictions = generate(model, seeds, args.gen_len, noise_std, bursts, args.seed)
+    generated, predictions = generate(inputs.model, inputs.seeds, args.gen_len, noise_std, bursts, args.seed)
     seconds = time.perf_counter() - begin
-    print(f"generated {len(seeds)} x {args.gen_len} steps in {seconds:.2f} s, start-up included")
-    bad = ~np.isfinite(generated).all(axis=(0, 2))
-    if bad.any():
-        raise cli.UserError(f"the generation is no longer finite at step {bad.argmax()}; lower --perturb-scale or "
+    print(f"generated {len(inputs.seeds)} x {args.gen_len} steps in {seconds:.2f} s, start-up included")
+    broken = ~np.isfinite(generated).all(axis=(0, 2))
+    if broken.any():
+        raise cli.UserError(f"the generation is no longer finite at step {broken.argmax()}; lower --perturb-scale or "
                             "--temperature")
     return generated, predictions
 
 
-def compare(args, model, series, process, starts, seeds, noise_std):
+def compare(args, inputs):
     """Greedy, temperature, output bursts and hidden bursts, side by side with the real series."""
-    timing = args.perturb_interval, args.perturb_duration, args.perturb_scale
-    bursts = Bursts(*timing), Bursts(*timing, layers_to_perturb(args, model.n_layers))
-    runs = {"greedy": (0.0, None), f"temperature {args.temperature:g}": (args.temperature * noise_std, None),
-            "output bursts": (0.0, bursts[0]), "hidden bursts": (0.0, bursts[1])}
-    songs = {name: analyse(process, seeds, *run(args, model, seeds, *how)) for name, how in runs.items()}
-    marks = {name: burst_steps(args.gen_len, how[1]) for name, how in runs.items()}
-    real = reference_song(process, series, starts, args.seed_len, args.gen_len)
+    process, timing = inputs.process, (args.perturb_interval, args.perturb_duration, args.perturb_scale)
+    settings = {  # name: the standard deviation of the temperature noise, and the bursts
+        "greedy": (0.0, None),
+        f"temperature {args.temperature:g}": (args.temperature * inputs.noise_std, None),
+        "output bursts": (0.0, Bursts(*timing)),
+        "hidden bursts": (0.0, Bursts(*timing, layers_to_perturb(args, inputs.model.n_layers))),
+    }
+    songs, in_burst = {}, {}
+    real = reference_song(process, inputs.series, inputs.starts, args.seed_len, args.gen_len)
     if real:
-        songs, marks = {"real series": real, **songs}, {"real series": burst_steps(args.gen_len, None), **marks}
+        songs["real series"], in_burst["real series"] = real, burst_steps(args.gen_len, None)
+    for name, (noise_std, bursts) in settings.items():
+        generated, predictions = timed_generation(args, inputs, noise_std, bursts)
+        songs[name] = analyse(process, inputs.seeds, generated, predictions)
+        in_burst[name] = burst_steps(args.gen_len, bursts)
+
     summaries = {name: summarise(process, song) for name, song in songs.items()}
     print()
-    print(cli.table(SUMMARY_HEADER, [summary_row(name, s) for name, s in summaries.items()]))
+    print(cli.table(SUMMARY_HEADER, [summary_row(name, summary) for name, summary in summaries.items()]))
     print()
-    prefix = args.save_dir / file_prefix(args)
-    cli.write_text(Path(f"{prefix}.json"), json.dumps(summaries, indent=2) + "\n")
-    print(f"wrote {prefix}.json")
-    draw_compare(Path(f"{prefix}.png"), f"{stem(args.checkpoint)}: bursts of std {args.perturb_scale:g}, "
-                 f"{args.perturb_duration} of every {args.perturb_interval} steps", songs, summaries, marks,
-                 off_distance(process), process.n_circles)
+    cli.write_text(beside(args, ".json"), json.dumps(summaries, indent=2) + "\n")
+    print(f"wrote {beside(args, '.json')}")
+    title = (f"{stem(args.checkpoint)}: bursts of std {args.perturb_scale:g}, {args.perturb_duration} of every "
+             f"{args.perturb_interval} steps")
+    fig = draw_compare(title, songs, summaries, in_burst, off_distance(process), process.n_circles)
+    figures.save(fig, beside(args, ".png"))
 
 
-def sing(args, model, series, process, starts, seeds, noise_std):
-    """One generation with its arrays and figures."""
+def sing(args, inputs):
+    """One generation: its arrays, its figures, and its numbers where the exact filter can judge it."""
     bursts = None
     if args.perturb_interval:
-        layers = layers_to_perturb(args, model.n_layers) if args.perturb_hidden else None
+        layers = layers_to_perturb(args, inputs.model.n_layers) if args.perturb_hidden else None
         bursts = Bursts(args.perturb_interval, args.perturb_duration, args.perturb_scale, layers)
     in_burst = burst_steps(args.gen_len, bursts)
-    generated, predictions = run(args, model, seeds, args.temperature * noise_std, bursts)
-    song = None if process is None else analyse(process, seeds, generated, predictions)
+    generated, predictions = timed_generation(args, inputs, args.temperature * inputs.noise_std, bursts)
+    song = None if inputs.process is None else analyse(inputs.process, inputs.seeds, generated, predictions)
 
-    prefix, name = args.save_dir / file_prefix(args), stem(args.checkpoint)
-    with cli.writing(Path(f"{prefix}.npz")) as part:
-        np.savez_compressed(part, generated=generated, predictions=predictions, seed=seeds, seed_starts=starts,
-                            perturbed=in_burst, **(song or {}))
-    print(f"wrote {prefix}.npz")
-
-    labels = None if song is None else song["labels"]
-    shown = slice(min(args.gen_len, SHOWN_STEPS))
-    cut = "" if args.gen_len <= SHOWN_STEPS else f", first {SHOWN_STEPS} of {args.gen_len} steps"
-    ends = starts + args.seed_len
-    samples = range(min(SHOWN_SAMPLES, len(starts)))
-    draw_seed(Path(f"{prefix}_seed.png"), f"{name}: seed and continuation{cut}",
-              np.concatenate([seeds, generated[:, shown]], axis=1)[samples],
-              np.stack([series.states[starts[i]:ends[i]] for i in samples]),
-              None if labels is None else labels[samples, shown], starts, in_burst[shown], series.n_circles)
-
-    truths = [series.X[end:end + args.gen_len][shown] for end in ends]
-    if len(truths[0]):
-        steps = len(truths[0])
-        errors = [rms_error(g[:len(truth)], truth) for g, truth in zip(generated, truths, strict=True) if len(truth)]
-        draw_truth(Path(f"{prefix}_truth.png"), f"{name}: continuation and truth{cut}", generated[0, :steps],
-                   None if labels is None else labels[0, :steps], truths[0], series.states[ends[0]:ends[0] + steps],
-                   ends[0], errors[:SHOWN_SAMPLES], series.config.get("noise_std"), in_burst, series.n_circles)
-    else:
-        print("the series ends with the seed: no true continuation to compare with")
+    with cli.writing(beside(args, ".npz")) as part:
+        np.savez_compressed(part, generated=generated, predictions=predictions, seed=inputs.seeds,
+                            seed_starts=inputs.starts, perturbed=in_burst, **(song or {}))
+    print(f"wrote {beside(args, '.npz')}")
+    save_continuations(args, inputs, generated, None if song is None else song["labels"], in_burst)
     if song is not None:
-        report(args, prefix, series, process, starts, song, in_burst)
+        report(args, inputs, song, in_burst)
 
 
-def report(args, prefix, series, process, starts, song, in_burst):
+def save_continuations(args, inputs, generated, labels, in_burst):
+    """Write the figures of the first samples and steps: seed and continuation, and continuation and truth."""
+    series, n = inputs.series, min(SHOWN_SAMPLES, len(inputs.starts))
+    steps = min(args.gen_len, SHOWN_STEPS)
+    cut = "" if steps == args.gen_len else f", first {steps} of {args.gen_len} steps"
+    name = stem(args.checkpoint)
+    starts, ends = inputs.starts[:n], inputs.starts[:n] + args.seed_len  # of the seeds
+    generated, in_burst = generated[:n, :steps], in_burst[:steps]
+    labels = None if labels is None else labels[:n, :steps]
+
+    seed_states = np.stack([series.states[start:end] for start, end in zip(starts, ends, strict=True)])
+    windows = np.concatenate([inputs.seeds[:n], generated], axis=1)
+    fig = draw_seed(f"{name}: seed and continuation{cut}", windows, seed_states, labels, starts, in_burst,
+                    series.n_circles)
+    figures.save(fig, beside(args, "_seed.png"))
+
+    truths = [series.X[end:end + steps] for end in ends]
+    if len(truths[0]) == 0:
+        print("the series ends with the seed: no true continuation to compare with")
+        return
+    states = series.states[ends[0]:ends[0] + len(truths[0])]
+    fig = draw_truth(f"{name}: continuation and truth{cut}", generated, labels, truths, states, ends[0],
+                     inputs.noise_std, in_burst, series.n_circles)
+    figures.save(fig, beside(args, "_truth.png"))
+
+
+def report(args, inputs, song, in_burst):
     """The song's numbers as tables, beside those of the true continuations, and its figure."""
-    P = process.transition_matrix
-    counts = transition_counts(song["labels"], process.n_circles)
-    distances, chance = total_variation(counts, P), chance_total_variation(counts.sum(axis=1), P)
+    process, name = inputs.process, stem(args.checkpoint)
     summary = summarise(process, song)
     rows = [summary_row("generated", summary)]
-    real = reference_song(process, series, starts, args.seed_len, args.gen_len)
+    real = reference_song(process, inputs.series, inputs.starts, args.seed_len, args.gen_len)
     if real:
         rows.append(summary_row("real series", summarise(process, real)))
     print()
     print(cli.table(SUMMARY_HEADER, rows))
     print()
-    if counts.any():
-        print(cli.table(["from circle", "left", "TV", "TV by chance"], [
-            [i, n, f"{d:.3f}", f"{c:.3f}"] for i, (n, d, c) in enumerate(
-                zip(counts.sum(axis=1), distances, chance, strict=True)) if n]))
+    if summary["transitions"]:
+        print(transition_table(process, song["labels"]))
         print()
-    circles, dwells = completed_dwells(song["labels"])
-    on = ", ".join(map(str, summary["steps_on_process"]))
-    draw_song(Path(f"{prefix}_song.png"), f"{stem(args.checkpoint)}: on the process for {on} of {args.gen_len} steps; "
-              f"{summary['near_no_circle']:.1%} of steps near no circle; {summary['circles_visited']} circles",
-              song, P, counts, distances, dwells, dwell_law(process, circles) if len(circles) else None,
-              off_distance(process), in_burst)
+    on_process = ", ".join(map(str, summary["steps_on_process"]))
+    title = (f"{name}: on the process for {on_process} of {args.gen_len} steps; "
+             f"{summary['near_no_circle']:.1%} of steps near no circle; {summary['circles_visited']} circles")
+    figures.save(draw_song(title, process, song, in_burst), beside(args, "_song.png"))
 
 
 def main(args):
-    import optimal_filter
-
-    device = cli.pick_device(args.device)
-    model, model_args = load_checkpoint(args.checkpoint, device)
-    series = dataset.load_series(args.data_dir)
-    dataset.check_fits_model(series, model, args.checkpoint)
-    if args.perturb_layers:
-        layers_to_perturb(args, model.n_layers)
-    process = optimal_filter.process_or_none(series, "no exact filter, so no song analysis")
-    if args.compare and process is None:
-        raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
-    noise_std = series.config.get("noise_std")
-    if args.temperature and not isinstance(noise_std, int | float):
-        raise cli.UserError(f"--temperature is in units of noise_std, which {args.data_dir}/config.json doesn't give; "
-                            "use --temperature 0")
-    offset = args.seed_offset
-    if offset is None:
-        val_fraction = model_args.get("val_fraction")
-        val_fraction = val_fraction if isinstance(val_fraction, float) and 0 < val_fraction < 1 else 0.1
-        offset = min(dataset.first_validation_step(series.n_steps, val_fraction),
-                     max(series.n_steps - args.seed_len, 0))
-    starts = seed_windows(series.n_steps, args.seed_len, args.gen_len, args.n_samples, offset)
+    inputs = load_inputs(args)
     args.save_dir = cli.output_folder(args.save_dir)
-    model.use_scan(args.scan, device)
-    seeds = np.stack([series.X[start:start + args.seed_len] for start in starts])
-    print(f"seeds of {args.seed_len} steps from time steps {', '.join(map(str, starts))}")
-    (compare if args.compare else sing)(args, model, series, process, starts, seeds, noise_std or 0.0)
+    if args.compare:
+        compare(args, inputs)
+    else:
+        sing(args, inputs)
 
 
 if __name__ == "__main__":

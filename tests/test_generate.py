@@ -406,7 +406,7 @@ def test_freezing_or_shrinking_to_the_centre_leaves_the_process(toy):
 
 def test_dwell_law_is_the_law_of_the_visits(toy):
     _, process = toy
-    lengths, law = generate.dwell_law(process, np.array([0, 0, 2]))
+    lengths, law = generate.dwell_time_law(process, np.array([0, 0, 2]))
     assert law.sum() == pytest.approx(1)
     rng = np.random.default_rng(0)
     draws = [p * np.maximum(1, np.round(rng.normal(40, 8, 20000) / p)) for p in process.periods[[0, 0, 2]]]

@@ -49,7 +49,7 @@ def test_transition_matrix_is_sparse_and_leads_to_both_neighbours(K):
 
 def test_visits_follow_the_transition_matrix():
     series = mc.generate(config(*SMALL, *QUIET, "--n-steps", 400_000, "--n-circles", 5, "--ambient-dim", 2))
-    circles, _, _ = dataset.runs(series.states)
+    circles, _, _ = dataset.visits(series.states)
     counts = np.zeros((5, 5))
     np.add.at(counts, (circles[:-1], circles[1:]), 1)
     P = series.process.transition_matrix
@@ -307,15 +307,15 @@ def test_runs_across_blocks():
     circles = np.cumsum(rng.integers(1, 4, 2000)) % 4  # neighbours differ
     states = np.repeat(circles, lengths)
     assert states.nbytes > 3 * dataset.BLOCK_BYTES
-    for found, expected in zip(dataset.runs(states), (circles, np.cumsum(lengths) - lengths, lengths), strict=True):
+    for found, expected in zip(dataset.visits(states), (circles, np.cumsum(lengths) - lengths, lengths), strict=True):
         np.testing.assert_array_equal(found, expected)
     states = states[:dataset.BLOCK_BYTES // 8 + 1]  # one step in the last block
-    assert dataset.runs(states)[2].sum() == len(states)
+    assert dataset.visits(states)[2].sum() == len(states)
 
 
 def test_time_shares_against_a_count():
     series = mc.generate(config(*SMALL))
-    shares = mc.time_shares(dataset.runs(series.states), 4, 40)
+    shares = mc.time_shares(dataset.visits(series.states), 4, 40)
     expected = [np.bincount(part, minlength=4) / 100 for part in series.states.reshape(40, 100)]
     np.testing.assert_allclose(shares, expected, atol=1e-12)
 
