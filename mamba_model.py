@@ -34,6 +34,7 @@ from torch import nn
 
 import cli
 import dataset
+import mixture_head
 from kernels.selective_scan import (
     choose_backend,
     conv_step,
@@ -176,19 +177,23 @@ class CausalTimeSeriesMamba(nn.Module):
     `forward(x)`, x (batch, time, feature_dim), returns {str(k): (batch, time, feature_dim)}; `encode(x)` returns the
     outputs of the layers in order and the horizon-1 prediction last. `init_state`, `prefill` and `step` run the same
     model as a recurrence, whose cost per time step does not grow with the number of steps before it.
+
+    mixture: 0, or the number of Gaussians per prediction (see mixture_head). Then `distribution(x)` gives the whole
+    predicted distribution, and a prediction is its mean.
     """
 
     def __init__(self, feature_dim=20, d_model=128, n_layers=7, d_state=32, d_conv=4, expand=2, d_ff=512,
-                 dropout=0.1, max_horizon=1):
+                 dropout=0.1, max_horizon=1, mixture=0):
         super().__init__()
         self.feature_dim, self.d_model, self.n_layers = feature_dim, d_model, n_layers
-        self.horizons = horizons_up_to(max_horizon)
+        self.horizons, self.mixture = horizons_up_to(max_horizon), mixture
         self.input_proj = nn.Linear(feature_dim, d_model)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(MambaLayer(d_model, d_state, d_conv, expand, dropout) for _ in range(n_layers))
         self.final_norm = LayerNorm(d_model)
+        n_outputs = mixture_head.n_outputs(mixture, feature_dim)
         self.output_heads = nn.ModuleDict({
-            str(k): nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, feature_dim))
+            str(k): nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, n_outputs))
             for k in self.horizons})
         self.backends = {}
 
@@ -216,23 +221,47 @@ class CausalTimeSeriesMamba(nn.Module):
         return outputs
 
     def heads(self, h):
-        """Predictions of all horizons, {str(k): (…, feature_dim)}, from the last layer's output h (…, d_model)."""
+        """The outputs of the heads, {str(k): (…, n_outputs)}, for the last layer's output h (…, d_model).
+
+        Those of a point head are the predictions; those of a mixture describe a distribution: see `mixture_of`.
+        """
         h = self.final_norm(h)
         return {k: head(h) for k, head in self.output_heads.items()}
+
+    def mixture_of(self, k, outputs):
+        """(logits, log_scales, means) of the mixture that the outputs of the head for horizon k (a str) describe."""
+        return mixture_head.split(outputs, self.output_heads[k][-1].bias, self.feature_dim)
+
+    def predictions(self, outputs):
+        """The predictions {str(k): (…, feature_dim)} that head outputs {str(k): (…, n_outputs)} stand for."""
+        if not self.mixture:
+            return outputs
+        mixtures = {k: self.mixture_of(k, output) for k, output in outputs.items()}
+        return {k: mixture_head.mean(logits, means) for k, (logits, _, means) in mixtures.items()}
 
     def forward(self, x, with_layers=False):
         """The predictions, {str(k): (batch, time, feature_dim)}; entry k at time t predicts x[t + k].
 
-        with_layers: return (predictions, list of the layer outputs, each (batch, time, d_model)).
+        with_layers: return what losses are made of, (head outputs as from `heads`, list of the layer outputs, each
+        (batch, time, d_model)).
         """
-        outputs = self.layer_outputs(x)
-        predictions = self.heads(outputs[-1])
-        return (predictions, outputs) if with_layers else predictions
+        layers = self.layer_outputs(x)
+        outputs = self.heads(layers[-1])
+        return (outputs, layers) if with_layers else self.predictions(outputs)
+
+    def distribution(self, x):
+        """The predicted distributions, {str(k): torch.distributions.MixtureSameFamily over x[t + k]}, each of batch
+        shape (batch, time). Raises ValueError for a point head, which predicts none."""
+        if not self.mixture:
+            raise ValueError("this model has a point head (mixture=0), which predicts no distribution")
+        outputs, _ = self.forward(x, with_layers=True)
+        return {k: mixture_head.distribution(*self.mixture_of(k, output)) for k, output in outputs.items()}
 
     def encode(self, x):
         """The outputs of the layers in order, each (batch, time, d_model), then the horizon-1 prediction."""
-        outputs = self.layer_outputs(x)
-        return [*outputs, self.output_heads["1"](self.final_norm(outputs[-1]))]
+        layers = self.layer_outputs(x)
+        output = self.output_heads["1"](self.final_norm(layers[-1]))
+        return [*layers, self.predictions({"1": output})["1"]]
 
     def init_state(self, batch, device=None, dtype=None):
         """The recurrent state before the first step: a list of one (conv_state, h) per layer."""
@@ -242,7 +271,7 @@ class CausalTimeSeriesMamba(nn.Module):
     def prefill(self, x):
         """Run all time steps of x (batch, time, feature_dim) at once.
 
-        Returns the predictions after the last step, {str(k): (batch, feature_dim)} as `step` does, and the states from
+        Returns the head outputs after the last step, {str(k): (batch, n_outputs)} as `step` does, and the states from
         which `step` goes on.
         """
         backend = self.backend_for(x.device)
@@ -253,8 +282,9 @@ class CausalTimeSeriesMamba(nn.Module):
         return self.heads(h[:, -1]), states
 
     def step(self, x, states, perturb=None):
-        """One time step: x (batch, feature_dim) and the states to ({str(k): (batch, feature_dim)}, next states).
+        """One time step: x (batch, feature_dim) and the states to (head outputs, next states).
 
+        The head outputs are those of `heads`, {str(k): (batch, n_outputs)}: the predictions of a point head.
         `perturb(i, h)`, when given, may change the output h (batch, d_model) of layer i, counted from 0, before the
         next layer sees it.
         """
@@ -333,11 +363,12 @@ def model_from_state_dict(state_dict, dropout=0.1):
     d_conv = state_dict["layers.0.mamba.conv1d.weight"].shape[-1]
     d_ff = state_dict["output_heads.1.0.weight"].shape[0]
     n_layers = len({m[1] for key in state_dict if (m := re.match(r"layers\.(\d+)\.", key))})
+    mixture = mixture_head.n_components(state_dict["output_heads.1.2.weight"].shape[0], feature_dim)
     max_horizon = max(int(m[1]) for key in state_dict if (m := re.match(r"output_heads\.(\d+)\.", key)))
     # On the meta device the model takes no memory until it takes over the file's tensors.
     with torch.device("meta"):
         model = CausalTimeSeriesMamba(feature_dim, d_model, n_layers, d_state, d_conv, d_inner // d_model, d_ff,
-                                      dropout, max_horizon)
+                                      dropout, max_horizon, mixture)
     model.load_state_dict(state_dict, assign=True)
     return model.requires_grad_()
 
