@@ -1,11 +1,118 @@
-"""The dimension estimator against scikit-dimension, the formula, and manifolds of known dimension."""
+"""The script: every number that it prints, writes and draws, against scikit-dimension, and what it refuses.
+
+The estimator itself is tested in test_measures.py.
+"""
 
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
+import skdim
 
 import dataset
+import estimate_dimension as ed
+import figures
+import measures
 from measures import levina_bickel
+
+
+def dimension(points, k):
+    return skdim.id.MLE().fit(points, n_neighbors=k).dimension_
+
+
+def entry(name, values):
+    """An entry of the report for k = 5, 10, 20."""
+    return {"name": name, "points": 50, "distinct": 50, "dimension": dict(zip((5, 10, 20), values, strict=True))}
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """The figures that are saved, {path: Figure}; no file is written."""
+    figs = {}
+    monkeypatch.setattr(figures, "save", lambda fig, path: figs.update({path: fig}))
+    return figs
+
+
+def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tmp_path, saved):
+    folder = rewrite_data()
+    series = dataset.load_series(folder)
+    X, states = series.X.copy(), series.states.copy()
+    X[10:400] = X[10]  # 390 steps that are one point
+    states[states == 1] = 0
+    states[400:420] = 1
+    rewrite_data(X=X, states=states)
+    result = script("estimate_dimension", "--data-dir", folder, "--k", 20, 6, 20, "--points", 2500, "--seed", 9,
+                    "--save-dir", tmp_path / "plots")
+    steps = np.random.default_rng(9).choice(3000, 2500, replace=False)
+    points, circles = X[steps], states[steps]
+    report = json.loads((tmp_path / "plots" / "dimension.json").read_text())
+    assert {key: report[key] for key in ("points", "seed", "k")} == {"points": 2500, "seed": 9, "k": [6, 20]}
+    assert set(report) == {"points", "seed", "k", "entries"}
+    lines = result.out.splitlines()
+    n_distinct = len({tuple(x) for x in points.tolist()})
+    assert lines[0] == f"{2500 - n_distinct} of 2,500 points repeat another and count once"
+    assert re.split("  +", lines[1]) == ["circle", "points", "k = 6", "k = 20"]
+    fig = saved[tmp_path / "plots" / "dimension.png"]
+    assert fig.axes[0].get_title() == "Intrinsic dimension of 2,500 points"
+    for i, name in enumerate(["all", 0, 1, 2, 3]):
+        own = points if name == "all" else points[circles == name]
+        unique = np.array(sorted({tuple(x) for x in own.tolist()}))
+        wanted = {str(k): dimension(unique, k) if len(unique) > k else None for k in (6, 20)}
+        found = report["entries"][i]
+        assert (found["name"], found["points"], found["distinct"]) == (name, len(own), len(unique))
+        assert list(found["dimension"]) == ["6", "20"]
+        assert found["dimension"] == {k: value and pytest.approx(value, rel=1e-4) for k, value in wanted.items()}
+        assert lines[3 + i].split() == [str(name), f"{len(own):,}", *(
+            "–" if value is None else f"{found['dimension'][k]:.2f}" for k, value in wanted.items())]
+        line = fig.axes[0].get_lines()[i]
+        assert line.get_xdata().tolist() == [6, 20]
+        np.testing.assert_allclose(line.get_ydata(), [np.nan if value is None else value for value in wanted.values()],
+                                   rtol=1e-4)
+    assert report["entries"][2]["dimension"]["20"] is None  # the circle of twenty steps at most
+    assert lines[8] == f"wrote {tmp_path / 'plots' / 'dimension.json'}"
+
+
+@pytest.mark.parametrize(("ambient", "shown"), [(20, False), (9, True), (3, True), (11, False)])
+def test_the_figure_has_one_line_per_circle_and_tells_the_ambient_dimension_where_it_fits(ambient, shown):
+    entries = [entry("all", (4, 4.5, 5)), entry(0, (3, 3.5, None)), entry(1, (5, 5.25, 5.5))]
+    fig = ed.draw_dimension(entries, [5, 10, 20], ambient, "a title")
+    (ax,) = fig.axes
+    lines = ax.get_lines()
+    for line, one, color in zip(lines, entries, ["black", *figures.circle_colors(2)], strict=False):
+        np.testing.assert_array_equal(line.get_xdata(), [5, 10, 20])
+        np.testing.assert_array_equal(line.get_ydata(), [np.nan if v is None else v for v in one["dimension"].values()])
+        assert tuple(line.get_color()) == tuple(color)
+    assert len(lines) == 3 + shown
+    if shown:
+        assert set(lines[3].get_ydata()) == {ambient}
+        assert [text.get_text() for text in ax.texts] == [f"ambient dimension {ambient}"]
+        assert ax.texts[0].xy[1] == ambient
+    else:
+        assert not ax.texts
+    assert ax.get_ylim() == (0, pytest.approx(1.1 * (max(ambient, 5.5) if shown else 5.5)))
+    assert ax.get_xscale() == "log" and ax.get_xticks().tolist() == [5, 10, 20]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["5", "10", "20"]
+    assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == (
+        "a title", "nearest neighbours k", "Levina–Bickel dimension")
+    (legend,) = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["all", "0", "1"]
+    assert legend.get_title().get_text() == "circle"
+
+
+def test_the_script_draws_the_ambient_dimension_of_the_data(script, data_dir, tmp_path, saved):
+    script("estimate_dimension", "--data-dir", data_dir, "--k", 10, "--points", 500, "--save-dir", tmp_path)
+    assert [text.get_text() for text in saved[tmp_path / "dimension.png"].axes[0].texts] == ["ambient dimension 6"]
+
+
+def test_notebooks_still_import_the_estimator_and_the_umap_from_here():
+    assert ed.levina_bickel is measures.levina_bickel and ed.umap_embedding is measures.umap_embedding
+
+
+def test_without_flags_the_readmes_defaults_hold():
+    assert vars(ed.parse_args([])) == {"points": 20_000, "k": [5, 10, 20, 50, 100], "seed": 42,
+                                       "data_dir": Path("data"), "save_dir": Path("plots")}
 
 
 def test_script_reports_all_points_and_each_circle(script, data_dir, tmp_path):

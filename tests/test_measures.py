@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import skdim
 from scipy.spatial import cKDTree
+from sklearn.cluster import KMeans
 
 import cli
 import measures
@@ -373,3 +374,88 @@ def test_standardise_leaves_a_constant_channel_at_zero():
     scaled = measures.standardise(values)
     np.testing.assert_allclose(scaled.mean(axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(scaled.std(axis=0), [1, 0, 1], atol=1e-12)
+
+
+# ---- what the measures pass on ---------------------------------------------------------------------------------
+
+
+def test_umap_gets_each_point_as_its_own_first_neighbour_and_the_seed(monkeypatch):
+    import umap
+
+    made = []
+
+    class Reducer:
+        def __init__(self, **options):
+            made.append(options)
+
+        def fit_transform(self, points):
+            return points[:, :2]
+
+    monkeypatch.setattr(umap, "UMAP", Reducer)
+    points = cube(30, 3)
+    graph = cKDTree(points).query(points, 6)
+    found = measures.umap_embedding(points, (graph[0][:, 1:], graph[1][:, 1:]), seed=7)
+    np.testing.assert_array_equal(found, points[:, :2])
+    (options,) = made
+    indices, distances = options.pop("precomputed_knn")
+    np.testing.assert_array_equal(indices, graph[1])
+    np.testing.assert_allclose(distances, graph[0], atol=1e-6)
+    assert options == {"n_neighbors": 6, "random_state": 7, "n_jobs": 1, "force_approximation_algorithm": True}
+
+
+def test_kmeans_starts_four_times_from_the_seed_and_is_fitted_on_the_rows_given(monkeypatch):
+    rng = np.random.default_rng(0)
+    values, states = rng.standard_normal((400, 3)), np.arange(400) // 50 % 5
+    rows = rng.permutation(400)[:70]
+    for seed in (1, 2):
+        labels = KMeans(5, n_init=4, random_state=seed).fit(values[rows]).predict(values)
+        found = measures.cluster_scores(values, rows, states, 5, seed)
+        assert found["kmeans_ari"] == pytest.approx(rand_index(states, labels))
+        assert found["kmeans_nmi"] == pytest.approx(mutual_information(states, labels))
+        embedding = values[rows, :2]
+        inner = KMeans(5, n_init=4, random_state=seed).fit(embedding).labels_
+        nearest = rng.integers(0, 70, 400)
+        found = measures.embedding_scores(embedding, nearest, states[rows], states, 5, seed)
+        assert found["umap_ari"] == pytest.approx(rand_index(states, inner[nearest]))
+        assert found["umap_nmi"] == pytest.approx(mutual_information(states, inner[nearest]))
+    assert measures.fit_kmeans(values[:3], 5, 0).n_clusters == 3
+
+
+def test_agreement_votes_over_101_steps_and_names_what_it_measures():
+    labels = np.random.default_rng(0).integers(0, 3, 500)
+    labels[::2] = (np.arange(500) // 90 % 3)[::2]
+    states = np.arange(500) // 100 % 4
+    smooth = [min(range(3), key=lambda c, t=t: (-(labels[max(0, t - 50):t + 51] == c).sum(), c)) for t in range(500)]
+    found = measures.agreement(labels, states, 3, "a")
+    assert found == {"a_ari": pytest.approx(rand_index(states, labels)),
+                     "a_nmi": pytest.approx(mutual_information(states, labels)),
+                     "a_ari_smooth": pytest.approx(rand_index(states, np.array(smooth))),
+                     "a_nmi_smooth": pytest.approx(mutual_information(states, np.array(smooth)))}
+
+
+def test_circle_probe_is_the_regularised_multinomial_fit():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    values = rng.standard_normal((300, 4)) + 0.8 * np.eye(4)[labels]
+    weights = np.zeros((5, 3))  # the last row: the intercepts, which are not penalised
+    design = np.concatenate([values[:200], np.ones((200, 1))], axis=1)
+    for _ in range(4000):  # gradient descent on the sum of the log losses + |w|² / 2
+        p = np.exp(design @ weights)
+        p /= p.sum(axis=1, keepdims=True)
+        weights -= 0.004 * (design.T @ (p - np.eye(3)[labels[:200]]) + np.r_[weights[:4], np.zeros((1, 3))])
+    guess = (np.concatenate([values[200:], np.ones((100, 1))], axis=1) @ weights).argmax(axis=1)
+    found = measures.circle_probe(values[:200], labels[:200], values[200:], labels[200:])
+    assert found == pytest.approx((guess == labels[200:]).mean(), abs=0.011) and 0.5 < found < 0.9
+
+
+def test_silhouette_needs_two_circles_and_two_points_on_one():
+    points = np.random.default_rng(0).standard_normal((4, 2))
+    assert measures.silhouette(points, np.arange(4)) is None
+    assert measures.silhouette(points, np.array([0, 0, 1, 2])) is not None
+
+
+def test_dimension_of_two_points_by_hand():
+    distances = np.array([[1.0, 2.0, 8.0], [1.0, 1.0, 4.0]])
+    inverse = ((math.log(8) + math.log(4)) / 2 + (math.log(4) + math.log(4)) / 2) / 2
+    assert dimension_from_distances(distances, [3])[3] == pytest.approx(1 / inverse)
+    assert dimension_from_distances(distances, [2])[2] == pytest.approx(1 / (math.log(2) / 2))
