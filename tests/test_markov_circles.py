@@ -356,7 +356,7 @@ def test_umap_is_never_imported_without_need(tmp_path):
 
 
 def test_umap_with_too_few_points_says_so_and_keeps_the_data(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(mc, "plot_all", lambda *_: {})
+    monkeypatch.setattr(mc, "draw_all", lambda *_: {})
     message = refused("markov_circles_timeseries", "--n-steps", 15, "--data-dir", tmp_path)
     assert "--no-umap" in message
     assert dataset.load_series(tmp_path).n_steps == 15
@@ -369,5 +369,5 @@ def test_umap_keeps_the_circles_apart_and_repeats_itself(tmp_path):
     np.testing.assert_array_equal(embedding, mc.umap_embedding(points, knn(points, 14), seed=1))
     _, neighbours = knn(embedding, 5)
     assert (states[neighbours] == states[:, None]).mean() > 0.95
-    mc.make_umap(series, tmp_path)
+    mc.save_umap(series, tmp_path)
     assert imread(tmp_path / "umap.png")[..., :3].std() > 0.05
