@@ -186,8 +186,12 @@ def representations(model, X, seq_len, depths, velocity=False):
     backend = model.backend_for(device)
     starts, length = overlapping_windows(len(X), seq_len)
     h = dataset.gather(X, starts, length)
-    steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers),
-             lambda x: model.output_heads["1"](model.final_norm(x))]
+
+    def prediction(x):
+        return model.predictions({"1": model.output_heads["1"](model.final_norm(x))})["1"]
+
+    # steps[i] leads from the output of step i - 1 to the next: the input projection, the layers, the prediction
+    steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
     for depth in range(max(depths) + 1):
         if depth == 0:
             level, h = h, in_batches(steps[0], h, device) if max(depths) else None
