@@ -73,19 +73,18 @@ def causal_conv_reference(x, weight, bias):
     return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[2])).transpose(1, 2)
 
 
-def selective_scan_reference(u, delta, A, B, C, D, z=None, delta_bias=None, h0=None):
-    """The recurrence as a loop over time, differentiable: the reference for values and gradients.
+def selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, h0=None):
+    """The forward equations as a loop over time, differentiable: the reference for values and gradients.
 
     u, delta, z: (batch, time, d_inner); A: (d_inner, d_state), not positive; B, C: (batch, time, d_state);
-    D, delta_bias: (d_inner,). z and delta_bias may be None: no gate, no bias. h0: (batch, d_inner, d_state), the state
-    before the first step, zero if it is None.
+    D, delta_bias: (d_inner,). h0: (batch, d_inner, d_state), the state before the first step, zero if it is None, as
+    the model has it: only the tests give another.
     Returns y (batch, time, d_inner) and the last state (batch, d_inner, d_state).
     """
     h = u.new_zeros(u.shape[0], *A.shape) if h0 is None else h0
     steps = []
     for t in range(u.shape[1]):
-        y, h = selective_scan_step(h, u[:, t], delta[:, t], A, B[:, t], C[:, t], D, None if z is None else z[:, t],
-                                   delta_bias)
+        y, h = selective_scan_step(h, u[:, t], delta[:, t], A, B[:, t], C[:, t], D, z[:, t], delta_bias)
         steps.append(y)
     return torch.stack(steps, dim=1), h
 
@@ -99,10 +98,10 @@ def selective_scan_step(h, u, delta, A, B, C, D, z, delta_bias):
     u, delta, z: (batch, d_inner); B, C: (batch, d_state); the rest as in `selective_scan_reference`. No input is
     changed in place.
     """
-    dt = F.softplus(delta if delta_bias is None else delta + delta_bias)
+    dt = F.softplus(delta + delta_bias)
     h = torch.exp(dt.unsqueeze(-1) * A) * h + (dt * u).unsqueeze(-1) * B.unsqueeze(1)
-    y = torch.einsum("bdn,bn->bd", h, C.to(h.dtype)) + D * u
-    return (y if z is None else y * F.silu(z)).to(u.dtype), h
+    o = torch.einsum("bdn,bn->bd", h, C.to(h.dtype)) + D * u
+    return (o * F.silu(z)).to(u.dtype), h
 
 
 def conv_step(conv_state, x, weight, bias):

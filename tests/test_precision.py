@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import relative_error
 
-from mamba_model import CausalTimeSeriesMamba
+import mamba_model
+from mamba_model import CausalTimeSeriesMamba, horizon_mse
 
 UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 TOLERANCE = {torch.float32: (64, 512), torch.float16: (8, 64), torch.bfloat16: (8, 64)}  # u: all, and one tensor
@@ -35,11 +36,9 @@ def model_and_windows():
 
 def predictions_and_gradients(model, x, dtype):
     """The predictions of both horizons (2, batch, time, features) and {parameter: gradient of the training loss}."""
-    import masked_model_gpu_mamba_next as training
-
     with torch.autocast(x.device.type, dtype=dtype, enabled=dtype in HALF):
         predictions = model(x)
-    (LOSS_SCALE * training.horizon_mse(predictions, x).mean()).backward()
+    (LOSS_SCALE * horizon_mse(predictions, x).mean()).backward()
     stacked = torch.stack([p.detach() for p in predictions.values()]).double().cpu()
     return stacked, {name: p.grad.double().cpu() / LOSS_SCALE for name, p in model.named_parameters()}
 
@@ -78,8 +77,9 @@ def test_a_training_run_on_a_gpu_reaches_the_golden_curves(shared_data, tmp_path
     import masked_model_gpu_mamba_next as training
 
     golden = json.loads(GOLDEN_FILE.read_text(encoding="utf-8"))["training"]
-    monkeypatch.setattr(training, "autocast", lambda device, enabled: torch.autocast(
-        device.type, dtype=dtype if dtype in HALF else torch.bfloat16, enabled=enabled))
+    for module in (training, mamba_model):  # training steps and validation
+        monkeypatch.setattr(module, "autocast", lambda device, enabled: torch.autocast(
+            device.type, dtype=dtype if dtype in HALF else torch.bfloat16, enabled=enabled))
     more = ["--device", "cuda", "--no-compile", *([] if dtype in HALF else ["--no-amp"])]
     curves = run_training(tmp_path, shared_data, *more)
     for column in curves:

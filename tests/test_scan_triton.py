@@ -163,6 +163,22 @@ def test_nan_stays_nan_and_in_its_place():
 
 
 @runs_kernels
+@pytest.mark.parametrize("time", [8, 11])
+def test_an_extreme_decay_forgets_at_once(time):
+    """A = -exp(40): exp(dt A) is 0, so a state is its last input alone, and no gradient is NaN."""
+    u, delta, A, B, C, D, z, delta_bias = scan_inputs(1, time, 4, 2, torch.float32)
+    A = torch.full_like(A, -2.0**58)
+    h0 = torch.ones(1, 4, 2, device=DEVICE)
+    y, chunk_states, h_last = scan_triton.scan_forward(u, delta, A, B, C, D, z, delta_bias, h0)
+    h = (F.softplus(delta + delta_bias) * u).double()[..., None] * B.double()[:, :, None]
+    assert_close(["h", "y"], [h_last, y], [h[:, -1], ((h * C[:, :, None]).sum(-1) + D * u) * F.silu(z.double())], 3e-6)
+    dz, dB, dC = (torch.empty_like(tensor) for tensor in (z, B, C))
+    gradients = scan_triton.scan_backward(torch.ones_like(y), u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
+                                          dC)
+    assert all(gradient.isfinite().all() for gradient in (*gradients, dz, dB, dC)) and not gradients[2].any()
+
+
+@runs_kernels
 def test_softplus_keeps_its_digits_far_from_zero():
     """h after one step from zero is dt B u: reads dt off for delta from -20 to 80."""
     delta = torch.linspace(-20, 80, 161, device=DEVICE)[None, None]

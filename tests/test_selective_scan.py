@@ -1,10 +1,12 @@
 """The scan's CPU kernels, glue and one-step recurrence against the loop over time in plain torch, in float64."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,6 +105,43 @@ def test_reference_against_the_solution_in_closed_form():
     y, last = selective_scan_reference(u, delta, A, B, C, D, z, bias)
     assert relative_error(y, expected) < 1e-12
     assert relative_error(last, h[:, -1]) < 1e-12
+
+
+def test_reference_starts_from_the_state_it_is_given():
+    """A sequence cut in two: the second half from the first half's last state is the whole's second half."""
+    u, delta, A, B, C, D, z, bias = (tensor.detach() for tensor in scan_inputs(2, 9, 3, 4))
+    whole, last = selective_scan_reference(u, delta, A, B, C, D, z, bias)
+    halves = [[tensor[:, rows] for tensor in (u, delta, B, C, z)] for rows in (slice(4), slice(4, 9))]
+    h, ys = None, []
+    for u_, delta_, B_, C_, z_ in halves:
+        y, h = selective_scan_reference(u_, delta_, A, B_, C_, D, z_, bias, h)
+        ys.append(y)
+    assert relative_error(torch.cat(ys, 1), whole) < 1e-12 and relative_error(h, last) < 1e-12
+
+
+def test_reference_inner_part_written_out_for_one_channel_at_a_time():
+    """mamba_inner by plain numbers: which half of xz is convolved, which rows of x_proj are delta, B and C."""
+    xz, weight, conv_bias, x_proj, dt_proj, dt_bias, A, D = (
+        tensor.detach().numpy() for tensor in inner_inputs(1, 6, 3, 2, dt_rank=2, d_conv=3))
+    time, d_inner = 6, 3
+    x, z, u, y = xz[0, :, :3], xz[0, :, 3:], np.zeros((6, 3)), np.zeros((1, 6, 3))
+    for t, d in np.ndindex(time, d_inner):
+        pre = conv_bias[d] + sum(weight[d, k] * x[t - 2 + k, d] for k in range(3) if t - 2 + k >= 0)
+        u[t, d] = pre / (1 + np.exp(-pre))
+    h = np.zeros((d_inner, 2))
+    for t in range(time):
+        low_rank, B, C = np.split(x_proj @ u[t], [2, 4])
+        for d in range(d_inner):
+            dt = np.log1p(np.exp(dt_proj[d] @ low_rank + dt_bias[d]))
+            h[d] = np.exp(dt * A[d]) * h[d] + dt * B * u[t, d]
+            y[0, t, d] = (C @ h[d] + D[d] * u[t, d]) * z[t, d] / (1 + np.exp(-z[t, d]))
+    inputs = inner_inputs(1, 6, 3, 2, dt_rank=2, d_conv=3)
+    for backend in ("reference", "cpu"):
+        assert relative_error(mamba_inner(*inputs, backend), torch.from_numpy(y)) < 1e-12
+        got, conv_state, last = mamba_inner_with_state(*inputs, backend)
+        assert relative_error(got, torch.from_numpy(y)) < 1e-12
+        assert relative_error(last, torch.from_numpy(h)[None]) < 1e-12
+        assert torch.equal(conv_state, torch.from_numpy(x[None, -2:].copy()).transpose(1, 2))
 
 
 def test_reference_conv_against_a_sum_over_taps():
@@ -264,6 +303,18 @@ def test_same_bits_every_time_and_for_any_number_of_threads(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(first, everything(), strict=True))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("channels", [1, 32, 33, 100, 256])
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 16])
+def test_slices_cover_every_channel_once_in_whole_vectors(monkeypatch, batch, channels, n_threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    slices = scan_cpu._slices(batch, channels, 32)
+    assert slices[0][0] == 0 and channels <= slices[-1][1] < channels + 32
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(slices))
+    assert all(start % 32 == stop % 32 == 0 and start < stop for start, stop in slices)
+    assert batch * len(slices) >= min(n_threads, batch * -(-channels // 32))  # a task for every thread
+
+
 def test_threads_share_the_channels_of_a_single_row(monkeypatch):
     inputs = scan_inputs(1, 40, 100, 4)
     y, _ = selective_scan_reference(*inputs)
@@ -293,6 +344,60 @@ def test_inner_values_and_gradients(shape, dtype):
     assert relative_error(got, y) < TOLERANCE[dtype]
     for value, want in zip(torch.autograd.grad(got, leaves, dy.to(dtype)), expected, strict=True):
         assert relative_error(value, want) < TOLERANCE[dtype]
+
+
+def test_gradient_of_a_plain_sum():
+    """Its gradient is a single 1 expanded with stride 0, which no kernel takes as it is."""
+    leaves = inner_inputs(2, 9, 5, 2)
+    expected = torch.autograd.grad(mamba_inner(*leaves, "reference").sum(), leaves)
+    for got, want in zip(torch.autograd.grad(mamba_inner(*leaves, "cpu").sum(), leaves), expected, strict=True):
+        assert relative_error(got, want) < 1e-10
+
+
+def test_autocast_around_the_call_changes_nothing():
+    """The dtypes follow from xz: under autocast the projections would otherwise return bfloat16."""
+    leaves = [tensor.requires_grad_() for tensor in cast(inner_inputs(1, 7, 4, 2), torch.float32)]
+    plain = mamba_inner(*leaves, "cpu")
+    expected = torch.autograd.grad(plain.square().sum(), leaves)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mamba_inner(*leaves, "cpu")
+        got = torch.autograd.grad(y.square().sum(), leaves)
+    assert torch.equal(y, plain) and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("with_conv", [False, True])
+def test_mamba_ssm_is_called_with_what_it_expects(monkeypatch, with_conv):
+    """Stand-ins for the two packages, with their layout (batch, channels, time), must give what the reference gives."""
+    called = []
+
+    def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
+        called.append("scan")
+        assert delta_softplus and return_last_state and D.dtype == A.dtype == delta_bias.dtype == torch.float32
+        u, delta, B, C, z = (tensor.transpose(1, 2) for tensor in (u, delta, B, C, z))
+        y, h = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias)
+        return y.transpose(1, 2), h
+
+    def causal_conv1d_fn(x, weight, bias, activation):
+        called.append("conv")
+        assert activation == "silu"
+        return causal_conv_reference(x.transpose(1, 2), weight, bias).transpose(1, 2)
+
+    interface = SimpleNamespace(selective_scan_fn=selective_scan_fn)
+    monkeypatch.setitem(sys.modules, "mamba_ssm", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops", SimpleNamespace(selective_scan_interface=interface))
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
+    monkeypatch.setitem(sys.modules, "causal_conv1d",
+                        SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn) if with_conv else None)
+    inputs = [tensor.requires_grad_() for tensor in cast(inner_inputs(2, 8, 4, 3), torch.float32)]
+    y, expected = mamba_inner(*inputs, "mamba-ssm"), mamba_inner(*inputs, "reference")
+    assert called == (["conv", "scan"] if with_conv else ["scan"])
+    assert relative_error(y, expected.double()) < 1e-5
+    gradients = [torch.autograd.grad(value.square().sum(), inputs) for value in (y, expected)]
+    for got, want in zip(*gradients, strict=True):
+        assert relative_error(got, want.double()) < 1e-5
+    for got, want in zip(mamba_inner_with_state(*inputs, "mamba-ssm"), mamba_inner_with_state(*inputs, "reference"),
+                         strict=True):
+        assert relative_error(got, want.double()) < 1e-5
 
 
 def test_inner_gradcheck():
