@@ -12,6 +12,7 @@ Examples:
 """
 
 import argparse
+import io
 import json
 import os
 import random
@@ -37,6 +38,7 @@ import estimate_dimension  # noqa: E402, F401 - imported once, for all children
 import generate  # noqa: E402
 import markov_circles_timeseries as generator  # noqa: E402
 import masked_model_gpu_mamba_next as training  # noqa: E402
+import run_files  # noqa: E402
 import visualize_gates  # noqa: E402
 
 DATA = ["--no-umap", "--n-circles", "4", "--ambient-dim", "6", "--min-period", "10", "--max-period", "40",
@@ -71,7 +73,7 @@ def arm(plan, count):
         left[0] -= 1
         return left[0] < 0
 
-    replace, log_row = os.replace, training.log_row
+    replace, log_writer = os.replace, run_files.log_writer
 
     def deadly_replace(*args):
         deadly = due()
@@ -82,15 +84,16 @@ def arm(plan, count):
             kill_myself()
 
     def deadly_append(path, columns, row):
-        text = log_row(columns, row)
-        deadly = due()
+        text, deadly = io.StringIO(), due()
+        log_writer(text, columns).writerow(row)
+        text = text.getvalue()
         with open(path, "a", encoding="utf-8") as file:
             file.write(text[:len(text) * 2 // 3] if deadly else text)
         if deadly:
             kill_myself()
 
     if plan == "row":
-        training.append_row = deadly_append
+        run_files.append_row = deadly_append
     elif plan in ("before rename", "after rename"):
         os.replace = deadly_replace
 

@@ -33,19 +33,20 @@ def work(fault, argv):
     import cli
     import dataset
     import masked_model_gpu_mamba_next as training
+    import run_files
 
     sys.argv = ["masked_model_gpu_mamba_next.py", *argv]
     rank, steps = int(os.environ.get("RANK", 0)), [0]
-    load_series, read_last, set_lr = dataset.load_series, training.read_last, training.set_lr
+    load_series, set_lr, rebuild = dataset.load_series, training.set_lr, training.model_from_state_dict
 
     def load_float64(data_dir):
         series = load_series(data_dir)
         return dataclasses.replace(series, X=series.X.astype(np.float64))
 
-    def read_last_float64(path):
-        saved, model, flags = read_last(path)
-        model.double().load_state_dict(saved["model_state_dict"])
-        return saved, model, flags
+    def rebuild_float64(state_dict, dropout):
+        model = rebuild(state_dict, dropout).double()
+        model.load_state_dict(state_dict)
+        return model
 
     def faulty_set_lr(optimizer, lr):
         steps[0] += 1
@@ -63,14 +64,14 @@ def work(fault, argv):
 
     if fault in ("float64", "stop"):
         torch.set_default_dtype(torch.float64)
-        dataset.load_series, training.read_last = load_float64, read_last_float64  # those in use are float32
+        dataset.load_series, training.model_from_state_dict = load_float64, rebuild_float64  # those in use are float32
         training.finish = lambda *_: None  # draws with a float32 model
     if fault == "no data" and rank == 1:
         argv = [*argv, "--data-dir", "nowhere"]
     if fault == "full disk":
-        training.append_row = full_disk
+        run_files.append_row = full_disk
     training.set_lr = faulty_set_lr
-    training.run(training.parse_args(argv))
+    training.run(training.main, training.parse_args(argv))
 
 
 # ---- the tests

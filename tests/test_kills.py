@@ -17,6 +17,7 @@ from conftest import TINY_DATA
 import cli
 import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
+import run_files
 
 TRAIN = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
          "--batch-size", "8", "--warmup-epochs", "1", "--device", "cpu"]
@@ -82,7 +83,7 @@ def kill_at(n):
 @pytest.fixture
 def no_figures(monkeypatch):
     """The run's end without its figures, which take longer than the run."""
-    monkeypatch.setattr(training, "finish", lambda args, files, rows, *rest: rows)
+    monkeypatch.setattr(training, "finish", lambda args, files, log, *rest: log)
 
 
 def train(script, shared_data, path, *more):
@@ -124,7 +125,7 @@ def test_a_cut_or_lost_log_row(script, shared_data, tmp_path, no_figures):
     assert log.read_text() == f"{header}\n{first}\n{second}\n"
     log.write_text(f"{header}\n{second}\n")
     result = script(NAME, "--resume", "--checkpoint", tmp_path / "a.pt")
-    assert result.code == 0 and "has whole rows of 1 of the 2 epochs" in result.out
+    assert result.code == 0 and "has rows of 1 of the 2 epochs" in result.out
     assert log.read_text() == f"{header}\n{second}\n"
 
 
@@ -197,7 +198,7 @@ def test_training_on_a_full_disk(script, refused, shared_data, tmp_path, full_di
         line = refused(NAME, *flags)
     assert "can't write" in line and [path.name for path in tmp_path.iterdir()] == ["whole"]  # not even begun
 
-    save, saved, limit = training.save_checkpoint, [], full_disk(5_000)
+    save, saved, limit = run_files.save_checkpoint, [], full_disk(5_000)
 
     def save_while_there_is_room(path, *args, **more):
         if len(saved) == 4:  # the first state, the best and the last of an epoch, the best of the next
@@ -205,12 +206,12 @@ def test_training_on_a_full_disk(script, refused, shared_data, tmp_path, full_di
         save(path, *args, **more)
         saved.append(path.name)
 
-    monkeypatch.setattr(training, "save_checkpoint", save_while_there_is_room)
+    monkeypatch.setattr(run_files, "save_checkpoint", save_while_there_is_room)
     try:
         line = refused(NAME, *flags)
     finally:
         limit.__exit__()
-    monkeypatch.setattr(training, "save_checkpoint", save)
+    monkeypatch.setattr(run_files, "save_checkpoint", save)
     assert "can't write" in line and "a_last.pt" in line and not list(tmp_path.glob(".*"))
     assert torch.load(tmp_path / "a_last.pt", weights_only=True)["epoch"] == 1
     assert torch.load(tmp_path / "a.pt", weights_only=True)["epoch"] == 2
@@ -224,7 +225,7 @@ def test_training_on_a_full_disk(script, refused, shared_data, tmp_path, full_di
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_log_row_on_a_full_disk():
     with pytest.raises(cli.UserError, match="No space left on device; free some space and go on with --resume"):
-        training.append_row(Path("/dev/full"), ["epoch"], {"epoch": 1})
+        run_files.append_row(Path("/dev/full"), ["epoch"], {"epoch": 1})
 
 
 @pytest.mark.parametrize("name, flags, n_bytes", [

@@ -16,7 +16,9 @@ import torch
 from conftest import TINY_DATA
 
 import dataset
+import figures
 import masked_model_gpu_mamba_next as training
+import run_files
 from mamba_model import CausalTimeSeriesMamba, load_checkpoint
 
 TINY = ["--d-model", "16", "--n-layers", "2", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
@@ -37,21 +39,6 @@ def rows(path):
 
 
 # ---- pure functions
-
-
-def test_horizon_mse_pairs_prediction_with_what_it_predicts():
-    x = torch.randn(2, 10, 3)
-    predictions = {"1": torch.randn(2, 10, 3), "4": torch.randn(2, 10, 3)}
-    mse = training.horizon_mse(predictions, x)
-    for value, k in zip(mse, (1, 4), strict=True):
-        errors = [(predictions[str(k)][b, t] - x[b, t + k]).square().mean() for b in range(2) for t in range(10 - k)]
-        assert value.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-6)
-
-
-def test_a_perfect_prediction_has_no_loss():
-    x = torch.randn(1, 12, 3)
-    predictions = {"2": torch.cat([x[:, 2:], torch.full((1, 2, 3), 1e9)], dim=1)}
-    assert training.horizon_mse(predictions, x).item() == 0
 
 
 def test_slowness_is_blind_to_scale_and_zero_for_constants():
@@ -142,48 +129,17 @@ def test_an_epoch_sees_every_window_in_equal_steps(n, batch):
     assert n < 3 or not torch.equal(batches, training.epoch_batches(starts, n * 100 + 10, args, 1))
 
 
-def test_evaluation_does_not_depend_on_the_batch_size(shared_data):
-    series = dataset.load_series(shared_data)
-    X = torch.from_numpy(series.X)
-    torch.manual_seed(0)
-    model = CausalTimeSeriesMamba(6, 16, 1, 4, d_ff=8, max_horizon=2).eval()
-    starts = torch.arange(0, 700, 100)
-    values = [training.evaluate(model, lambda s: dataset.gather(X, s, 50), starts, batch, False)
-              for batch in (2, 3, 100)]
-    assert torch.allclose(values[0], values[1], rtol=1e-5) and torch.allclose(values[0], values[2], rtol=1e-5)
-
-
 def test_snapshot_copies_and_renews_the_copy_in_place():
     state = {"a": torch.zeros(3), "group": [{"lr": 0.1, "step": torch.tensor(1.0)}]}
-    first = training.snapshot(state)
+    first = run_files.snapshot(state)
     state["a"] += 5
     state["group"][0] |= {"lr": 0.2, "step": torch.tensor(2.0)}
     assert first["a"].tolist() == [0, 0, 0] and first["group"][0] == {"lr": 0.1, "step": torch.tensor(1.0)}
-    second = training.snapshot(state, first)
+    second = run_files.snapshot(state, first)
     assert second["a"] is first["a"] and second["a"].tolist() == [5, 5, 5]
     assert second["group"][0] == {"lr": 0.2, "step": torch.tensor(2.0)}
     state["a"] += 1
     assert second["a"].tolist() == [5, 5, 5]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_captured_function_keeps_its_tensors():
-    def make():
-        total = torch.zeros(1 << 22, device="cuda")
-
-        def add(x):
-            total.add_(x)
-            return total
-
-        return training.captured(add, torch.zeros((), device="cuda"), lambda: [total], "cuda")
-
-    replay = make()
-    torch.cuda.empty_cache()
-    replay(torch.ones((), device="cuda"))
-    others = [torch.full((1 << 22,), 7.0, device="cuda") for _ in range(4)]
-    assert (replay(torch.ones((), device="cuda")) == 2).all()
-    assert all((other == 7).all() for other in others)
 
 
 # ---- whole runs
@@ -279,7 +235,7 @@ def test_resume_refuses_damaged_averages(script, refused, shared_data, tmp_path,
     damage(state)
     torch.save(state, tmp_path / "a_last.pt")
     line = refused("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt", "--epochs", "4")
-    assert "averaged weights" in line
+    assert "a_last.pt is no last state of a run, or is damaged" in line and "start the run anew" in line
 
 
 def test_no_train_eval_and_no_compile(script, shared_data, tmp_path):
@@ -501,8 +457,8 @@ def test_log_dir_without_tensorboard_takes_nothing(refused, shared_data, tmp_pat
 
 def test_the_csv_alone_redraws_the_curves(script, shared_data, tmp_path):
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--max-horizon", "2"))
-    log = training.read_log(tmp_path / "a_log.csv", training.log_columns([1, 2], True), 3)
-    training.draw_loss(tmp_path / "again.png", log, [1, 2], "a")
+    log = run_files.read_log(tmp_path / "a_log.csv", run_files.log_columns([1, 2], True), 3)
+    figures.save(run_files.draw_loss(log, [1, 2], "a"), tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a_loss.png").read_bytes()
 
 

@@ -22,6 +22,7 @@ import dataset
 import figures
 import masked_model_gpu_mamba_next as training
 import optimal_filter
+import run_files
 from mamba_model import CausalTimeSeriesMamba, MambaBlock, load_checkpoint
 
 NAME = "masked_model_gpu_mamba_next"
@@ -255,7 +256,8 @@ def watch(monkeypatch):
 
         monkeypatch.setattr(training, "make_loss", watched_make_loss)
         monkeypatch.setattr(training, "set_lr", watched_set_lr)
-        monkeypatch.setattr(figures, "save", lambda fig, path: figs.__setitem__(path.name, fig))
+        monkeypatch.setattr(figures, "save_all",
+                            lambda drawn: figs.update({path.name: fig for path, fig in drawn.items()}))
         return steps, figs
 
     return start
@@ -476,7 +478,7 @@ def test_the_table_of_eval(script, shared_data, watched_run):
     row = run.log[run.best["epoch"] - 1]
     for k, cells in zip(HORIZONS, table[2:], strict=True):
         assert cells == [str(k), f"{float(row[f'val_mse_{k}']):.4f}", f"{float(row[f'floor_mse_{k}']):.4f}",
-                         f"{float(row[f'excess_percent_{k}']):.2f} %"]
+                         f"{float(row[f'excess_percent_{k}']):+.2f} %"]
     # The windows are the run's own, unless a flag says otherwise.
     out = script(NAME, "--eval", run.folder / "run.pt", "--data-dir", shared_data, "--stride", "50").out
     other = errors_by_loops(run.best, run.series, range(2700, 3000 - 63, 50))
@@ -517,12 +519,9 @@ def test_the_loss_figure(watched_run):
         assert legend == [line.get_label() for line in ax.get_lines()]
 
 
-def test_the_loss_figure_of_one_horizon_without_a_floor(monkeypatch, tmp_path):
-    figs = []
-    monkeypatch.setattr(figures, "save", lambda fig, path: figs.append(fig))
-    training.draw_loss(tmp_path / "a.png", [{"epoch": 1, "train_mse_1": 3.0, "val_mse_1": 4.0, "floor_mse_1": None}],
-                       [1], "a")
-    ax, = figs[0].axes
+def test_the_loss_figure_of_one_horizon_without_a_floor():
+    row = {"epoch": 1, "train_mse_1": 3.0, "val_mse_1": 4.0, "floor_mse_1": None}
+    ax, = run_files.draw_loss([row], [1], "a").axes
     assert [(line.get_label(), list(line.get_ydata()), line.get_marker()) for line in ax.get_lines()] == [
         ("training", [3.0], "o"), ("validation", [4.0], "o")]
 
@@ -601,4 +600,4 @@ def test_flags_given_are_known_from_defaults():
 
 def test_a_progress_line_without_a_floor():
     row = {"epoch": 3, "train_loss": 1.23456, "val_loss": 2.34567, "excess_percent_1": None}
-    assert training.progress_line(row, 7, [1]) == "epoch 3/7: training 1.2346, validation 2.3457"
+    assert run_files.progress_line(row, 7, [1]) == "epoch 3/7: training 1.2346, validation 2.3457"

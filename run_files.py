@@ -1,0 +1,451 @@
+"""What a training run named NAME.pt leaves behind: its names, its log, its record, its states, its figures; and how it
+is opened again.
+
+What the run computes is the training script's story; nothing here needs to be read to change that.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numba
+import numpy as np
+import scipy
+import torch
+from tqdm import tqdm
+
+import cli
+import figures
+from mamba_model import read_checkpoint, save_checkpoint, stem
+
+PRINT_EVERY_SECONDS = 10  # between two lines on the progress, where there is no progress bar
+
+# Flags that say how or where to compute, not what: --resume takes them from the command line where they are given.
+FREE_ON_RESUME = ("data_dir", "num_workers", "no_compile", "no_train_eval", "scan", "device", "epochs", "log_dir")
+# Flags that belong to one command and not to the run: always those of the command line.
+OF_THE_COMMAND = ("checkpoint", "resume", "eval")
+
+
+# ---- Names ----------------------------------------------------------------------------------------------------
+
+def files_of(checkpoint):
+    """The files that the run named by `checkpoint`, a Path, owns: {role: Path}."""
+    folder, name = checkpoint.parent, stem(checkpoint)
+    return {"best": checkpoint, "last": folder / f"{name}_last.pt", "log": folder / f"{name}_log.csv",
+            "record": folder / f"{name}_run.json", "loss": folder / f"{name}_loss.png",
+            **{f"prediction_{i}": folder / f"{name}_prediction_{i}.png" for i in range(3)}}
+
+
+def refuse_taken(files):
+    """Raise UserError when a run of this name exists: no run overwrites another's files."""
+    go_on = "go on with it by --resume, " if files["last"].exists() else ""
+    for path in files.values():
+        if path.exists():
+            raise cli.UserError(f"{path} exists already; {go_on}choose another --checkpoint name, or remove the old "
+                                "run's files")
+
+
+# ---- Log: one row per epoch -----------------------------------------------------------------------------------
+
+def log_columns(horizons, train_eval):
+    """The columns of NAME_log.csv; train_eval: whether the training windows are evaluated after each epoch."""
+    columns = ["epoch", "step", "lr", "seconds", "train_loss", "val_loss"]
+    for kind in ("train_mse", "val_mse", "floor_mse", "excess_percent"):
+        columns += [f"{kind}_{k}" for k in horizons]
+    return columns + (["train_eval_mse"] if train_eval else [])
+
+
+def log_writer(file, columns):
+    """A csv writer of rows as dicts. A number is written so that it reads back the same, a missing one as nothing."""
+    return csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+
+
+def start_log(path, columns, rows):
+    """Write the log with the rows so far, whole or not at all."""
+    with cli.writing(path) as part, open(part, "w", encoding="utf-8", newline="") as file:
+        writer = log_writer(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def append_row(path, columns, row):
+    try:
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            log_writer(file, columns).writerow(row)
+    except OSError as error:
+        raise cli.UserError(f"can't write {path}: {error.strerror}; free some space and go on with --resume") from None
+
+
+def read_log(path, columns, last_epoch):
+    """The rows of a log up to an epoch, as dicts of numbers; None where an optional column has none.
+
+    Later rows are dropped: a run that was killed wrote them after its last state. So is a last line that was cut
+    short. A line is printed when epochs are missing. Raises UserError when the file is damaged.
+    """
+    rows = []
+    required = [name for name in columns if not name.startswith(("floor_", "excess_", "train_eval_"))]
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for row in csv.DictReader(text[:text.rfind("\n") + 1].splitlines(), strict=True):
+            numbers = {name: float(cell) if cell else None for name, cell in row.items()}
+            numbers |= {name: float(row[name]) for name in required}
+            numbers |= {name: int(row[name]) for name in ("epoch", "step")}
+            if numbers["epoch"] <= last_epoch:
+                rows.append(numbers)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        raise cli.UserError(f"{path} is damaged ({cli.one_line(error)[:160]}); mend or remove it, then go on without "
+                            "the earlier rows") from None
+    if len(rows) < last_epoch:
+        print(f"{path} has rows of {len(rows)} of the {last_epoch} epochs so far; the curves lack the others")
+    return rows
+
+
+def progress_line(row, epochs, horizons):
+    """One line on an epoch: its losses, and how far each horizon's MSE is above that of the optimal filter."""
+    excess = [row[f"excess_percent_{k}"] for k in horizons]
+    above = "" if excess[0] is None else f", {', '.join(f'{e:.2f}' for e in excess)} % above optimal"
+    return (f"epoch {row['epoch']}/{epochs}: training {row['train_loss']:.4f}, validation {row['val_loss']:.4f}{above}")
+
+
+class EpochLog:
+    """What is told of a run while it goes on: NAME_log.csv, TensorBoard, and a progress bar or lines; by rank 0 alone.
+
+    `rows` are those of all epochs so far. As a context manager it closes the bar, so that what is printed afterwards
+    stands below it. Raises UserError when the log of a resumed run is damaged.
+    """
+
+    def __init__(self, args, files, state, plan, ranks):
+        self.path, self.epochs, self.first, self.horizons = files["log"], args.epochs, ranks.first, state.model.horizons
+        self.columns = log_columns(self.horizons, not args.no_train_eval)
+        self.rows, self.writer = [], None
+        if args.resume:
+            self.rows = read_log(self.path, self.columns, state.epoch)
+            print(f"resumed at epoch {state.epoch}, step {state.step}")
+        if self.first:
+            if args.log_dir is not None:
+                self.writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), state.epoch)
+            start_log(self.path, self.columns, self.rows)
+            record = run_record(args, ranks.device, state.model, ranks.world)
+            write_record(files["record"], record, state.step if args.resume else None)
+        self.bar = tqdm(total=plan.total_steps, initial=state.step, unit="step", mininterval=0.5, dynamic_ncols=True,
+                        disable=not (self.first and sys.stderr.isatty()))
+        self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.started = self.printed = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def add(self, row):
+        """Log the row of an epoch, in which it notes the seconds of training so far, those before a --resume too."""
+        now = time.perf_counter()
+        row["seconds"] = round(self.seconds_before + now - self.started, 3)
+        self.rows.append(row)
+        if not self.first:
+            return
+        append_row(self.path, self.columns, row)
+        if self.writer is not None:
+            for name in self.columns[2:]:  # all but epoch and step
+                if row.get(name) is not None:
+                    self.writer.add_scalar(name, row[name], row["epoch"])
+            self.writer.flush()
+        line = progress_line(row, self.epochs, self.horizons)
+        self.bar.set_postfix_str(line)
+        is_an_end = row["epoch"] in (1, self.epochs)
+        if self.bar.disable and (is_an_end or now - self.printed > PRINT_EVERY_SECONDS):
+            print(line, flush=True)
+            self.printed = now
+
+    def add_figures(self, paths):
+        """Show the figures NAME_*.png in TensorBoard too, and close it."""
+        if self.writer is None:
+            return
+        prefix = self.path.name.removesuffix("log.csv")
+        for path in paths:
+            pixels = matplotlib.image.imread(path)[:, :, :3]
+            self.writer.add_image(path.stem.removeprefix(prefix), pixels, self.rows[-1]["epoch"], dataformats="HWC")
+        self.writer.close()
+
+
+def summary_writer_class():
+    """TensorBoard's writer. Raises UserError when tensorboard isn't installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise cli.UserError("--log-dir needs tensorboard; install it with: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def tensorboard_writer(log_dir, name, epoch):
+    """A writer to the folder log_dir/name, in which what an earlier writer wrote of epochs after `epoch` is hidden."""
+    folder = cli.output_folder(log_dir / name)
+    return summary_writer_class()(str(folder), purge_step=epoch + 1)
+
+
+# ---- Record: what a reader needs to repeat the run ------------------------------------------------------------
+
+def run_record(args, device, model, world=1):
+    """Command, commit, start time, seed, processes, device, back end, size and versions, as a dict."""
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
+                                   text=True, cwd=Path(__file__).parent, timeout=10)
+        commit = described.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    launcher = ["python"]
+    if world > 1:
+        launcher = ["torchrun", f"--nnodes={os.environ.get('GROUP_WORLD_SIZE', 1)}",
+                    f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', world)}"]
+    return {"command": shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "git_commit": commit,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "seed": args.seed,
+            "processes": world,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+            "scan": model.backend_for(device),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+                         "numpy": np.__version__, "scipy": scipy.__version__, "numba": numba.__version__}}
+
+
+def read_record(path):
+    """NAME_run.json as a dict, or None when it is missing or damaged: that is no reason to refuse a checkpoint."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, "resumed": [{**again} for again in record.get("resumed", [])]}
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError):
+        return None
+
+
+def write_record(path, record, resumed_at=None):
+    """The record of the run's first start. When the run is resumed at a step, this start is added to its list
+    "resumed" instead."""
+    first = read_record(path) if resumed_at is not None else None
+    if first is not None:
+        record = {**first, "resumed": [*first["resumed"], {"step": resumed_at, **record}]}
+    cli.write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def print_record(path):
+    """Print the record: one line per entry, and one per start of a resumed run."""
+    record = read_record(path)
+    if record is None:
+        print(f"no readable record of the run at {path}")
+        return
+    for key, value in record.items():
+        if key != "resumed":
+            parts = [f"{k} {v}" for k, v in value.items() if v is not None] if isinstance(value, dict) else [str(value)]
+            print(f"{key:12} {', '.join(parts)}")
+    for again in record["resumed"]:
+        print(f"{'resumed':12} at step {again.get('step')}, {again.get('started')}, commit {again.get('git_commit')}, "
+              f"on {again.get('device')}: {again.get('command')}")
+
+
+# ---- Opening a run: its flags, and its last state if it goes on -----------------------------------------------
+
+def saved_flags(saved, path, parse_args):
+    """The flags in the args of a checkpoint, as a Namespace: put into words and parsed as a command line would be.
+
+    So each value is of the right kind, and a flag that came after the checkpoint has its default. saved: the dict;
+    parse_args(words, refuse) parses a list of words and calls refuse(message) where they are wrong. Raises UserError.
+    """
+    def refuse(message):
+        raise cli.UserError(f"{path} is damaged or no checkpoint of this script: of the flags in it, {message}")
+
+    words = []
+    for name, default in vars(parse_args([])).items():
+        value = saved.get(name, default)
+        if name in OF_THE_COMMAND or name == "given" or value is None or value is False:
+            continue
+        word = "--" + name.replace("_", "-")
+        words.append(word if value is True else f"{word}={value}")
+    return parse_args(words, refuse)
+
+
+def flags_for_resume(args, saved):
+    """The flags to go on with: the run's own, `saved`, but for what the command line, `args`, may change.
+
+    Raises UserError when a flag on the command line contradicts the run.
+    """
+    flags = vars(saved) | {name: getattr(args, name) for name in OF_THE_COMMAND}
+    for name in args.given:
+        value = getattr(args, name)
+        if name in FREE_ON_RESUME:
+            flags[name] = value
+        elif name not in OF_THE_COMMAND and value != flags[name]:
+            raise cli.UserError(f"--resume: the run was started with --{name.replace('_', '-')} {flags[name]}, not "
+                                f"{value}; leave the flag out, or start another run")
+    return argparse.Namespace(**flags)
+
+
+def open_run(args, files, first, parse_args):
+    """(flags, content of NAME_last.pt): of a new run, whose name is free, (args, None); of one that goes on, its own.
+
+    first: whether this is rank 0, which alone looks at the files of a new run; parse_args: see saved_flags. Raises
+    UserError.
+    """
+    if args.log_dir is not None:
+        summary_writer_class()
+    saved = None
+    if args.resume:
+        if not files["last"].is_file():
+            raise cli.UserError(f"--resume: {files['last']} not found, so there is no run to go on with; leave "
+                                "--resume out to start it")
+        saved = read_checkpoint(files["last"])
+        args = flags_for_resume(args, saved_flags(saved["args"], files["last"], parse_args))
+    elif first:
+        refuse_taken(files)
+    if first:
+        cli.output_folder(args.checkpoint.parent)
+    return args, saved
+
+
+# ---- The best and the last state ------------------------------------------------------------------------------
+
+class Saver:
+    """Writes a run's NAME.pt and NAME_last.pt, on rank 0, and knows which of them can be trusted.
+
+    The best state is copied when its epoch ends and written when the last state is, as both take a while.
+    """
+
+    def __init__(self, state, plan, files, ranks):
+        self.state, self.plan, self.files, self.first = state, plan, files, ranks.first
+        self.best, self.best_weights = None, None  # what is still to be written to NAME.pt; the copy, to be renewed
+        self.saved_step, self.saved_at = state.step, time.perf_counter()
+
+    def keep_best(self):
+        """Copy the state if its validation loss is the lowest so far."""
+        state = self.state
+        if state.val_loss >= state.best_loss:
+            return
+        state.best_loss = state.val_loss
+        if self.first:
+            self.best_weights = snapshot({"model_state_dict": state.averaged.state_dict(),
+                                          "optimizer_state_dict": state.optimizer.state_dict()}, self.best_weights)
+            self.best = {"epoch": state.epoch, "train_loss": state.train_loss, "val_loss": state.val_loss,
+                         "args": state.flags, **self.best_weights}
+
+    def save_best(self):
+        if self.best is not None:
+            save_checkpoint(self.files["best"], **self.best)
+            self.best = None
+
+    def save(self):
+        """Write both files. The best one first: a last state never remembers a best one that isn't on the disk."""
+        if self.first:
+            self.save_best()
+            save_checkpoint(self.files["last"], **self.state.state_dict())
+        self.saved_step, self.saved_at = self.state.step, time.perf_counter()
+
+    def seconds_since(self):
+        """Seconds since the last state was saved."""
+        return time.perf_counter() - self.saved_at
+
+    def check_finite(self, finite_steps, finite):
+        """Raise UserError when this epoch's loss was finite in its first `finite_steps` steps only, or when what they
+        led to isn't `finite`; the error names the step, and the checkpoint that is still good."""
+        epoch = (self.state.step - 1) // self.plan.steps_per_epoch  # the one in which the last step was
+        begin = epoch * self.plan.steps_per_epoch
+        if finite and finite_steps == self.state.step - begin:
+            return
+        self.save_best()
+        bad_step = min(begin + round(finite_steps), self.state.step - 1)
+        if self.files["best"].exists():
+            good = f"{self.files['best']} (the lowest validation loss)"
+        elif self.saved_step == 0:
+            good = f"{self.files['last']} (the state at the start)"
+        else:
+            good = f"{self.files['last']} (the state after step {self.saved_step})"
+        raise cli.UserError(f"the loss became NaN or infinite at step {bad_step + 1} (epoch {epoch + 1}, learning rate "
+                            f"{self.plan.lr(bad_step):.3g}); the last good checkpoint is {good}; start anew with a "
+                            "smaller --lr")
+
+
+def snapshot(state, into=None):
+    """A copy of a (nested) state dict that later steps don't change.
+
+    into: an earlier copy, which is renewed. All its tensors are then copied by a few kernels; a new clone would launch
+    one kernel per tensor, milliseconds in all on a GPU.
+    """
+    copies, values = [], []
+
+    def copied(value, earlier):
+        if isinstance(value, torch.Tensor) and earlier is not None:
+            copies.append(earlier)
+            values.append(value.detach())
+            return earlier
+        if isinstance(value, torch.Tensor):
+            return value.detach().clone()
+        if isinstance(value, dict):
+            return {key: copied(item, None if earlier is None else earlier[key]) for key, item in value.items()}
+        if isinstance(value, list):
+            return [copied(item, None if earlier is None else earlier[i]) for i, item in enumerate(value)]
+        return value
+
+    result = copied(state, into)
+    if copies:
+        torch._foreach_copy_(copies, values)
+    return result
+
+
+# ---- Figures --------------------------------------------------------------------------------------------------
+
+def draw_loss(rows, horizons, title):
+    """Training and validation MSE per horizon against the epoch, and the excess over the optimal filter."""
+    has_floor = rows[-1].get(f"floor_mse_{horizons[0]}") is not None
+    fig, axes = figures.new_figure(1, 2 if has_floor else 1, (5.5, 4), title)
+    colors = figures.circle_colors(max(len(horizons), 2))
+    epochs = [row["epoch"] for row in rows]
+    for k, color in zip(horizons, colors, strict=False):
+        name = f"horizon {k}, " if len(horizons) > 1 else ""
+        ax = axes[0, 0]
+        ax.plot(epochs, [row[f"train_mse_{k}"] for row in rows], color=color, alpha=0.4, label=f"{name}training")
+        ax.plot(epochs, [row[f"val_mse_{k}"] for row in rows], color=color, label=f"{name}validation")
+        if has_floor:
+            ax.axhline(rows[-1][f"floor_mse_{k}"], color=color, linestyle=":", label=f"{name}optimal filter")
+            excess = [row[f"excess_percent_{k}"] for row in rows]
+            label = f"{name}best {min(excess):.2f} %, {excess[-1]:.2f} % at the end"
+            axes[0, 1].plot(epochs, excess, color=color, label=label)
+    axes[0, 0].set(xlabel="epoch", ylabel="mean squared error (data units²)", yscale="log", title="Loss")
+    axes[0, 0].legend(fontsize=7 if len(horizons) > 2 else 9)
+    if has_floor:
+        axes[0, 1].set(xlabel="epoch", ylabel="validation MSE over the filter's − 1 (%)", yscale="log",
+                       title="Excess over the optimal filter")
+        axes[0, 1].legend(fontsize=7 if len(horizons) > 2 else 9)
+    for ax in axes.ravel():
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        low, high = ax.get_ylim()
+        figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
+        if len(rows) == 1:
+            for line in ax.get_lines():
+                line.set_marker("o")
+    return fig
+
+
+def draw_prediction(window, prediction, states, n_circles, start, title):
+    """One validation window: its circles, data, next-step prediction, and error (prediction minus data).
+
+    window, prediction: (time, feature_dim); states: (time,); all for the same time steps, from `start` on.
+    """
+    fig, axes = figures.new_figure(4, 1, (9, 1.9), title, sharex=True,
+                                   gridspec_kw={"height_ratios": [0.25, 1, 1, 1]})
+    figures.state_strip(axes[0, 0], states, n_circles, start)
+    high = float(np.percentile(np.abs(window), 99))
+    for ax, values, name in ((axes[1, 0], window, "data"), (axes[2, 0], prediction, "predicted"),
+                             (axes[3, 0], prediction - window, "error")):
+        figures.heatmap_panel(fig, ax, values, start, f"{name}\nfeature", cmap="RdBu_r", limits=(-high, high),
+                              unit="data units")
+    axes[3, 0].set_xlabel("time step")
+    present = sorted(set(states.tolist()))
+    figures.circle_legend(fig, n_circles, present)
+    return fig
