@@ -71,8 +71,12 @@ def load_series(data_dir):
         raise UserError(f"{path} not found; {remedy}")
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            arrays = {info.filename.removesuffix(".npy"): read_array(archive, file, info)
-                      for info in archive.infolist() if info.filename.removesuffix(".npy") in ARRAYS}
+            arrays = {}
+            for info in archive.infolist():
+                archive.open(info).close()  # raises an error if the member's own header has another name
+                name = info.filename.removesuffix(".npy")
+                if name in ARRAYS:
+                    arrays[name] = read_array(archive, file, info)
     except Exception as error:  # zipfile and numpy let out whatever they stumble over in a hostile file
         wrong = "does not fit in memory" if isinstance(error, MemoryError) else "is damaged"
         raise UserError(f"{path} {wrong} ({one_line(error)[:200] or type(error).__name__}); {remedy}") from None

@@ -109,12 +109,12 @@ import mamba_model
 import measures
 import optimal_filter
 
-KS = (10, 30, 100)  # neighbours of the dimension estimate
-K_SHOWN = 30  # the one in panel titles and in the comparison
-PROBE_FRACTION = 0.7  # of time, to fit the probes
-PROBE_STEPS = 20_000  # the probes are fitted on at most so many steps, drawn from that part
-STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}
-POINTS_WORTH_A_POOL = 10_000  # to start a process takes as long as to embed about this many points
+KS = (10, 30, 100)  # numbers of neighbours for the dimension
+K_SHOWN = 30  # the one of them in panel titles and in the comparison
+PROBE_FRACTION = 0.7  # the probes are fitted on this part of time and scored on the rest
+PROBE_STEPS = 20_000  # at most so many steps of that part, drawn at random
+STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}  # time steps that go through a layer at once
+POINTS_WORTH_A_POOL = 10_000  # starting a process takes as long as embedding about this many points
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -186,8 +186,12 @@ def representations(model, X, seq_len, depths, velocity=False):
     backend = model.backend_for(device)
     starts, length = overlapping_windows(len(X), seq_len)
     h = dataset.gather(X, starts, length)
-    steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers),
-             lambda x: model.output_heads["1"](model.final_norm(x))]
+
+    def prediction(x):
+        return model.predictions({"1": model.output_heads["1"](model.final_norm(x))})["1"]
+
+    # steps[i] leads from the output of step i - 1 to the next: the input projection, the layers, the prediction
+    steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
     for depth in range(max(depths) + 1):
         if depth == 0:
             level, h = h, in_batches(steps[0], h, device) if max(depths) else None
@@ -375,17 +379,27 @@ def cell(value, form=".3f"):
     return "–" if value is None else format(value, form)
 
 
+LEVEL_COLUMNS = [  # title, key of a level's measures, number format
+    ("probe acc.", "probe_accuracy", ".3f"),
+    ("phase R²", "phase_r2", ".3f"),
+    ("ARI", "kmeans_ari", ".3f"),
+    ("smooth", "kmeans_ari_smooth", ".3f"),
+    ("NMI", "kmeans_nmi", ".3f"),
+    ("smooth", "kmeans_nmi_smooth", ".3f"),
+    ("silhouette", "silhouette", ".3f"),
+    ("rank", "effective_rank", ".1f"),
+]
+
+
 def level_table(report):
-    """The table of one model, one row per level."""
-    columns = [("probe acc.", "probe_accuracy", ".3f"), ("phase R²", "phase_r2", ".3f"), ("ARI", "kmeans_ari", ".3f"),
-               ("smooth", "kmeans_ari_smooth", ".3f"), ("NMI", "kmeans_nmi", ".3f"),
-               ("smooth", "kmeans_nmi_smooth", ".3f"), ("silhouette", "silhouette", ".3f"),
-               ("rank", "effective_rank", ".1f")]
-    with_dimension = any(m["dimension"] for m in report["levels"])
-    header = ["level", *(title for title, _, _ in columns), *([f"dim {k}" for k in KS] if with_dimension else [])]
-    return cli.table(header, [
-        [m["level"], *(cell(m[key], form) for _, key, form in columns),
-         *([cell(m["dimension"][k], ".2f") for k in KS] if with_dimension else [])] for m in report["levels"]])
+    """The table of one model, one row per level; without the columns of the dimension when no level has one."""
+    ks = KS if any(m["dimension"] for m in report["levels"]) else []
+    header = ["level", *(title for title, _, _ in LEVEL_COLUMNS), *(f"dim {k}" for k in ks)]
+    rows = []
+    for m in report["levels"]:
+        rows.append([m["level"], *(cell(m[key], form) for _, key, form in LEVEL_COLUMNS),
+                     *(cell(m["dimension"][k], ".2f") for k in ks)])
+    return cli.table(header, rows)
 
 
 def umap_table(report):
@@ -396,37 +410,46 @@ def umap_table(report):
 
 
 def peak(levels, key):
-    """The highest value of a measure over all levels, None where no level has it."""
+    """The highest value of a measure over all levels; None when no level has it."""
     return max((m[key] for m in levels if m.get(key) is not None), default=None)
 
 
-def comparison_row(report):
-    """One model in one row: its prediction one step ahead, its best layer, its last layer and its peaks over levels.
+# What the comparison tells of each model: {column of the CSV: (its title in the table, number format or "" for text)}
+COMPARISON = {
+    "checkpoint": ("checkpoint", ""),
+    "val_mse": ("val MSE", ".4f"),
+    "optimal_mse": ("optimal", ".4f"),
+    "excess_percent": ("excess %", "+.2f"),
+    "best_layer": ("best layer", ""),
+    "probe_accuracy": ("probe acc.", ".3f"),
+    "phase_r2": ("phase R²", ".3f"),
+    "silhouette": ("silhouette", ".3f"),
+    "kmeans_ari": ("ARI", ".3f"),
+    "kmeans_ari_smooth": ("smooth", ".3f"),
+    f"dimension_k{K_SHOWN}": (f"dim {K_SHOWN}", ".2f"),
+    f"last_layer_dimension_k{K_SHOWN}": ("last", ".2f"),
+    "peak_silhouette": ("peak sil.", ".3f"),
+    "peak_umap_silhouette": ("UMAP sil.", ".3f"),
+    "peak_umap_ari_smooth": ("UMAP ARI", ".3f"),
+}
 
-    The keys are the columns of the CSV, which COMPARISON gives their titles.
-    """
-    error = next((row for row in report["errors"] if row["horizon"] == 1), {})
+
+def comparison_row(report):
+    """One model as {column of COMPARISON: value or None}."""
     levels = report["levels"]
+    one_ahead = next((row for row in report["errors"] if row["horizon"] == 1), {})
     best = best_layer(levels) or {}
     last = next((m for m in reversed(levels) if m["level"].startswith("layer")), {})
-    return {"checkpoint": report["name"], "val_mse": error.get("val_mse"), "optimal_mse": error.get("optimal_mse"),
-            "excess_percent": error.get("excess_percent"), "best_layer": best.get("level"),
-            "probe_accuracy": best.get("probe_accuracy"), "phase_r2": best.get("phase_r2"),
-            "silhouette": best.get("silhouette"), "kmeans_ari": best.get("kmeans_ari"),
-            "kmeans_ari_smooth": best.get("kmeans_ari_smooth"),
-            f"dimension_k{K_SHOWN}": (best.get("dimension") or {}).get(K_SHOWN),
-            f"last_layer_dimension_k{K_SHOWN}": (last.get("dimension") or {}).get(K_SHOWN),
-            **{f"peak_{key}": peak(levels, key) for key in ("silhouette", "umap_silhouette", "umap_ari_smooth")}}
-
-
-# {key of comparison_row: (title of its column, number format or "" for text)}
-COMPARISON = {"checkpoint": ("checkpoint", ""), "val_mse": ("val MSE", ".4f"), "optimal_mse": ("optimal", ".4f"),
-              "excess_percent": ("excess %", "+.2f"), "best_layer": ("best layer", ""),
-              "probe_accuracy": ("probe acc.", ".3f"), "phase_r2": ("phase R²", ".3f"),
-              "silhouette": ("silhouette", ".3f"), "kmeans_ari": ("ARI", ".3f"), "kmeans_ari_smooth": ("smooth", ".3f"),
-              f"dimension_k{K_SHOWN}": (f"dim {K_SHOWN}", ".2f"),
-              f"last_layer_dimension_k{K_SHOWN}": ("last", ".2f"), "peak_silhouette": ("peak sil.", ".3f"),
-              "peak_umap_silhouette": ("UMAP sil.", ".3f"), "peak_umap_ari_smooth": ("UMAP ARI", ".3f")}
+    return {
+        "checkpoint": report["name"],
+        **{key: one_ahead.get(key) for key in ("val_mse", "optimal_mse", "excess_percent")},
+        "best_layer": best.get("level"),
+        **{key: best.get(key) for key in ("probe_accuracy", "phase_r2", "silhouette", "kmeans_ari",
+                                          "kmeans_ari_smooth")},
+        f"dimension_k{K_SHOWN}": (best.get("dimension") or {}).get(K_SHOWN),
+        f"last_layer_dimension_k{K_SHOWN}": (last.get("dimension") or {}).get(K_SHOWN),
+        **{f"peak_{key}": peak(levels, key) for key in ("silhouette", "umap_silhouette", "umap_ari_smooth")},
+    }
 
 
 def comparison_table(rows):
@@ -437,8 +460,10 @@ def comparison_table(rows):
 
 
 def seed_groups(reports):
-    """Groups of two or more reports whose models were trained with the same flags but for the seed: {name of the first
-    model of a group: list of reports}."""
+    """Reports of models that were trained with the same flags but for the seed: {name of the first one: list of them}.
+
+    Flags that don't change the result don't count either. A model without such siblings is left out.
+    """
     groups = {}
     for report in reports:
         flags = {key: value for key, value in report["trained_with"].items()
@@ -492,13 +517,16 @@ def level_title(level):
 
 # The panels of the summary: (title, {line label: how to read the line off a level's measures}). The first line of each
 # panel is the solid one.
+VOTE = f"vote over {measures.VOTE_STEPS} steps"
 PANELS = [
     ("circle accuracy of a linear probe", {"": lambda m: m["probe_accuracy"]}),
     ("phase R², (cos θ, sin θ)", {"": lambda m: m["phase_r2"]}),
-    ("ARI of k-means", {f"vote over {measures.VOTE_STEPS} steps": lambda m: m["kmeans_ari_smooth"],
-                        "raw": lambda m: m["kmeans_ari"], "in the UMAP, vote": lambda m: m.get("umap_ari_smooth")}),
-    ("NMI of k-means", {f"vote over {measures.VOTE_STEPS} steps": lambda m: m["kmeans_nmi_smooth"],
-                        "raw": lambda m: m["kmeans_nmi"], "in the UMAP, vote": lambda m: m.get("umap_nmi_smooth")}),
+    ("ARI of k-means", {VOTE: lambda m: m["kmeans_ari_smooth"],
+                        "raw": lambda m: m["kmeans_ari"],
+                        "in the UMAP, vote": lambda m: m.get("umap_ari_smooth")}),
+    ("NMI of k-means", {VOTE: lambda m: m["kmeans_nmi_smooth"],
+                        "raw": lambda m: m["kmeans_nmi"],
+                        "in the UMAP, vote": lambda m: m.get("umap_nmi_smooth")}),
     ("silhouette of the circles", {"in the level": lambda m: m["silhouette"],
                                    "in its UMAP": lambda m: m.get("umap_silhouette")}),
     ("effective rank", {"": lambda m: m["effective_rank"]}),
@@ -506,7 +534,7 @@ PANELS = [
                                  for k in sorted(KS, key=lambda k: k != K_SHOWN)}),
 ]
 LINE_STYLES = ["-", "--", ":"]
-UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # titles that begin so have the scale 0…1
+UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # panels with these titles have the scale 0…1
 
 
 def draw_summary(reports, title):
@@ -515,28 +543,12 @@ def draw_summary(reports, title):
     With more than three models only the first line of each panel is drawn. Models that differ in depth share a relative
     depth axis.
     """
-    n_layers = {report["n_layers"] for report in reports}
-    colors = figures.circle_colors(max(len(reports), 2))
+    colors = figures.circle_colors(max(len(reports), 2))[:len(reports)]
     fig, axes = figures.new_figure(2, 4, panel=(3.7, 3.0), title=title)
     for ax, (name, lines) in zip(axes.ravel(), PANELS, strict=False):
-        shown = [(label, read) for label, read in lines.items()
-                 if any(read(m) is not None for report in reports for m in report["levels"])]
-        shown = shown[:1 if len(reports) > 3 else None]
-        for report, color in zip(reports, colors, strict=False):
-            depth = [m["depth"] / (report["n_layers"] + 1 if len(n_layers) > 1 else 1) for m in report["levels"]]
-            for style, (_, read) in zip(LINE_STYLES, shown, strict=False):
-                values = [np.nan if read(m) is None else read(m) for m in report["levels"]]
-                ax.plot(depth, values, color=color, linestyle=style, marker="o", markersize=3.5)
-        ax.set_title(name + (f", {shown[0][0]}" if len(shown) == 1 < len(lines) else ""))
-        if name.startswith(UNIT_PANELS):
-            ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
-        depth_ticks(ax, reports, n_layers)
-        if len(shown) > 1:
-            ax.legend(handles=[figures.Line2D([], [], color="0.3", linestyle=style, label=label)
-                               for style, (label, _) in zip(LINE_STYLES, shown, strict=False)])
-    # ---- the legend: the models, and the exact filter's line in the first panel.
+        depth_panel(ax, reports, colors, name, lines)
     handles = [figures.Line2D([], [], color=color, marker="o", markersize=3.5, label=shortened(report["name"]))
-               for report, color in zip(reports, colors, strict=False)]
+               for report, color in zip(reports, colors, strict=True)]
     ceiling = reports[0]["filter_circle_accuracy"]
     if ceiling is not None:
         handles.append(axes[0, 0].axhline(ceiling, color="0.4", linestyle="-.", linewidth=1,
@@ -544,6 +556,31 @@ def draw_summary(reports, title):
     figures.hide_unused(axes, len(PANELS))
     axes.ravel()[-1].legend(handles=handles, loc="center left")
     return fig
+
+
+def depth_panel(ax, reports, colors, name, lines):
+    """One panel of draw_summary: its lines {label: read(level)} against depth, for each report in its colour.
+
+    Lines without any value are left out. With several lines left, a legend tells their styles; with one of several,
+    the title names it.
+    """
+    n_layers = {report["n_layers"] for report in reports}
+    shown = [(label, read) for label, read in lines.items()
+             if any(read(m) is not None for report in reports for m in report["levels"])]
+    shown = shown[:1] if len(reports) > 3 else shown
+    for report, color in zip(reports, colors, strict=True):
+        deepest = report["n_layers"] + 1 if len(n_layers) > 1 else 1
+        depth = [m["depth"] / deepest for m in report["levels"]]
+        for style, (_, read) in zip(LINE_STYLES, shown, strict=False):
+            values = [np.nan if read(m) is None else read(m) for m in report["levels"]]
+            ax.plot(depth, values, color=color, linestyle=style, marker="o", markersize=3.5)
+    ax.set_title(name + (f", {shown[0][0]}" if len(shown) == 1 < len(lines) else ""))
+    if name.startswith(UNIT_PANELS):
+        ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
+    depth_ticks(ax, reports, n_layers)
+    if len(shown) > 1:
+        ax.legend(handles=[figures.Line2D([], [], color="0.3", linestyle=style, label=label)
+                           for style, (label, _) in zip(LINE_STYLES, shown, strict=False)])
 
 
 def depth_ticks(ax, reports, n_layers):

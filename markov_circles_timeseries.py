@@ -4,8 +4,8 @@ Writes DIR/data.npz and DIR/config.json (see data/README.md) and, beside them, t
 transition_matrix.png, periods.png, sample_window_{0,1,2}.png and umap.png. The same flags give the same data,
 byte for byte; a longer series with the same seed begins with the shorter one.
 
-A series larger than memory is written with --uncompressed: data.npz grows block by block while the series is drawn,
-with the same values in it, and every script then reads the parts it needs straight from the file.
+With --uncompressed, data.npz grows block by block while the series is drawn, so that the series may be larger than
+memory. It holds the same values, and every script then reads the parts it needs straight from the file.
 
 Examples:
   python markov_circles_timeseries.py
@@ -30,19 +30,19 @@ from circle_process import BLOCK_VALUES, LARGEST_VALUE, LONGEST_PERIOD
 from dataset import Series, load_series, pick
 from measures import distinct, knn, levina_bickel, umap_embedding
 
-N_SAMPLE_WINDOWS, SAMPLE_WINDOW = 3, 1000
-FIRST_STEPS = 5000
-MOST_BARS, TIME_BINS = 2000, 1000  # visits drawn as bars each; beyond, the stretches of time whose shares are drawn
+N_SAMPLE_WINDOWS, SAMPLE_WINDOW = 3, 1000  # how many, and steps in each
+FIRST_STEPS = 5000  # at the beginning of the series, drawn larger
+MOST_BARS, TIME_BINS = 2000, 1000  # up to so many visits are drawn as a bar each, more as shares of so many stretches
 ALIGNMENT = 64  # bytes; where the values of an uncompressed array begin in the file, as in an npy file
 FEW_CIRCLES = 12  # up to here each circle gets its tick and each probability its number
 UMAP_POINTS, UMAP_NEIGHBORS, DIMENSION_K = 5000, 15, 20
 
 
 def parse_args(argv=None):
-    p = cli.parser(__doc__)
-    series = p.add_argument_group("series")
+    parser = cli.parser(__doc__)
+    series = parser.add_argument_group("series")
     series.add_argument("--n-steps", type=cli.positive_int, default=100_000, metavar="N", help="time steps")
-    circles = p.add_argument_group("circles")
+    circles = parser.add_argument_group("circles")
     circles.add_argument("--n-circles", type=cli.positive_int, default=10, metavar="K", help="circles, 2 or more")
     circles.add_argument("--ambient-dim", type=cli.positive_int, default=20, metavar="D", help="features of the series")
     circles.add_argument("--subspace-dim", type=cli.positive_int, metavar="D",
@@ -53,33 +53,33 @@ def parse_args(argv=None):
                          help="standard deviation of the radii, which are clipped to 0.5…1.5 times the mean")
     circles.add_argument("--noise-std", type=cli.non_negative_float, default=2.83, metavar="S",
                          help="standard deviation of the white noise on every feature")
-    chain = p.add_argument_group("visits (the Markov chain)")
+    chain = parser.add_argument_group("visits (the Markov chain)")
     chain.add_argument("--dwell-mean", type=cli.positive_float, default=400.0, metavar="STEPS",
                        help="mean length of a visit, before it is rounded to whole revolutions")
     chain.add_argument("--dwell-std", type=cli.non_negative_float, default=100.0, metavar="STEPS",
                        help="standard deviation of the length of a visit")
     chain.add_argument("--min-period", type=cli.positive_int, default=40, metavar="STEPS",
-                       help="steps a revolution of the first circle")
+                       help="steps per revolution of the first circle")
     chain.add_argument("--max-period", type=cli.positive_int, default=400, metavar="STEPS",
-                       help="steps a revolution of the last circle")
-    variants = p.add_argument_group("variants")
+                       help="steps per revolution of the last circle")
+    variants = parser.add_argument_group("variants")
     variants.add_argument("--drift", action="store_true",
-                          help="tilt the plane of even-numbered circles during each visit, anew at the next")
+                          help="tilt the plane of even-numbered circles during each visit, each time another way")
     variants.add_argument("--drift-rate", type=cli.non_negative_float, default=0.3, metavar="RAD",
                           help="tilt reached at the end of a visit, with --drift")
     variants.add_argument("--center-walk-std", type=cli.non_negative_float, default=0.0, metavar="S",
-                          help="standard deviation, a step and feature, of the random walk of the common centre")
-    files = p.add_argument_group("files")
+                          help="standard deviation per step and feature of the random walk of the common centre")
+    files = parser.add_argument_group("files")
     cli.add_data_dir(files)
     files.add_argument("--uncompressed", action="store_true",
                        help="store data.npz uncompressed and write it while it is drawn: for series larger than memory")
     files.add_argument("--no-umap", action="store_true", help="skip the UMAP figure, by far the slowest part")
     cli.add_seed(series)
-    args = p.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
         check_config(config_of(args))
     except cli.UserError as error:
-        p.error(error)
+        parser.error(error)
     return args
 
 
@@ -127,18 +127,23 @@ def generate(config, block_values=BLOCK_VALUES):
     return Series(X=X, states=states, thetas=thetas, process=process, config=dict(config))
 
 
-# ------------------------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------------------------------- the files
+
 
 @contextlib.contextmanager
 def writing_data(config, data_dir):
-    """Give the path to write data.npz to; it and config.json appear whole or not at all, and never beside an older
-    other."""
+    """Give the path to write data.npz to, and write config.json with it.
+
+    Both files are replaced together when the block ends well: no reader ever finds a new data.npz beside an old
+    config.json, or the reverse.
+    """
     config_file = data_dir / "config.json"
     with cli.writing(config_file) as config_part:
         config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with cli.writing(data_dir / "data.npz") as part:
-            yield part
-            # A run killed between the two leaves data without a config.json, which says so, not with an older one's.
+        with cli.writing(data_dir / "data.npz") as data_part:
+            yield data_part
+            # Killed between the two replacements, this leaves data without a config.json, and the scripts say that it
+            # is missing. Beside an older config.json they would silently compute with wrong parameters.
             config_file.unlink(missing_ok=True)
     print(f"wrote {data_dir / 'data.npz'} and config.json: {config['n_steps']:,} steps x {config['ambient_dim']} "
           "features")
@@ -156,8 +161,9 @@ def save(series, data_dir):
 def save_uncompressed(config, data_dir, block_values=BLOCK_VALUES):
     """Draw a series straight into an uncompressed data.npz, and write its config.json.
 
-    The values are those of `generate`; the memory taken is that of the visits and a block. A zip takes one member
-    after the other, so circles and phases are worked out from the visits once more for each: cheap beside the noise.
+    The values are those of `generate`; the memory taken is that of the visits and one block. A zip file takes one
+    array after the other, so the circles and phases, which X needs too, are computed anew for their own arrays: that is
+    cheap beside drawing the noise.
     """
     check_config(config)
     n_steps, dim = config["n_steps"], config["ambient_dim"]
@@ -168,7 +174,8 @@ def save_uncompressed(config, data_dir, block_values=BLOCK_VALUES):
         blocks = circle_process.step_blocks(plan, block_values)
         return (circle_process.hidden_states(plan, steps)[i] for steps in blocks)
 
-    with writing_data(config, data_dir) as path, open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with (writing_data(config, data_dir) as path, open(path, "wb") as file,
+          zipfile.ZipFile(file, "w") as archive):
         points = circle_process.draw_points(plan, block_values)
         write_member(archive, file, "X", (n_steps, dim), np.float32, (X for _, X in points))
         write_member(archive, file, "states", (n_steps,), np.int64, hidden(0))
@@ -179,7 +186,7 @@ def save_uncompressed(config, data_dir, block_values=BLOCK_VALUES):
 
 
 def write_member(archive, file, name, shape, dtype, values):
-    """Add an array to the zip archive being written to `file`, uncompressed, from consecutive blocks of its rows.
+    """Add an uncompressed array to the zip archive being written to `file`; values: consecutive blocks of its rows.
 
     The npy header is padded so that the values begin at a multiple of ALIGNMENT in the file and can be used where
     they lie. Format: numpy.lib.format, version 1.0.
@@ -195,10 +202,11 @@ def write_member(archive, file, name, shape, dtype, values):
             member.write(np.ascontiguousarray(block, dtype))
 
 
-# ---------------------------------------------------------------------------------------------------- the summary
+# ------------------------------------------------------------------------------------------------- the summary
+
 
 def visit_statistics(series):
-    """Steps (K,), visits (K,), and mean and std of the dwell (K,) in steps by circle, NaN where there is none.
+    """For each circle: steps (K,), visits (K,), and mean and std of the dwell (K,) in steps, NaN where there is none.
 
     The last visit, which the end of the series cuts, counts as a visit but not for the dwell.
     """
@@ -215,29 +223,34 @@ def visit_statistics(series):
 def time_shares(visits, n_circles, n_bins):
     """The share of each of n_bins equal stretches of time that is spent on each circle: (n_bins, n_circles).
 
-    visits: circles, first steps and lengths of all visits, as from `runs`.
+    visits: circles, first steps and lengths of all visits, as from `dataset.visits`.
     """
     circles, starts, lengths = visits
     ends = np.append(starts, starts[-1] + lengths[-1])
     edges = np.linspace(0, ends[-1], n_bins + 1)
+    # The time spent on a circle until now grows linearly within each visit: its values at the edges of the stretches.
     spent = [np.interp(edges, ends, np.concatenate([[0], np.cumsum(np.where(circles == i, lengths, 0))]))
              for i in range(n_circles)]
     return np.diff(spent).T / np.diff(edges)[:, None]
 
 
 def summary_table(series, statistics):
+    """The text table of `visit_statistics`, one row per circle."""
     def steps(x):
         return "–" if np.isnan(x) else f"{x:.0f}"
 
-    rows = [[i, f"{r:.2f}", period, f"{n:,}", f"{100 * n / series.n_steps:.1f} %", visits, steps(mean), steps(std)]
-            for i, (r, period, n, visits, mean, std)
-            in enumerate(zip(series.process.radii, series.process.periods, *statistics, strict=True))]
+    rows = []
+    for i, (n_steps, n_visits, dwell_mean, dwell_std) in enumerate(zip(*statistics, strict=True)):
+        rows.append([i, f"{series.process.radii[i]:.2f}", series.process.periods[i], f"{n_steps:,}",
+                     f"{100 * n_steps / series.n_steps:.1f} %", n_visits, steps(dwell_mean), steps(dwell_std)])
     return cli.table(["circle", "radius", "period", "steps", "share", "visits", "dwell mean", "dwell std"], rows)
 
 
-# ---------------------------------------------------------------------------------------------------- the figures
+# ------------------------------------------------------------------------------------------------- the figures
 
-def plot_visit_bars(ax, visits, n_steps, n_circles):
+
+def visit_bars(ax, visits, n_steps, n_circles):
+    """A bar per visit at the height of its circle; visits as from `dataset.visits`."""
     circles, starts, lengths = visits
     ax.hlines(circles, starts, starts + lengths, colors=figures.circle_colors(n_circles)[circles], linewidths=5)
     ax.set(ylabel="circle", xlim=(0, n_steps), ylim=(-0.7, n_circles - 0.3))
@@ -245,7 +258,8 @@ def plot_visit_bars(ax, visits, n_steps, n_circles):
         ax.set_yticks(range(n_circles))
 
 
-def plot_time_shares(fig, ax, shares, n_steps):
+def time_share_heatmap(fig, ax, shares, n_steps):
+    """The shares (n_bins, n_circles) of `time_shares`: time to the right, circles upwards, darker for more time."""
     n_bins, n_circles = shares.shape
     image = ax.imshow(shares.T, aspect="auto", origin="lower", interpolation="nearest", cmap="Greys",
                       extent=(0, n_steps, -0.5, n_circles - 0.5))
@@ -255,7 +269,8 @@ def plot_time_shares(fig, ax, shares, n_steps):
         ax.set_yticks(range(n_circles))
 
 
-def plot_state_sequence(series):
+def draw_state_sequence(series):
+    """The circles over time, at the beginning of the series and over all of it: a Figure."""
     visits = dataset.visits(series.states)
     n = min(FIRST_STEPS, series.n_steps)
     fig, axes = figures.new_figure(3, 1, panel=(10, 2.2), height_ratios=[1, 6, 6])
@@ -263,19 +278,20 @@ def plot_state_sequence(series):
     figures.state_strip(strip, series.states[:n], series.n_circles)
     strip.set_xlim(0, n)
     strip.set_title(f"The first {n:,} steps", loc="left")
-    plot_visit_bars(start, dataset.visits(series.states[:n]), n, series.n_circles)
+    visit_bars(start, dataset.visits(series.states[:n]), n, series.n_circles)
     if len(visits[0]) <= MOST_BARS:
-        plot_visit_bars(whole, visits, series.n_steps, series.n_circles)
+        visit_bars(whole, visits, series.n_steps, series.n_circles)
     else:
         shares = time_shares(visits, series.n_circles, min(TIME_BINS, series.n_steps))
-        plot_time_shares(fig, whole, shares, series.n_steps)
+        time_share_heatmap(fig, whole, shares, series.n_steps)
     whole.set_title(f"All {series.n_steps:,} steps", loc="left")
     for ax in (start, whole):
         ax.set_xlabel("time step")
     return fig
 
 
-def plot_transition_matrix(P):
+def draw_transition_matrix(P):
+    """The transition matrix P (K, K) with its numbers, impossible transitions left white: a Figure."""
     K = len(P)
     fig, axes = figures.new_figure(panel=(6, 5.2))
     ax = axes[0, 0]
@@ -283,7 +299,8 @@ def plot_transition_matrix(P):
     fig.colorbar(image, ax=ax, label="probability")
     if K <= FEW_CIRCLES:
         for i, j in zip(*np.nonzero(P), strict=True):
-            ax.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=8, in_layout=False,  # it is inside
+            # The text lies inside its cell: the layout need not measure it, which takes long.
+            ax.text(j, i, f"{P[i, j]:.2f}", ha="center", va="center", fontsize=8, in_layout=False,
                     color="black" if P[i, j] > 0.6 * P.max() else "white")
         ax.set_xticks(range(K))
         ax.set_yticks(range(K))
@@ -291,33 +308,37 @@ def plot_transition_matrix(P):
     return fig
 
 
-def plot_periods(series, statistics):
+def draw_periods(series, statistics):
+    """Period, radius and dwell of each circle as bars: a Figure."""
     _, _, dwell_mean, dwell_std = statistics
     circles, colors = np.arange(series.n_circles), figures.circle_colors(series.n_circles)
     fig, axes = figures.new_figure(1, 3, panel=(4, 3.2))
-    for ax, values, errors, label in zip(
-            axes[0], (series.process.periods, series.process.radii, dwell_mean), (None, None, np.nan_to_num(dwell_std)),
-            ("period [steps a revolution]", "radius", "dwell of a visit [steps], mean ± std"), strict=True):
-        ax.bar(circles, np.nan_to_num(values), yerr=errors, color=colors, capsize=3)
+    panels = [(series.process.periods, None, "period [steps per revolution]"),
+              (series.process.radii, None, "radius"),
+              (np.nan_to_num(dwell_mean), np.nan_to_num(dwell_std), "dwell of a visit [steps], mean ± std")]
+    for ax, (values, errors, label) in zip(axes[0], panels, strict=True):
+        ax.bar(circles, values, yerr=errors, color=colors, capsize=3)
         ax.set(xlabel="circle", ylabel=label)
         if series.n_circles <= FEW_CIRCLES:
             ax.set_xticks(circles)
     return fig
 
 
-def plot_sample_window(series, first, n):
+def draw_sample_window(series, first, n):
+    """The features of n steps from `first` on, under their circles: a Figure."""
     fig, axes = figures.new_figure(2, 1, panel=(10, 2.3), height_ratios=[1, 10], sharex=True)
     strip, heat = axes[:, 0]
-    part = slice(first, first + n)
-    figures.state_strip(strip, series.states[part], series.n_circles, first)
-    figures.heatmap_panel(fig, heat, series.X[part], first, ylabel="feature", unit="value", cmap="RdBu_r",
+    shown = slice(first, first + n)
+    figures.state_strip(strip, series.states[shown], series.n_circles, first)
+    figures.heatmap_panel(fig, heat, series.X[shown], first, ylabel="feature", unit="value", cmap="RdBu_r",
                           symmetric=True)
     heat.set_xlabel("time step")
-    figures.circle_legend(fig, series.n_circles, np.unique(series.states[part]))
+    figures.circle_legend(fig, series.n_circles, np.unique(series.states[shown]))
     return fig
 
 
-def plot_umap(embedding, states, steps, n_circles, dimension):
+def draw_umap(embedding, states, steps, n_circles, dimension):
+    """The embedding (n, 2) of the points at `steps` (n,), coloured by circle, states (n,), and by time: a Figure."""
     fig, axes = figures.new_figure(1, 2, panel=(6, 5.2), title=(
         f"UMAP of {len(embedding):,} points; Levina–Bickel dimension {dimension:.1f} (k = {DIMENSION_K})"))
     by_circle, by_time = axes[0]
@@ -328,18 +349,19 @@ def plot_umap(embedding, states, steps, n_circles, dimension):
     return fig
 
 
-def plot_all(series, statistics):
-    """{file name: figure} of all figures but the UMAP."""
+def draw_all(series, statistics):
+    """{file name: Figure} of all figures but the UMAP."""
     n = min(SAMPLE_WINDOW, series.n_steps)
-    firsts = np.linspace(0, series.n_steps - n, N_SAMPLE_WINDOWS).astype(int).tolist()
-    drawn = {"state_sequence.png": plot_state_sequence(series),
-             "transition_matrix.png": plot_transition_matrix(series.process.transition_matrix),
-             "periods.png": plot_periods(series, statistics),
-             **{f"sample_window_{i}.png": plot_sample_window(series, first, n) for i, first in enumerate(firsts)}}
+    drawn = {"state_sequence.png": draw_state_sequence(series),
+             "transition_matrix.png": draw_transition_matrix(series.process.transition_matrix),
+             "periods.png": draw_periods(series, statistics)}
+    for i, first in enumerate(np.linspace(0, series.n_steps - n, N_SAMPLE_WINDOWS).astype(int).tolist()):
+        drawn[f"sample_window_{i}.png"] = draw_sample_window(series, first, n)
     return {name: figures.laid_out(fig) for name, fig in drawn.items()}
 
 
-def make_umap(series, data_dir):
+def save_umap(series, data_dir):
+    """Embed a random part of the points and write umap.png. Raises UserError when there are too few different ones."""
     seed = series.config["seed"]
     rng = np.random.default_rng(seed)
     steps = rng.choice(series.n_steps, min(UMAP_POINTS, series.n_steps), replace=False)
@@ -349,28 +371,31 @@ def make_umap(series, data_dir):
                             "--no-umap leaves this figure out")
     dimension = levina_bickel(points, [DIMENSION_K])[DIMENSION_K]
     embedding = umap_embedding(points, knn(points, min(UMAP_NEIGHBORS, len(points)) - 1), seed)
-    fig = plot_umap(embedding, pick(series.states, steps), steps, series.n_circles, dimension)
+    fig = draw_umap(embedding, pick(series.states, steps), steps, series.n_circles, dimension)
     figures.save(fig, data_dir / "umap.png")
 
 
+# ------------------------------------------------------------------------------------------------- the script
+
+
 def main(args):
-    data_dir = cli.output_folder(args.data_dir)
+    data_dir, config = cli.output_folder(args.data_dir), config_of(args)
     if args.uncompressed:
-        save_uncompressed(config_of(args), data_dir)
+        save_uncompressed(config, data_dir)
         series = load_series(data_dir)
         statistics = visit_statistics(series)
-        drawn = plot_all(series, statistics)
+        drawn = draw_all(series, statistics)
     else:
-        series = generate(config_of(args))
+        series = generate(config)
         statistics = visit_statistics(series)
-        with ThreadPoolExecutor(1) as pool:  # the figures take shape while the data are compressed
-            drawing = pool.submit(plot_all, series, statistics)
+        with ThreadPoolExecutor(1) as pool:  # the figures are laid out while the data are compressed
+            drawing = pool.submit(draw_all, series, statistics)
             save(series, data_dir)
         drawn = drawing.result()
     print(summary_table(series, statistics))
     figures.save_all({data_dir / name: fig for name, fig in drawn.items()})
     if not args.no_umap:
-        make_umap(series, data_dir)
+        save_umap(series, data_dir)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Examples:
   python optimal_filter.py --data-dir data --horizons 1,2,4,8 --seq-len 512 --save-dir plots
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import circle_process
 import cli
 import dataset
 import figures
-from circle_process import Process, entry_rates, survival
+from circle_process import entry_rates, survival
 from cli import WINDOW_DEFAULTS
 
 BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
@@ -86,11 +87,8 @@ def process_from_series(series):
     planes = process.planes
     if planes is None:
         planes = circle_process.recover_planes(series.X, series.states, series.thetas, series.n_circles)
-    return Process(
-        radii=process.radii, entry_angles=process.entry_angles, periods=process.periods,
-        transition_matrix=process.transition_matrix, planes=planes, noise_std=noise_std,
-        dwell_law=circle_process.dwell_law(process.periods, dwell_mean, dwell_std),
-    )
+    return dataclasses.replace(process, planes=planes, noise_std=noise_std,
+                               dwell_law=circle_process.dwell_law(process.periods, dwell_mean, dwell_std))
 
 
 def process_or_none(series, without):

@@ -107,9 +107,9 @@ def test_each_step_comes_from_the_window_with_most_past(n_steps, seq_len, veloci
     np.testing.assert_allclose(rows, wanted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("velocity", [False, True])
-def test_representations_are_those_that_the_model_gives_each_window(velocity):
-    model, X = tiny_model(), np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
+@pytest.mark.parametrize(("velocity", "mixture"), [(False, 0), (True, 0), (False, 3)])
+def test_representations_are_those_that_the_model_gives_each_window(velocity, mixture):
+    model, X = tiny_model(mixture=mixture), np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
     starts, length = ev.overlapping_windows(150, 64)
     found = dict(ev.representations(model, X, 64, [0, 1, 2, 3], velocity))
     assert list(found) == [0, 1, 2, 3]

@@ -15,10 +15,12 @@ import shutil
 import struct
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import arrays_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +147,116 @@ def lying(draw, archive):
                                st.integers(0, 2**(8 * size) - 1)))
         struct.pack_into("<" + fields[offset], raw, at + offset, value)
     return bytes(raw)
+
+
+# ---- one flipped bit, a cut, a lie: in every member of every kind of file
+
+
+def zip_regions(content):
+    """The bytes of a zip file: ([range of each member's data], [range of each header, the directory last])."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries, directory = archive.infolist(), archive.start_dir
+    data, headers = [], []
+    for entry in entries:
+        name, extra = struct.unpack_from("<HH", content, entry.header_offset + 26)
+        first = entry.header_offset + 30 + name + extra
+        headers.append(range(entry.header_offset, first))
+        data.append(range(first, first + entry.compress_size))
+    return data, [*headers, range(directory, len(content))]
+
+
+def spread(places, n):
+    """At most n of the places: the first, the last and what lies evenly between."""
+    return [places[i] for i in sorted(set(np.linspace(0, len(places) - 1, n).astype(int)))] if places else []
+
+
+def flipped(content, place, bit):
+    return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1:]
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory):
+    """The bytes of a checkpoint with few members."""
+    path = tmp_path_factory.mktemp("small") / "small.pt"
+    torch.manual_seed(0)
+    model = mamba_model.CausalTimeSeriesMamba(3, d_model=16, n_layers=1, d_state=2, d_ff=8)
+    mamba_model.save_checkpoint(path, 1, model.state_dict(), {}, 1.0, 1.0, {"seq_len": 64, "dropout": 0.1})
+    return path.read_bytes()
+
+
+@pytest.fixture(params=["checkpoint", "compressed", "uncompressed"])
+def file(request, tmp_path, shared_data, small_checkpoint):
+    """A good file of each kind: its path, its content, load(), which gives all that it holds as one dict, and how many
+    places in a header are tried."""
+    if request.param == "checkpoint":
+        path, content = tmp_path / "small.pt", small_checkpoint
+
+        def load():
+            model, args = mamba_model.load_checkpoint(path, "cpu")
+            return {**{key: value.numpy() for key, value in model.state_dict().items()}, "args": str(args)}
+    else:
+        path = tmp_path / "data.npz"
+        shutil.copy(shared_data / "config.json", tmp_path)
+        if request.param == "uncompressed":
+            content = request.getfixturevalue("uncompressed")
+        else:
+            content = zipped(request.getfixturevalue("arrays"), zipfile.ZIP_DEFLATED)
+
+        def load():
+            return arrays_of(dataset.load_series(tmp_path))
+    path.write_bytes(content)
+    return SimpleNamespace(path=path, content=content, load=load, compressed=request.param == "compressed",
+                           n_places=6 if request.param == "checkpoint" else 60)
+
+
+def loads_the_same(file, content, expected):
+    """Whether the file with this content loads; what loads must be what was written, or the test fails."""
+    file.path.write_bytes(content)
+    loaded = valid_or_refused(file.load)
+    if loaded is not None:
+        assert loaded.keys() == expected.keys()
+        for name, value in loaded.items():
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    return loaded is not None
+
+
+def test_every_flipped_bit_of_data_is_refused(file):
+    expected = file.load()
+    data, _ = zip_regions(file.content)
+    assert len(data) >= 8
+    for member in data:
+        # No value depends on some bits at both ends of a compressed stream: the last-block flag, the end-of-block code.
+        inner = member[1:-4] if file.compressed else member
+        for bit, place in enumerate(spread(inner, 5)):
+            assert not loads_the_same(file, flipped(file.content, place, bit), expected), (member, place)
+
+
+def test_every_flipped_bit_of_a_header_is_refused_or_changes_nothing(file):
+    expected = file.load()
+    _, headers = zip_regions(file.content)
+    places = [place for header in headers[:-1] for place in spread(header, file.n_places)]
+    places += spread(headers[-1], 300)
+    refused = sum(not loads_the_same(file, flipped(file.content, place, place % 8), expected) for place in places)
+    assert refused > len(places) / 4
+
+
+def test_every_cut_is_refused(file):
+    expected, n = file.load(), len(file.content)
+    for length in [*spread(range(n), 40), *range(n - 30, n)]:
+        assert not loads_the_same(file, file.content[:length], expected), length
+
+
+def test_sizes_that_lie_are_refused_or_change_nothing(file):
+    """Every size and offset of every member, in the directory and in the member's own header."""
+    expected = file.load()
+    entries = [i for i in range(len(file.content) - 4) if file.content[i:i + 4] in (b"PK\1\2", b"PK\3\4")]
+    for at in spread(entries, 18):
+        fields = (20, 24, 42) if file.content[at + 2] == 1 else (18, 22)
+        for field in fields:
+            for value in (0, 1, len(file.content), 2**31 - 1, 2**32 - 2):
+                lie = bytearray(file.content)
+                struct.pack_into("<I", lie, at + field, value)
+                loads_the_same(file, bytes(lie), expected)
 
 
 # ---- data.npz and config.json

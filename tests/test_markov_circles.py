@@ -8,11 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import arrays_of
+from figure_checks import (
+    check_circle_legend,
+    check_heatmap,
+    check_strip,
+    colour_bars,
+    left_title,
+    text_rows,
+)
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 import circle_process
 import cli
 import dataset
+import figures
 import markov_circles_timeseries as mc
 from measures import knn
 
@@ -356,7 +366,7 @@ def test_umap_is_never_imported_without_need(tmp_path):
 
 
 def test_umap_with_too_few_points_says_so_and_keeps_the_data(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(mc, "plot_all", lambda *_: {})
+    monkeypatch.setattr(mc, "draw_all", lambda *_: {})
     message = refused("markov_circles_timeseries", "--n-steps", 15, "--data-dir", tmp_path)
     assert "--no-umap" in message
     assert dataset.load_series(tmp_path).n_steps == 15
@@ -369,5 +379,209 @@ def test_umap_keeps_the_circles_apart_and_repeats_itself(tmp_path):
     np.testing.assert_array_equal(embedding, mc.umap_embedding(points, knn(points, 14), seed=1))
     _, neighbours = knn(embedding, 5)
     assert (states[neighbours] == states[:, None]).mean() > 0.95
-    mc.make_umap(series, tmp_path)
+    mc.save_umap(series, tmp_path)
     assert imread(tmp_path / "umap.png")[..., :3].std() > 0.05
+
+
+# ---- every flag, every panel -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag, key, value", [
+    ("--n-steps", "n_steps", 77), ("--n-circles", "n_circles", 6), ("--ambient-dim", "ambient_dim", 9),
+    ("--subspace-dim", "subspace_dim", 5), ("--radius-mean", "radius_mean", 3.5), ("--radius-std", "radius_std", 0.25),
+    ("--noise-std", "noise_std", 1.5), ("--dwell-mean", "dwell_mean", 91.0), ("--dwell-std", "dwell_std", 7.0),
+    ("--min-period", "min_period", 12), ("--max-period", "max_period", 55), ("--drift", "drift", True),
+    ("--drift-rate", "drift_rate", 0.9), ("--center-walk-std", "center_walk_std", 0.125), ("--seed", "seed", 5)])
+def test_each_flag_sets_its_entry_of_config_json_alone(flag, key, value):
+    """What the entries mean is tested in test_circle_process.py, against the definition of the process."""
+    plain = config()
+    assert plain == {
+        "n_steps": 100_000, "n_circles": 10, "ambient_dim": 20, "subspace_dim": 20, "radius_mean": 20.0,
+        "radius_std": 2.0, "noise_std": 2.83, "dwell_mean": 400.0, "dwell_std": 100.0, "min_period": 40,
+        "max_period": 400, "drift": False, "drift_rate": 0.3, "center_walk_std": 0.0, "seed": 42}
+    changed = config(flag) if value is True else config(flag, value)
+    follows = {"subspace_dim": 9} if key == "ambient_dim" else {}
+    assert changed == plain | {key: value} | follows
+    args = mc.parse_args([flag] if value is True else [flag, str(value)])
+    assert (args.data_dir, args.uncompressed, args.no_umap) == (Path("data"), False, False)
+
+
+def test_generate_draws_the_process_and_the_series_of_one_seed():
+    c = config(*SMALL, "--seed", 8, "--drift")
+    series, process = mc.generate(c), circle_process.draw_process(c)
+    X, states, thetas = circle_process.draw_series(process, c, 4000, 8)
+    for found, expected in ((series.X, X), (series.states, states), (series.thetas, thetas),
+                            (series.process.planes, process.planes)):
+        np.testing.assert_array_equal(found, expected)
+    assert series.config == c and series.process.noise_std == 2.83
+
+
+@pytest.fixture
+def small():
+    return mc.generate(config(*SMALL, "--n-steps", 2000))
+
+
+def check_bars(ax, series, n):
+    """One bar per visit of the first n steps, found one step at a time, at the height of its circle."""
+    found, first = [], 0
+    for t in range(1, n + 1):
+        if t == n or series.states[t] != series.states[t - 1]:
+            found.append((series.states[first], first, t))
+            first = t
+    (bars,) = ax.collections
+    assert [segment.tolist() for segment in bars.get_segments()] == [[[a, c], [b, c]] for c, a, b in found]
+    colors = figures.circle_colors(4)[[circle for circle, _, _ in found]]
+    np.testing.assert_allclose(bars.get_colors()[:, :3], colors)
+    assert ax.get_xlim() == (0, n) and ax.get_ylim() == (-0.7, 3.7)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time step", "circle") and ax.get_yticks().tolist() == [0, 1, 2, 3]
+
+
+def test_figure_of_the_state_sequence(small, monkeypatch):
+    monkeypatch.setattr(mc, "FIRST_STEPS", 900)
+    strip, start, whole = mc.draw_state_sequence(small).axes
+    check_strip(strip, small.states[:900])
+    assert strip.get_xlim() == (0, 900)
+    assert left_title(strip) == "The first 900 steps" and left_title(whole) == "All 2,000 steps"
+    check_bars(start, small, 900)
+    check_bars(whole, small, 2000)
+
+
+def test_figure_of_the_state_sequence_of_many_visits(small, monkeypatch):
+    n_visits = 1 + int((np.diff(small.states) != 0).sum())
+    monkeypatch.setattr(mc, "MOST_BARS", n_visits)
+    assert len(mc.draw_state_sequence(small).axes) == 3
+    monkeypatch.setattr(mc, "MOST_BARS", n_visits - 1)
+    monkeypatch.setattr(mc, "TIME_BINS", 40)
+    fig = mc.draw_state_sequence(small)
+    (image,) = fig.axes[2].images
+    shares = [[(part == i).mean() for part in small.states.reshape(40, 50)] for i in range(4)]
+    np.testing.assert_allclose(image.get_array(), shares, atol=1e-12)
+    assert image.origin == "lower" and list(image.get_extent()) == [0, 2000, -0.5, 3.5]
+    assert image.get_cmap().name == "Greys" and colour_bars(fig) == ["share of 50 steps"]
+    assert fig.axes[2].get_ylabel() == "circle" and fig.axes[2].get_xlabel() == "time step"
+    assert fig.axes[2].get_yticks().tolist() == [0, 1, 2, 3]
+
+
+def test_figure_of_the_transition_matrix():
+    P = np.array([[0, 0.9, 0.1, 0], [0.5, 0, 0, 0.5], [0.25, 0.25, 0, 0.5], [0, 0.3, 0.7, 0]])
+    fig = mc.draw_transition_matrix(P)
+    ax = fig.axes[0]
+    (image,) = ax.images
+    np.testing.assert_array_equal(image.get_array().filled(-1), np.where(P == 0, -1, P))
+    assert image.origin == "upper" and image.get_clim() == (0, 0.9)
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (j, i): f"{P[i, j]:.2f}" for i in range(4) for j in range(4) if P[i, j]}  # x: to, y: from
+    for text in ax.texts:  # readable on dark and on bright cells
+        assert text.get_color() == ("black" if float(text.get_text()) > 0.54 else "white")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("next circle", "circle")
+    assert ax.get_title() == "Where the chain goes next" and colour_bars(fig) == ["probability"]
+    assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [0, 1, 2, 3]
+    assert not mc.draw_transition_matrix(np.full((13, 13), 1 / 13)).axes[0].texts
+
+
+def test_figure_of_the_periods(small):
+    whole = visits_of(small)
+    dwells = [[end - first for circle, first, end in whole if circle == i] for i in range(4)]
+    axes = mc.draw_periods(small, mc.visit_statistics(small)).axes
+    expected = {"period [steps per revolution]": [10, 20, 30, 40], "radius": small.process.radii,
+                "dwell of a visit [steps], mean ± std": [np.mean(d) for d in dwells]}
+    for ax, (label, heights) in zip(axes, expected.items(), strict=True):
+        np.testing.assert_allclose([bar.get_height() for bar in ax.patches], heights)
+        np.testing.assert_allclose([bar.get_x() + bar.get_width() / 2 for bar in ax.patches], range(4))
+        np.testing.assert_allclose([to_rgb(bar.get_facecolor()) for bar in ax.patches], figures.circle_colors(4))
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("circle", label) and ax.get_xticks().tolist() == [0, 1, 2, 3]
+    assert not axes[0].containers[0].errorbar and not axes[1].containers[0].errorbar
+    (error_bars,) = axes[2].collections
+    for segment, lengths in zip(error_bars.get_segments(), dwells, strict=True):
+        spread = np.std(lengths, ddof=1)
+        np.testing.assert_allclose(segment[:, 1], [np.mean(lengths) - spread, np.mean(lengths) + spread])
+
+
+def test_figures_of_the_sample_windows_lie_at_the_beginning_middle_and_end(small, monkeypatch):
+    monkeypatch.setattr(mc, "SAMPLE_WINDOW", 300)
+    drawn = mc.draw_all(small, mc.visit_statistics(small))
+    assert list(drawn) == ["state_sequence.png", "transition_matrix.png", "periods.png",
+                           "sample_window_0.png", "sample_window_1.png", "sample_window_2.png"]
+    assert left_title(drawn["state_sequence.png"].axes[0]) == "The first 2,000 steps"
+    assert drawn["transition_matrix.png"].axes[0].get_title() == "Where the chain goes next"
+    np.testing.assert_array_equal(drawn["transition_matrix.png"].axes[0].images[0].get_array().filled(0),
+                                  small.process.transition_matrix)
+    assert drawn["periods.png"].axes[1].get_ylabel() == "radius"
+    for i, first in enumerate((0, 850, 1700)):
+        fig = drawn[f"sample_window_{i}.png"]
+        strip, heat = fig.axes[:2]
+        X, states = small.X[first:first + 300], small.states[first:first + 300]
+        check_strip(strip, states, first)
+        limit = max(abs(np.percentile(X, [1, 99])))
+        check_heatmap(heat, X, first, limits=(-limit, limit), cmap="RdBu_r")
+        assert (heat.get_xlabel(), heat.get_ylabel()) == ("time step", "feature") and colour_bars(fig) == ["value"]
+        check_circle_legend(fig, np.unique(states))
+
+
+def test_figure_of_the_umap(small, tmp_path, monkeypatch):
+    seen, saved = {}, {}
+    monkeypatch.setattr(mc, "UMAP_POINTS", 200)
+
+    def embed(points, neighbours, seed):
+        seen.update(points=points, neighbours=neighbours, seed=seed)
+        return points[:, :2]
+
+    monkeypatch.setattr(mc, "umap_embedding", embed)
+    monkeypatch.setattr(figures, "save", lambda fig, path: saved.update({path: fig}))
+    mc.save_umap(small, tmp_path)
+    steps = np.random.default_rng(42).choice(2000, 200, replace=False)
+    np.testing.assert_array_equal(seen["points"], small.X[steps])
+    assert seen["seed"] == 42 and seen["neighbours"][1].shape == (200, 14)
+    fig = saved[tmp_path / "umap.png"]
+    by_circle, by_time = fig.axes[:2]
+    for ax in (by_circle, by_time):
+        np.testing.assert_allclose(ax.collections[0].get_offsets(), small.X[steps, :2])
+    colors = figures.circle_colors(4)[small.states[steps]]
+    np.testing.assert_allclose(by_circle.collections[0].get_facecolors()[:, :3], colors)
+    np.testing.assert_array_equal(by_time.collections[0].get_array(), steps)
+    assert (by_circle.get_title(), by_time.get_title()) == ("by circle", "by time")
+    check_circle_legend(by_circle, [0, 1, 2, 3])
+    assert colour_bars(fig) == ["time step"]
+    distances = np.linalg.norm(small.X[steps, None].astype(float) - small.X[steps], axis=2)
+    near = np.log(np.sort(distances, axis=1)[:, 1:21])
+    inverse = np.mean(near[:, -1:] - near[:, :-1]) * 19 / 18  # the unbiased estimator of the mean of inverses
+    assert f"{len(steps)} points" in fig.get_suptitle() and "(k = 20)" in fig.get_suptitle()
+    shown = float(fig.get_suptitle().partition("dimension ")[2].split()[0])
+    assert shown == pytest.approx(1 / inverse, rel=0.1)
+
+
+@pytest.mark.parametrize("flags", [[], ["--uncompressed"]])
+def test_script_prints_the_statistics_and_saves_the_figures(script, tmp_path, monkeypatch, flags):
+    saved, umaps = {}, []
+    monkeypatch.setattr(mc, "draw_all", lambda series, statistics: {
+        "some.png": (series.n_steps, len(series.X), statistics[0].tolist())})
+    monkeypatch.setattr(figures, "save_all", saved.update)
+    monkeypatch.setattr(mc, "save_umap", lambda series, data_dir: umaps.append((series.n_steps, data_dir)))
+    result = script("markov_circles_timeseries", *SMALL, *flags, "--data-dir", tmp_path)
+    series = mc.generate(config(*SMALL))
+    assert f"wrote {tmp_path / 'data.npz'} and config.json: 4,000 steps x 6 features" in result.out
+    assert mc.summary_table(series, mc.visit_statistics(series)) in result.out
+    assert len(text_rows(mc.summary_table(series, mc.visit_statistics(series)))) == 4
+    assert saved == {tmp_path / "some.png": (series.n_steps, len(series.X), mc.visit_statistics(series)[0].tolist())}
+    assert umaps == [(4000, tmp_path)]
+    script("markov_circles_timeseries", *SMALL, *flags, "--no-umap", "--data-dir", tmp_path)
+    assert len(umaps) == 1
+    assert dataset.load_series(tmp_path).X.flags.writeable != bool(flags)  # mapped read-only where uncompressed
+
+
+def test_statistics_without_a_whole_visit():
+    series = mc.generate(config(*SMALL, "--n-steps", 5))
+    circle = series.states[0]
+    rows = text_rows(mc.summary_table(series, mc.visit_statistics(series)))
+    assert rows[circle][3:] == ["5", "100.0", "%", "1", "–", "–"]
+    assert all(rows[i][3:] == ["0", "0.0", "%", "0", "–", "–"] for i in range(4) if i != circle)
+
+
+def test_values_of_an_uncompressed_array_are_aligned_in_the_file(tmp_path):
+    mc.save_uncompressed(config(*SMALL), tmp_path)
+    series = dataset.load_series(tmp_path)
+    expected = mc.generate(config(*SMALL))
+    content = (tmp_path / "data.npz").read_bytes()
+    for name in ("X", "states", "thetas"):
+        np.testing.assert_array_equal(getattr(series, name), getattr(expected, name))
+        assert content.index(getattr(expected, name)[:50].tobytes()) % 64 == 0
