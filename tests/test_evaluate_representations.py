@@ -108,7 +108,8 @@ def test_each_step_comes_from_the_window_with_most_past(n_steps, seq_len, veloci
 
 
 @pytest.mark.parametrize(("velocity", "mixture"), [(False, 0), (True, 0), (False, 3)])
-def test_representations_are_those_that_the_model_gives_each_window(velocity, mixture):
+def test_representations_are_those_that_the_model_gives_each_window(velocity, mixture, monkeypatch):
+    monkeypatch.setattr(ev, "STEPS_IN_BATCH", {"cpu": 130})  # two windows at a time
     model, X = tiny_model(mixture=mixture), np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
     starts, length = ev.overlapping_windows(150, 64)
     found = dict(ev.representations(model, X, 64, [0, 1, 2, 3], velocity))
@@ -144,7 +145,8 @@ class NoFilter:
         return {}
 
 
-def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows():
+def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows(monkeypatch):
+    monkeypatch.setattr(ev, "STEPS_IN_BATCH", {"cpu": 120})  # three windows at a time; there are four
     model, X = tiny_model(max_horizon=3), np.random.default_rng(1).standard_normal((400, 6)).astype(np.float32)
     series = SimpleNamespace(X=X, n_steps=400)
     found = ev.prediction_errors(model, series, (40, 25, 0.3), NoFilter())
@@ -776,7 +778,10 @@ def quick_measures(monkeypatch):
     return calls
 
 
-def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpoint, tmp_path, quick_measures):
+def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpoint, tmp_path, quick_measures,
+                                                  monkeypatch):
+    pools = []
+    monkeypatch.setattr(ev, "umap_pool", lambda *given: pools.append(given))
     run("--layers", "input,2", "--velocity", "--pca", 4, "--seed", 5, "--umap-points", 10**6, "--lb-points", 250,
         "--umap-neighbors", 9, "--device", "cpu", "--scan", "reference")
     report = report_of(tmp_path, "tiny_velocity_pca4")
@@ -795,6 +800,7 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
     assert report["errors"][0]["optimal_mse"] == pytest.approx(floor[1], rel=1e-9)
     assert set(quick_measures["seeds"]) == {5} and len(quick_measures["seeds"]) == 2 * 3
     assert quick_measures["neighbours"] == [(2999, 8)] * 2
+    assert pools == [(2, 2999)]
 
 
 def test_the_seed_draws_the_sample_and_starts_all_that_is_random(run, shared_data, tmp_path, quick_measures, saved,
@@ -814,15 +820,17 @@ def test_the_seed_draws_the_sample_and_starts_all_that_is_random(run, shared_dat
     np.testing.assert_array_equal(trained[0], series.thetas[fitted])
 
 
-def test_device_and_scan_are_those_asked_for(run, monkeypatch, quick_measures, shared_data):
+def test_device_and_scan_are_those_asked_for(run, monkeypatch, quick_measures, shared_data, tmp_path):
     asked, picked = [], []
     open_model, pick = mamba_model.open_model, cli.pick_device
     monkeypatch.setattr(mamba_model, "open_model", lambda *given: asked.append(given) or open_model(*given))
     monkeypatch.setattr(cli, "pick_device", lambda name: picked.append(name) or pick("cpu"))
-    run("--no-umap", "--no-lb", "--layers", "input", "--device", "a name", "--scan", "reference")
+    run("--no-umap", "--lb-points", 10**6, "--layers", "input", "--device", "a name", "--scan", "reference")
     assert picked == ["a name"]
     (_, data_dir, device, scan, _), = asked
     assert (data_dir, device, scan) == (shared_data, torch.device("cpu"), "reference")
+    report = report_of(tmp_path)
+    assert report["lb_points"] == 3000 and report["best_layer"] is None  # the input is no layer
 
 
 def test_measures_in_the_umap_are_those_of_each_levels_own_umap(run, shared_data, tmp_path, monkeypatch, saved):

@@ -43,6 +43,15 @@ def test_knn_equals_a_tree(shape):
     np.testing.assert_array_equal(indices, tree_indices[:, 1:])
 
 
+def test_knn_measures_distances_in_blocks(monkeypatch):
+    monkeypatch.setattr(measures, "BLOCK_VALUES", 7 * 3 * 12)  # seven points at a time; the last block has four
+    points = cube(60, 3)
+    distances, indices = knn(points, 12)
+    tree_distances, tree_indices = cKDTree(points).query(points, 13)
+    np.testing.assert_allclose(distances, tree_distances[:, 1:], rtol=1e-12)
+    np.testing.assert_array_equal(indices, tree_indices[:, 1:])
+
+
 def test_knn_of_all_other_points():
     distances, indices = knn(cube(20, 3), 19)
     assert all(sorted([i, *row]) == list(range(20)) for i, row in enumerate(indices))
@@ -192,6 +201,13 @@ def test_whitening_takes_the_train_sets_axes_and_drops_those_without_variance():
     np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-4)
     stacked, _ = measures.whitened(train, np.concatenate([train, test]))
     np.testing.assert_allclose(measures.whitened(train, train[:10])[1], stacked[:10], atol=1e-4)
+
+
+def test_whitening_leaves_out_only_axes_with_next_to_no_variance():
+    values = np.random.default_rng(0).standard_normal((500, 3)) * [1, 1e-3, 1e-7]
+    white, _ = measures.whitened(values, values)
+    assert white.shape == (500, 2)
+    np.testing.assert_allclose(white.std(axis=0), 1, rtol=1e-4)
 
 
 def test_circle_probe_is_perfect_where_circles_are_apart_and_at_chance_for_shuffled_labels():

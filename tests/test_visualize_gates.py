@@ -387,6 +387,26 @@ def test_every_umap_is_that_of_the_signal_and_layer_that_it_names(work, saved, m
     assert not calls
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_each_sample_is_the_window_of_its_number(work, saved, layer):
+    run_here(work, "--sample", "1", "--n-samples", "2", *(["--layer", str(layer)] if layer else []))
+    kind = f"layer{layer}" if layer else "summary"
+    assert list(saved) == [f"m_gates_{kind}_1.png", f"m_gates_{kind}_2.png"]
+    series = dataset.load_series(work / "data")
+    for number, start, fig in zip((1, 2), (932, 964), saved.values(), strict=True):
+        assert fig.get_suptitle().endswith(f", sample {number}")
+        strip, *others = panels_of(fig)
+        np.testing.assert_allclose(strip.images[0].get_array()[0],
+                                   figures.circle_colors(CIRCLES)[series.states[start:start + 32]])
+        assert strip.images[0].get_extent()[0] == start - 0.5
+        if layer:
+            np.testing.assert_array_equal(others[0].images[0].get_array(), series.X[start:start + 32].T)
+        else:
+            first_trace = fig.axes[7].get_lines()[0]
+            np.testing.assert_allclose(first_trace.get_ydata(), true_signals(series.X, start)[0]["delta"].mean(axis=1),
+                                       rtol=1e-4)
+
+
 def test_more_umap_points_than_steps_are_all_taken(work, saved, monkeypatch, capsys):
     monkeypatch.setattr(vg, "umap_embedding", lambda values, graph, seed: values[:, :2])
     run_here(work, "--umap", "--umap-points", "97", "--layer", "1")
