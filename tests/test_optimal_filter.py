@@ -3,18 +3,22 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import arrays_of
+from figure_checks import check_circle_legend, check_heatmap, check_strip, colour_bars, lines
 from scipy.special import logsumexp
 from scipy.stats import norm
 
 import circle_process
 import cli
+import figures
 import optimal_filter
 from dataset import Series
 
@@ -159,7 +163,8 @@ def reference_filter(series, X, initial, horizons):
     angles = series.process.entry_angles[circles] + 2 * np.pi * steps / series.process.periods[circles]
     return {"prediction": {k: filtered @ np.linalg.matrix_power(T, k) @ means for k in horizons},
             "circle_posterior": filtered @ of_circle, "smoothed": smoothed @ of_circle,
-            "phasor": (smoothed * np.exp(1j * angles)) @ of_circle}
+            "phasor": (smoothed * np.exp(1j * angles)) @ of_circle,
+            "log_likelihood": np.diff(logsumexp(alpha, axis=1), prepend=0)}
 
 
 @pytest.mark.parametrize("initial", ["visit start", "stationary"])
@@ -362,16 +367,180 @@ def test_script(tmp_path):
     (["--horizons", "1,64", "--seq-len", "64"], "--seq-len 64 must be longer"),
     (["--data-dir", "nowhere"], "nowhere/data.npz not found"),
 ])
-def test_script_says_what_is_wrong(tmp_path, arguments, message):
-    done = run_script("--save-dir", tmp_path / "out", *arguments)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+def test_script_says_what_is_wrong(refused, tmp_path, arguments, message):
+    assert message in refused("optimal_filter", "--save-dir", tmp_path / "out", *arguments)
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_script_refuses_drifting_data(tmp_path):
+def test_script_refuses_drifting_data(refused, tmp_path):
     series, _ = make_process(2)
     simulate(series, 100).config["drift"] = True
     save_series(series, tmp_path / "data")
-    done = run_script("--data-dir", tmp_path / "data", "--save-dir", tmp_path / "out")
-    assert done.returncode == 2 and "drift" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "drift" in refused("optimal_filter", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+# ---- every flag, every number, every panel ---------------------------------------------------------------------
+
+
+def test_excess_percent_and_the_table_of_errors():
+    assert optimal_filter.excess_percent(3.0, 2.0) == pytest.approx(50)
+    assert optimal_filter.excess_percent(1.5, 2.0) == pytest.approx(-25)
+    assert optimal_filter.excess_percent(3.0, None) is None
+    rows = optimal_filter.error_rows({1: 3.0, 4: 5.12346}, {1: 2.0, 4: 5.0})
+    assert rows == [
+        {"horizon": 1, "val_mse": 3.0, "optimal_mse": 2.0, "excess_percent": pytest.approx(50)},
+        {"horizon": 4, "val_mse": 5.12346, "optimal_mse": 5.0, "excess_percent": pytest.approx(2.469)}]
+    lines = optimal_filter.error_table(rows).splitlines()
+    assert re.split(r" {2,}", lines[0]) == ["horizon", "validation MSE", "optimal", "excess"]
+    assert lines[2].split() == ["1", "3.0000", "2.0000", "+50.00", "%"]
+    assert lines[3].split() == ["4", "5.1235", "5.0000", "+2.47", "%"]
+    unknown = optimal_filter.error_rows({2: 3.0}, {})
+    assert unknown == [{"horizon": 2, "val_mse": 3.0, "optimal_mse": None, "excess_percent": None}]
+    assert optimal_filter.error_table(unknown).splitlines()[2].split() == ["2", "3.0000", "–", "–"]
+
+
+def test_process_or_none_says_what_there_is_not_and_why(capsys):
+    series, process = make_process(2)
+    assert optimal_filter.process_or_none(series, "no floor").dwell_law.tolist() == process.dwell_law.tolist()
+    assert capsys.readouterr().out == ""
+    series.config["drift"] = True
+    assert optimal_filter.process_or_none(series, "no floor") is None
+    assert re.fullmatch(r"no floor: these data were made with drift: .*\n", capsys.readouterr().out)
+
+
+def test_the_process_of_a_series_has_the_numbers_of_config_json():
+    series, process = make_process(3, dwell=(5.0, 2.0), noise_std=0.8)
+    assert process.noise_std == 0.8
+    for i in range(3):
+        law = dwell_law(series, i)
+        np.testing.assert_allclose(process.dwell_law[i][:len(law)], list(law.values()), atol=1e-12)
+        assert process.dwell_law[i].sum() == pytest.approx(1)
+    for name in ("radii", "entry_angles", "periods", "transition_matrix", "planes"):
+        assert getattr(process, name) is getattr(series.process, name)
+
+
+@pytest.mark.parametrize("periods, mean, std, message", [
+    ([2, 5], 20_000.0, 0.0, None), ([2, 5], 20_001.0, 0.0, "more than 10000 revolutions"),
+    ([2, 5], 2_000.0, 2_000.0, None), ([2, 5], 2_000.0, 2_001.0, "more than 10000 revolutions"),
+    ([1000, 1000], 499_000.0, 0.0, None),
+    ([1000, 1000], 500_000.0, 0.0, "circles have 2000 phases, and a visit may last 501 revolutions"),
+])
+def test_the_number_of_states_has_a_limit(periods, mean, std, message):
+    if message is None:
+        optimal_filter.check_size(np.array(periods), mean, std)
+    else:
+        with pytest.raises(cli.UserError, match=message):
+            optimal_filter.check_size(np.array(periods), mean, std)
+
+
+def test_smoother_gives_distances_to_the_nearest_circle():
+    series, process = make_process(3)
+    X = simulate(series, 40).X
+    angles = np.linspace(0, 2 * np.pi, 2001)
+    everywhere = np.concatenate([[point(series, i, angle) for angle in angles] for i in range(3)])
+    brute = [np.linalg.norm(everywhere - x, axis=1).min() for x in X]
+    np.testing.assert_allclose(optimal_filter.smooth(process, X)["distance"], brute, atol=3e-3)
+
+
+def test_defaults_are_those_of_training():
+    args = optimal_filter.parse_args([])
+    assert (args.seq_len, args.stride, args.val_fraction) == (1024, 256, 0.1)
+    assert args.horizons == [1, 2, 4, 8, 16, 32, 64]
+    assert (args.data_dir, args.save_dir) == (Path("data"), Path("plots"))
+    assert optimal_filter.parse_args(["--horizons", "8,2,2"]).horizons == [2, 8]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with a series of 400 steps, and what a plain log-space HMM makes of it."""
+    series, _ = make_process(3, dwell=(6.0, 1.5), periods=[3, 4, 5])
+    folder = tmp_path_factory.mktemp("filter")
+    save_series(simulate(series, 400), folder / "data")
+    horizons = [1, 3]
+    return SimpleNamespace(series=series, folder=folder / "data", horizons=horizons,
+                           reference=reference_filter(series, series.X, "visit start", horizons))
+
+
+@pytest.fixture
+def report(written, script, tmp_path, monkeypatch):
+    """The script's report, its stdout and its Figure."""
+    saved = {}
+    monkeypatch.setattr(figures, "save", lambda fig, path: saved.update({path: fig}))
+    monkeypatch.setattr(optimal_filter, "SHOWN_STEPS", 60)
+    done = script("optimal_filter", "--data-dir", written.folder, "--save-dir", tmp_path / "out", "--horizons", "3,1",
+                  "--seq-len", 30, "--stride", 20, "--val-fraction", 0.25)
+    assert done.code == 0, done.err
+    (fig,) = saved.values()
+    assert list(saved) == [tmp_path / "out" / "optimal_filter.png"]
+    return SimpleNamespace(json=json.loads((tmp_path / "out" / "optimal_filter.json").read_text()), out=done.out,
+                           fig=fig)
+
+
+def test_each_number_of_the_report(written, report):
+    series, reference, found = written.series, written.reference, report.json
+    right = reference["circle_posterior"].argmax(axis=1) == series.states
+    smoothed = reference["smoothed"].argmax(axis=1) == series.states
+    assert list(found) == ["noise_floor", "planes_recovered", "n_steps", "first_validation_step", "seq_len", "stride",
+                           "horizons", "circle_accuracy", "val_circle_accuracy", "smoothed_circle_accuracy",
+                           "log_likelihood_per_step"]
+    assert found["noise_floor"] == pytest.approx(NOISE**2) and found["planes_recovered"] is False
+    assert (found["n_steps"], found["first_validation_step"], found["seq_len"], found["stride"]) == (400, 300, 30, 20)
+    assert found["circle_accuracy"] == pytest.approx(right.mean())
+    assert found["val_circle_accuracy"] == pytest.approx(right[300:].mean())
+    assert found["smoothed_circle_accuracy"] == pytest.approx(smoothed.mean())
+    assert right.mean() != right[300:].mean() != smoothed.mean()
+    assert found["log_likelihood_per_step"] == pytest.approx(reference["log_likelihood"].mean())
+    windows = [series.X[start:start + 30] for start in range(300, 371, 20)]
+    alone = [reference_filter(series, X, "stationary", written.horizons)["prediction"] for X in windows]
+    assert [row["horizon"] for row in found["horizons"]] == [1, 3]
+    for row, k in zip(found["horizons"], (1, 3), strict=True):
+        errors = ((series.X[k:] - reference["prediction"][k][:-k])**2).mean(axis=1)
+        assert row["mse"] == pytest.approx(errors.mean())
+        assert row["val_mse"] == pytest.approx(errors[300:].mean())
+        assert row["val_window_mse"] == pytest.approx(
+            np.mean([(X[k:] - predicted[k][:-k])**2 for X, predicted in zip(windows, alone, strict=True)]))
+
+
+def test_each_number_that_is_printed(report):
+    lines, found = report.out.splitlines(), report.json
+    assert lines[0] == f"noise floor (noise_std²): {NOISE**2:.4f}"
+    assert lines[3].split("  ") == ["horizon", "whole series", "validation", "windows of 30"]
+    assert [line.split() for line in lines[5:7]] == [
+        [str(row["horizon"]), *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse"))]
+        for row in found["horizons"]]
+    assert lines[8] == (f"circle accuracy: {100 * found['circle_accuracy']:.3f}% from the past, "
+                        f"{100 * found['smoothed_circle_accuracy']:.3f}% from the whole series")
+    assert lines[9] == f"log-likelihood: {found['log_likelihood_per_step']:.4f} nats per step"
+    assert "recovered" not in report.out
+
+
+def test_each_panel_of_the_figure(written, report):
+    fig = report.fig
+    strip, heat, curve = fig.axes[:3]
+    assert fig.get_suptitle() == "Bayes-optimal filter"
+    check_strip(strip, written.series.states[300:360], 300, 3, "true circle")
+    check_heatmap(heat, written.reference["circle_posterior"][300:360], 300, limits=(0, 1), cmap="Greys")
+    assert (heat.get_xlabel(), heat.get_ylabel()) == ("time step", "circle")
+    assert colour_bars(fig) == ["P(circle | past)"]
+    check_circle_legend(fig, [0, 1, 2], 3)
+    drawn, rows = lines(curve), report.json["horizons"]
+    for key, label in (("mse", "whole series"), ("val_mse", "validation part"),
+                       ("val_window_mse", "windows of 30 steps")):
+        np.testing.assert_array_equal(drawn[label], [[1, 3], [row[key] for row in rows]])
+    np.testing.assert_allclose(drawn["noise floor"][1], NOISE**2)
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == [
+        "whole series", "validation part", "windows of 30 steps", "noise floor"]
+    assert (curve.get_xlabel(), curve.get_ylabel()) == ("horizon (steps)", "mean squared error")
+    assert curve.get_xscale() == "log" and [t.get_text() for t in curve.get_xticklabels()] == ["1", "3"]
+
+
+def test_a_file_without_planes_is_said_to_make_errors_too_low(written, script, tmp_path):
+    folder = tmp_path / "data"
+    save_series(written.series, folder)
+    with np.load(folder / "data.npz") as file:
+        np.savez(folder / "data.npz", **{name: file[name] for name in file.files if name != "planes"})
+    done = script("optimal_filter", "--data-dir", folder, "--save-dir", tmp_path, "--horizons", 1, "--seq-len", 30)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "optimal_filter.json").read_text())["planes_recovered"] is True
+    assert f"too low by about {NOISE**2 * 3 * (2 * 4 - 3) / (400 * 4):.1e}" in done.out
