@@ -390,7 +390,7 @@ def test_excess_percent_and_the_table_of_errors():
     rows = optimal_filter.error_rows({1: 3.0, 4: 5.12346}, {1: 2.0, 4: 5.0})
     assert rows == [
         {"horizon": 1, "val_mse": 3.0, "optimal_mse": 2.0, "excess_percent": pytest.approx(50)},
-        {"horizon": 4, "val_mse": 5.12346, "optimal_mse": 5.0, "excess_percent": pytest.approx(2.469)}]
+        {"horizon": 4, "val_mse": 5.12346, "optimal_mse": 5.0, "excess_percent": pytest.approx(2.4692)}]
     lines = optimal_filter.error_table(rows).splitlines()
     assert re.split(r" {2,}", lines[0]) == ["horizon", "validation MSE", "optimal", "excess"]
     assert lines[2].split() == ["1", "3.0000", "2.0000", "+50.00", "%"]
