@@ -1,6 +1,11 @@
 """What every script here shares at its edges: one way to parse flags, to report an error and to write a file.
 
-No heavy import at the top, so that `--help` and a bad flag answer at once.
+Nothing slow is imported at the top, so that `--help` and a bad flag answer at once.
+
+Importing this module has a side effect: it sets three environment variables (OMP_WAIT_POLICY, GOMP_SPINCOUNT and
+THP_MEM_ALLOC_ENABLE) unless they are set already. They say how torch uses threads and memory on a CPU. Since torch
+reads them once, when it is imported, every script imports this module before torch; where torch is there already, as
+in many a notebook, they change nothing.
 """
 
 import argparse
@@ -11,12 +16,13 @@ import re
 import sys
 from pathlib import Path
 
-# How torch runs on a CPU, read when it is imported. Its threads sleep when they have nothing to do (GNU's after a
-# fraction of a millisecond, the gap between two operations): the scan's own, which alternate with them, need the cores.
-# What it allocates lies in huge pages (Linux): a step of training asks for a hundred megabytes and gives them back, as
-# tens of thousands of small pages otherwise.
+# Threads of torch that have nothing to do go to sleep at once, or with GNU's OpenMP after a fraction of a millisecond,
+# which bridges the gap between two operations. Otherwise they would keep the cores from the threads of the scan, which
+# alternate with them.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# On Linux torch asks for huge pages. A training step allocates and frees about a hundred megabytes, which would be
+# tens of thousands of small pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # The windows that a model is trained on unless flags say otherwise: steps per window, steps between the starts of two
@@ -27,16 +33,16 @@ EXIT_INTERRUPTED = 130
 
 
 class UserError(Exception):
-    """Something the user can mend. Shown as one line on stderr, exit code 2, no traceback."""
+    """An error that the user can mend. It is shown as one line on stderr, without a traceback; the exit code is 2."""
 
 
 def run(main, args):
-    """Run a script's `main(args)` and turn what the user can mend into one line on stderr and exit code 2."""
+    """Run a script's `main(args)`; an error that the user can mend becomes one line on stderr and exit code 2."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without our signs, a file's odd name: no reason to end
+        sys.stdout.reconfigure(errors="replace")  # a sign that the terminal doesn't know must not end a run
     try:
         main(args)
-        sys.stdout.flush()  # here, where a full disk or a reader that has left can still be told of
+        sys.stdout.flush()  # here a full disk, or a reader that has left, can still be reported
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -45,7 +51,7 @@ def run(main, args):
         silence_stdout()  # the reader of our output (`| head`) has left
         sys.exit(1)
     except OSError as error:
-        # Files are written by `writing`, which says more; what gets here is stdout on a full disk and the like.
+        # Files are written by `writing`, which says more. This is for the rest, such as stdout on a full disk.
         where = f" {error.filename}" if error.filename else ""
         fail(f"can't read or write{where}: {error.strerror or one_line(error)}; free some space or check the path")
     except MemoryError as error:
@@ -67,11 +73,12 @@ def fail(message, code=EXIT_BAD_INPUT):
 
 
 def silence_stdout():
-    """Point stdout elsewhere, so that what it still holds raises nothing at exit."""
+    """Point stdout to nowhere, so that the text in its buffer raises no error when Python flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(message):
+    """The message with every run of white space, line breaks included, as one blank."""
     return " ".join(str(message).split())
 
 
@@ -81,8 +88,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Adds each flag's default as it would be typed. A switch has none to show; where leaving a flag out means more
-    than a value, its help says so itself."""
+    """Adds each flag's default as it would be typed. A switch has none to show. Where the default is None, the flag's
+    own help says what happens without it."""
 
     def _get_help_string(self, action):
         default = action.default
@@ -93,10 +100,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def parser(doc):
-    """An argument parser whose help is the script's docstring, its `Examples:` moved to the end.
+    """An argument parser whose help is the script's docstring, with its `Examples:` moved to the end.
 
-    A wrong flag ends with one line on stderr and exit code 2; flags can't be abbreviated, so that a script in
-    a paper's appendix means the same next year.
+    A wrong flag ends the script with one line on stderr and exit code 2. Flags can't be abbreviated: a new flag would
+    make old abbreviations ambiguous, and a command in a paper's appendix should mean the same next year.
     """
     description, _, examples = doc.partition("Examples:")
     return _Parser(
@@ -108,6 +115,7 @@ def parser(doc):
 
 
 def _number(kind, accepts, wanted):
+    """A `type` for argparse: text to a number of this kind that `accepts` says yes to; `wanted` describes it."""
     def convert(text):
         try:
             value = kind(text)
@@ -164,7 +172,7 @@ def add_computing(parser):
 
 
 def pick_device(name):
-    """`--device` as a torch.device. Raises UserError when it isn't there."""
+    """`--device` as a torch.device. Raises UserError when this machine has no such device."""
     import torch
 
     if name == "auto":
@@ -184,9 +192,9 @@ def pick_device(name):
 
 
 def output_folder(path):
-    """Make the folder `path` and check that files can be made in it, before any work is spent.
+    """Make the folder `path`, and check that files can be made in it before work is spent; returns it as a Path.
 
-    Also removes what a killed run of this machine left half-written in it.
+    Also removes half-written files that a killed process of this machine left in it. Raises UserError.
     """
     path = Path(path)
     try:
@@ -201,7 +209,8 @@ def output_folder(path):
 
 
 def _beside(path):
-    # Hidden, same suffix (savefig and np.savez read it), one name a process: machines may share the folder.
+    """The path to write to before a file is whole: beside it, hidden, with the same suffix (savefig and np.savez look
+    at it), and named after machine and process, since several may share the folder."""
     return path.with_name(f".{path.stem}.{_host()}.{os.getpid()}.part{path.suffix}")
 
 
@@ -210,7 +219,7 @@ def _host():
 
 
 def remove_leftovers(folder):
-    """Remove the half-written files in `folder` of processes of this machine that are no more (kill -9, power cut)."""
+    """Remove half-written files in `folder` whose process, on this machine, has ended (kill -9, a power cut)."""
     pattern = re.compile(rf"\..*\.{re.escape(_host())}\.(\d+)\.part(\.[^.]*)?")
     for path in folder.iterdir():
         match = pattern.fullmatch(path.name)
@@ -224,42 +233,43 @@ def _alive(pid):
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        pass  # another user's, or no process id at all: not ours to judge
+        pass  # another user's process, or a number that is no process id: leave the file alone
     return True
 
 
 @contextlib.contextmanager
 def writing(path):
-    """Give a path beside `path` to write to; it becomes `path` only if the block ends well.
+    """Gives a temporary path beside `path` to write to; the file becomes `path` only if the block ends well.
 
-    So a file is whole or not there, and an older file stays until the new one is complete; after a power cut too.
+    So a file is whole or not there, and an older file stays until the new one is complete, even through a power cut.
     Raises UserError when the disk is full or the folder can't be written to.
     """
     path = Path(path)
-    part = _beside(path)
+    temporary = _beside(path)
     try:
-        yield part
-        with open(part, "rb") as file:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or one_line(error)}; "
                         "free some space or choose another folder") from None
     finally:
-        with contextlib.suppress(OSError):  # the folder may be gone; the first error is the one to tell
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be gone, and the first error is the one to report
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
     """Write a text file, whole or not at all."""
-    with writing(path) as part:
-        part.write_text(text, encoding="utf-8")
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def table(header, rows, align=None):
-    """A plain text table: `header` a list of titles, `rows` lists of already formatted cells.
+    """A plain text table, as one string. header: a list of titles; rows: lists of cells, already formatted.
 
-    Columns are right-aligned but for the first; `align` (a string of l and r) says otherwise.
+    The first column is left-aligned, the others right-aligned, unless `align` (one letter l or r per column) says
+    otherwise.
     """
     rows = [[str(cell) for cell in row] for row in [header, *rows]]
     align = align or "l" + "r" * (len(header) - 1)

@@ -3,7 +3,7 @@
 Everything that reads `data/data.npz` and `data/config.json` goes through `load_series`. A file written with
 --uncompressed is mapped, not loaded. Code that walks through a long series takes it in `blocks`, takes windows by
 `gather` or rows by `pick`: these give the pages of a mapped array back, so that memory never holds more of it than one
-block or batch.
+block or batch. torch is imported only by what needs it, since scripts without a model read data too.
 """
 
 import json
@@ -20,7 +20,7 @@ from cli import WINDOW_DEFAULTS, UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
 ARRAYS = ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes")
-# The numbers of config.json that are used, and how large they may be.
+# The numbers of config.json that other modules compute with, and how large each may be.
 CONFIG_NUMBERS = {"noise_std": LARGEST_VALUE, "center_walk_std": LARGEST_VALUE, "dwell_mean": 1.7e308,
                   "dwell_std": 1.7e308}
 FULL_CIRCLE = 2 * np.pi + 1e-3  # radians; as a float32, 2π itself is a little larger
@@ -152,7 +152,7 @@ def map_array(file, info):
 
 
 def mapping_of(array):
-    """The mmap.mmap that the values of an array lie in, or None when they are in memory."""
+    """The mmap.mmap in which the values of an array lie, or None when they are in memory."""
     while isinstance(array, np.ndarray):
         array = array.base
     # np.frombuffer keeps its buffer as a memoryview.
@@ -161,10 +161,10 @@ def mapping_of(array):
 
 
 def release(array):
-    """Take the pages of a mapped array out of this process's memory; they are read again when used again.
+    """Give the memory back that the pages of a mapped array take in this process; they are read again when used again.
 
-    array: whole rows of a mapped array; one in memory is left alone. The values stay in the system's file cache as
-    long as there is room.
+    array: a mapped array, or consecutive rows of one; an array in memory is left alone. The values stay in the
+    system's file cache as long as there is room.
     """
     mapping = mapping_of(array)
     if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
@@ -176,7 +176,7 @@ def release(array):
 
 
 def blocks(array, n_bytes=BLOCK_BYTES):
-    """The array in consecutive blocks of rows, about n_bytes each; a mapped block leaves memory when the next comes."""
+    """Yields the array in consecutive blocks of rows, about n_bytes each; releases a mapped block before the next."""
     rows = max(1, n_bytes * len(array) // max(array.nbytes, 1))
     for first in range(0, len(array), rows):
         block = array[first:first + rows]
@@ -299,10 +299,10 @@ def window_starts(first, last, seq_len, stride):
 
 
 def split_windows(n_steps, seq_len, stride, val_fraction):
-    """Window starts for training and for validation, and the first validation step.
+    """Window starts for training (n,) and for validation (m,), int64, and the first validation step.
 
-    Both kinds lie wholly on their side of the boundary, so no time step is in both. Raises UserError when either
-    side is shorter than one window.
+    The windows of both kinds lie wholly on their side of that step, so that no time step is in both. Raises UserError
+    when either side is shorter than one window.
     """
     if seq_len > n_steps:
         raise UserError(f"--seq-len {seq_len} is longer than the series ({n_steps} steps); use a smaller one")
@@ -317,10 +317,10 @@ def split_windows(n_steps, seq_len, stride, val_fraction):
 
 
 def jittered(starts, last, seq_len, stride, generator):
-    """Training starts, each moved forward by 0…stride-1 random steps but never past `last` - seq_len.
+    """Training starts, each moved forward by 0…stride-1 random steps, but never so far that its window passes `last`.
 
-    starts: (n,) int64 tensor; `generator` a torch.Generator on its device. Over the epochs every training step is
-    seen at every position in a window.
+    starts: (n,) int64 tensor; generator: a torch.Generator on its device. So a step is seen at other positions in its
+    window from epoch to epoch.
     """
     import torch
 
@@ -331,8 +331,9 @@ def jittered(starts, last, seq_len, stride, generator):
 def gather(X, starts, seq_len):
     """The windows X[start : start + seq_len]: a tensor (n, seq_len, feature_dim).
 
-    X: a tensor, from which they are taken by one indexing call on its device, or an array in host memory or mapped
-    from the file, which gives a tensor on the CPU. starts: (n,) int64; for a tensor X, a tensor on its device.
+    X (n_steps, feature_dim): a tensor, of which the windows are taken by one indexing call on its device, or an array,
+    in memory or mapped, whose windows are copied into a tensor on the CPU. starts: (n,) int64; a tensor on the same
+    device when X is a tensor.
     """
     import torch
 
@@ -346,10 +347,9 @@ def gather(X, starts, seq_len):
 
 
 def fits_on(device, X):
-    """Whether the series X may live on the device as a tensor.
+    """Whether the whole series X may lie on the device as a tensor.
 
-    On a CPU always, where it is already, but for one that is mapped; on a GPU when it takes no more than a third of
-    the free memory.
+    On a CPU it does already, unless it is mapped from its file. On a GPU it may take up to a third of the free memory.
     """
     import torch
 
@@ -389,34 +389,19 @@ class Windows:
 
     def at(self, starts):
         """The windows that begin at the steps `starts`, (n,) int64 on `starts_device`: (n, seq_len, feature_dim)."""
-        return gather(self.X, starts, self.seq_len).to(self.device)
+        return self.cut(starts).to(self.device)
 
     def loader(self, batches, num_workers):
-        """Yields the windows of each batch (a list of window starts) of a series that is not on the device."""
-        return host_batches(self.X, batches, self.seq_len, self.device, num_workers)
+        """Yields the windows of each batch in order, on the device, cut out by `num_workers` other processes (0: by
+        this one). It is meant for a series that is not on the device; batches: a list of lists of window starts.
+        """
+        from torch.utils.data import DataLoader
 
+        loader = DataLoader(batches, batch_size=None, collate_fn=self.cut, num_workers=num_workers,
+                            pin_memory=self.device.type == "cuda")
+        for windows in loader:
+            yield windows.to(self.device, non_blocking=True)
 
-class HostWindows:
-    """Windows of a series in host memory or mapped, for a torch DataLoader: one item is one batch of window starts."""
-
-    def __init__(self, X, batches, seq_len):
-        self.X, self.batches, self.seq_len = X, batches, seq_len
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, i):
-        return gather(self.X, self.batches[i], self.seq_len)
-
-
-def host_batches(X, batches, seq_len, device, num_workers):
-    """Batches of windows for a series that doesn't fit on the device: gathered by `num_workers` processes.
-
-    batches: lists of window starts. Yields (n, seq_len, feature_dim) tensors on the device, in order.
-    """
-    from torch.utils.data import DataLoader
-
-    loader = DataLoader(HostWindows(X, batches, seq_len), batch_size=None, num_workers=num_workers,
-                        pin_memory=device.type == "cuda")
-    for batch in loader:
-        yield batch.to(device, non_blocking=True)
+    def cut(self, starts):
+        """The windows that begin at the steps `starts`, where the series lies."""
+        return gather(self.X, starts, self.seq_len)

@@ -464,8 +464,8 @@ def save_checkpoint(path, epoch, model_state_dict, optimizer_state_dict, train_l
     content = io.BytesIO()  # in memory first: on a full disk torch's own writer ends in a RuntimeError
     torch.save({"epoch": epoch, "model_state_dict": model_state_dict, "optimizer_state_dict": optimizer_state_dict,
                 "train_loss": train_loss, "val_loss": val_loss, "args": plain, **resume}, content)
-    with cli.writing(path) as part:
-        part.write_bytes(content.getbuffer())
+    with cli.writing(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def stem(checkpoint):

@@ -1,12 +1,16 @@
 """Loading, checking and splitting the data."""
 
 import io
+import itertools
 import json
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +29,11 @@ def test_loads_what_the_generator_wrote(shared_data):
     series = dataset.load_series(shared_data)
     assert series.X.shape == (3000, 6) and series.X.dtype == np.float32
     assert series.process.planes.shape == (4, 2, 6) and series.n_circles == 4
-    assert series.config["noise_std"] == 2.83
+    assert series.config["noise_std"] == series.process.noise_std == 2.83
+    with np.load(shared_data / "data.npz") as file:
+        for name, values in arrays_of(series).items():
+            np.testing.assert_array_equal(values, file[name])
+            assert values.dtype == {"X": "f4", "states": "i8", "periods": "i8"}.get(name, "f8")
 
 
 def test_older_files_without_planes_or_config_load(rewrite_data):
@@ -47,29 +55,102 @@ def test_no_time_step_is_in_training_and_validation(n_steps, seq_len, stride, va
             seen.update(range(start, start + seq_len))
     validated = {t for start in val.tolist() for t in range(start, start + seq_len)}
     assert not seen & validated
-    assert max(seen) < boundary <= min(validated) and max(validated) < n_steps
+    assert seen == set(range(boundary)) and boundary == min(validated) and max(validated) < n_steps
 
 
-def test_jitter_reaches_every_offset():
-    starts = torch.zeros(5000, dtype=torch.long)
-    moved = dataset.jittered(starts, 10_000, 10, 8, torch.Generator().manual_seed(1))
-    assert set(moved.tolist()) == set(range(8))
+@pytest.mark.parametrize("n_steps, seq_len, stride, val_fraction, boundary", [
+    (1000, 100, 50, 0.1, 900),  # the only validation window ends with the series
+    (1000, 100, 50, 0.2, 800), (1003, 100, 7, 0.25, 752), (777, 64, 64, 0.1, 699), (20, 3, 1, 0.3, 14)])
+def test_windows_are_all_that_fit_on_their_side(n_steps, seq_len, stride, val_fraction, boundary):
+    train, val, first = dataset.split_windows(n_steps, seq_len, stride, val_fraction)
+    assert first == boundary == dataset.first_validation_step(n_steps, val_fraction)
+    assert train.tolist() == [s for s in range(n_steps) if s % stride == 0 and s + seq_len <= boundary]
+    assert val.tolist() == [
+        s for s in range(boundary, n_steps) if (s - boundary) % stride == 0 and s + seq_len <= n_steps]
+    assert train.dtype == val.dtype == np.int64
+    np.testing.assert_array_equal(dataset.window_starts(boundary, n_steps, seq_len, stride), val)
+
+
+def test_jitter_is_uniform_below_a_stride_and_stops_at_the_end():
+    starts = torch.arange(0, 50_000, 10)
+    moved = dataset.jittered(starts, 60_000, 10, 8, torch.Generator().manual_seed(1))
+    counts = torch.bincount(moved - starts, minlength=8)
+    assert len(counts) == 8 and counts.min() > 5000 / 8 * 0.85
+    assert torch.equal(moved, dataset.jittered(starts, 60_000, 10, 8, torch.Generator().manual_seed(1)))
+    late = dataset.jittered(torch.full((1000,), 85), 100, 10, 20, torch.Generator().manual_seed(1))
+    assert set(late.tolist()) == {85, 86, 87, 88, 89, 90}  # the last window is steps 90 to 99
+    assert (late == 90).sum() > 600
 
 
 def test_gather_is_slicing():
     X = torch.randn(50, 3)
     starts = torch.tensor([0, 7, 40])
-    windows = dataset.gather(X, starts, 10)
-    assert torch.equal(windows, torch.stack([X[s:s + 10] for s in starts]))
+    expected = torch.stack([X[s:s + 10] for s in starts])
+    assert torch.equal(dataset.gather(X, starts, 10), expected)
+    for given in (starts, starts.numpy(), starts.tolist()):
+        assert torch.equal(dataset.gather(X.numpy(), given, 10), expected)
 
 
+@pytest.mark.parametrize("form", ["in memory", "mapped"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_host_batches_equal_gather(workers):
-    X = np.random.default_rng(0).standard_normal((60, 2)).astype(np.float32)
-    batches = [[0, 5], [50, 3]]
-    got = list(dataset.host_batches(X, batches, 10, torch.device("cpu"), workers))
-    for windows, starts in zip(got, batches, strict=True):
-        assert torch.equal(windows, dataset.gather(torch.from_numpy(X), torch.tensor(starts), 10))
+def test_windows_of_a_series(shared_data, shared_uncompressed, form, workers):
+    X = dataset.load_series(shared_data if form == "in memory" else shared_uncompressed).X
+    windows = dataset.Windows(X, 30, "cpu")
+    assert windows.on_device == isinstance(windows.X, torch.Tensor) == (form == "in memory")
+    assert windows.seq_len == 30 and windows.device == windows.starts_device == torch.device("cpu")
+    batches = [[0, 2970], [17, 3, 17]]
+    expected = [torch.from_numpy(np.stack([X[s:s + 30] for s in starts])) for starts in batches]
+    for starts, wanted in zip(batches, expected, strict=True):
+        assert torch.equal(windows.at(torch.tensor(starts)), wanted)
+    if form == "mapped":
+        for found, wanted in zip(windows.loader(batches, workers), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_a_series_goes_to_a_gpu_when_it_takes_less_than_a_third_of_the_free_memory(monkeypatch):
+    X = np.zeros((25, 4), np.float32)  # 400 bytes
+    gpu = torch.device("cuda", 0)
+    for free, fits in ((1201, True), (1200, False), (900, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10**9))
+        assert dataset.fits_on(gpu, X) == fits
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 10**9))
+    windows = dataset.Windows(X, 5, gpu)
+    assert not windows.on_device and windows.starts_device.type == "cpu" and windows.device == gpu
+
+
+def test_visits_are_the_runs_of_equal_states(monkeypatch):
+    states = np.random.default_rng(0).integers(0, 3, 2000)
+    expected = [(state, sum(1 for _ in group)) for state, group in itertools.groupby(states.tolist())]
+    for block_bytes in (1 << 22, 80):
+        monkeypatch.setattr(dataset.blocks, "__defaults__", (block_bytes,))
+        circles, starts, lengths = dataset.visits(states)
+        assert list(zip(circles.tolist(), lengths.tolist(), strict=True)) == expected
+        assert starts.tolist() == np.cumsum([0, *lengths[:-1]]).tolist()
+
+
+def test_crc32_is_that_of_the_bytes(monkeypatch):
+    X = np.random.default_rng(0).standard_normal((1001, 7)).astype(np.float32)
+    for block_bytes in (1 << 22, 100):
+        monkeypatch.setattr(dataset.blocks, "__defaults__", (block_bytes,))
+        assert dataset.crc32(X) == zlib.crc32(X.tobytes())
+
+
+def test_a_model_of_another_number_of_features_is_refused(shared_data):
+    series = dataset.load_series(shared_data)
+    dataset.check_fits_model(series, SimpleNamespace(feature_dim=6), "m.pt")
+    with pytest.raises(cli.UserError, match=r"m\.pt predicts 7 features but the data have 6; give the --data-dir"):
+        dataset.check_fits_model(series, SimpleNamespace(feature_dim=7), "m.pt")
+
+
+@pytest.mark.parametrize("name, largest", [("noise_std", 1e30), ("center_walk_std", 1e30), ("dwell_mean", 1.7e308),
+                                           ("dwell_std", 1.7e308)])
+def test_numbers_of_config_outside_their_range_are_refused(rewrite_data, name, largest):
+    for value in (0, largest):
+        assert dataset.load_series(rewrite_data({name: value})).config[name] == value
+    for value in (-1e-9, float("nan"), float("inf"), "1", True, None, [1]):
+        message = re.escape(f"config.json: {name} must be a number from 0 to {largest:g};")
+        with pytest.raises(cli.UserError, match=message):
+            dataset.load_series(rewrite_data({name: value}))
 
 
 def test_missing_file(tmp_path):
@@ -288,8 +369,6 @@ def test_windows_and_rows_of_a_mapped_series(shared_data, shared_uncompressed):
     expected = dataset.gather(torch.from_numpy(X), starts, 100)
     assert torch.equal(dataset.gather(mapped, starts, 100), expected)
     assert torch.equal(dataset.gather(mapped, starts.numpy(), 100), expected)
-    batches = dataset.host_batches(mapped, [[0, 2000], [17, 2900]], 100, torch.device("cpu"), 1)
-    assert torch.equal(torch.cat(list(batches)), expected)
     cpu = torch.device("cpu")
     assert dataset.fits_on(cpu, X) and not dataset.fits_on(cpu, mapped)
     assert torch.equal(dataset.to_device(mapped, cpu), torch.from_numpy(X))
@@ -354,7 +433,7 @@ def work(n_steps):
     dataset.crc32(series.X)
     dataset.pick(series.states, np.arange(0, n_steps, n_steps // 3000))
     batches = torch.arange(0, n_steps - 1000, 1000).split(8)
-    return sum(float(w[0, 0, 0]) for w in dataset.host_batches(series.X, batches, 1000, torch.device("cpu"), 0))
+    return sum(float(w[0, 0, 0]) for w in dataset.Windows(series.X, 1000, "cpu").loader(batches, 0))
 
 work(30_000)
 before = peak()
