@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
 
@@ -108,8 +109,8 @@ def test_output_folder_is_made(tmp_path):
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (cli.positive_int, ["1", "1" + "0" * 20], ["0", "-1", "1.5", "", "x", "nan", "9" * 5000]),
-    (cli.non_negative_int, ["0"], ["-1", "0.0"]),
+    (cli.positive_int, ["1", "1" + "0" * 20], ["0", "-1", "1.5", "", "x", "nan", "1" + "0" * 31, "9" * 5000]),
+    (cli.non_negative_int, ["0", "1"], ["-1", "0.0", "1" + "0" * 31]),
     (cli.positive_float, ["1e-9", "3"], ["0", "nan", "inf", "-1", "1e999"]),
     (cli.non_negative_float, ["0"], ["-1e-9", "nan"]),
     (cli.fraction, ["0.5"], ["0", "1", "nan"]),
@@ -133,9 +134,51 @@ def test_a_flag_is_one_line_and_never_abbreviated(capsys):
         assert end.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "--help" in err
 
 
+def test_the_shared_flags_and_their_defaults():
+    parser = cli.parser("What it does.\n\nExamples:\n  python x.py")
+    cli.add_computing(parser)
+    cli.add_data_dir(parser)
+    cli.add_save_dir(parser, "figures")
+    assert vars(parser.parse_args([])) == {"seed": 42, "device": "auto", "scan": "auto", "data_dir": Path("data"),
+                                           "save_dir": Path("figures")}
+    given = parser.parse_args(["--seed", "7", "--device", "cuda:1", "--scan", "reference", "--data-dir", "d",
+                               "--save-dir", "s"])
+    assert vars(given) == {"seed": 7, "device": "cuda:1", "scan": "reference", "data_dir": Path("d"),
+                           "save_dir": Path("s")}
+    group, = (group for group in parser._action_groups if group.title == "computing")
+    assert [action.dest for action in group._group_actions] == ["seed", "device", "scan"]
+    assert cli.WINDOW_DEFAULTS == {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}
+
+
+def test_help_shows_defaults_as_they_are_typed_and_examples_last():
+    parser = cli.parser("What it does.\n\nExamples:\n  python x.py --a 3")
+    parser.add_argument("--a", default=[1, 2], help="numbers")
+    parser.add_argument("--b", default=0.5, help="a share")
+    parser.add_argument("--c", action="store_true", help="a switch")
+    parser.add_argument("--d", help="a name")
+    text = parser.format_help()
+    assert text.index("What it does.") < text.index("--a") < text.index("examples:\n  python x.py --a 3")
+    assert "numbers (default: 1 2)" in text and "a share (default: 0.5)" in text and text.count("default") == 2
+
+
+@pytest.mark.parametrize("name, gpus, answer", [
+    ("auto", 0, "cpu"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda"), ("cuda:1", 2, "cuda:1"),
+    ("cuda:2", 2, "there are only 2 GPUs, counted from 0"), ("cuda", 0, "no CUDA GPU is usable here; use --device cpu"),
+    ("mps", 0, "--device mps is not supported"), ("gpu", 1, "--device gpu is no device")])
+def test_pick_device(monkeypatch, name, gpus, answer):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if " " in answer:
+        with pytest.raises(cli.UserError, match=answer):
+            cli.pick_device(name)
+    else:
+        assert cli.pick_device(name) == torch.device(answer)
+
+
 def test_table():
     assert cli.table(["name", "value"], [["a", 1], ["long", 22]]) == (
         "name  value\n----  -----\na         1\nlong     22")
+    assert cli.table(["a", "bcd", "e"], [["wide", "x", "y"]], "rlr") == "   a  bcd  e\n----  ---  -\nwide  x    y"
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"])

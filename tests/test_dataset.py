@@ -474,7 +474,9 @@ def test_window_flags_that_an_older_checkpoint_lacks_are_the_defaults_and_are_na
     assert "old.pt doesn't name its val_fraction (taken: 0.1)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("bad", [{"seq_len": 0}, {"seq_len": "long"}, {"stride": 0}, {"val_fraction": 1.5},
+@pytest.mark.parametrize("bad", [{"seq_len": 0}, {"seq_len": 1}, {"seq_len": "long"}, {"seq_len": 64.0},
+                                 {"seq_len": 10**5000}, {"stride": 0}, {"stride": 2**63}, {"stride": None},
+                                 {"val_fraction": 1.5}, {"val_fraction": 0.0}, {"val_fraction": float("nan")},
                                  {"val_fraction": None}])
 def test_senseless_window_flags_are_refused(bad):
     with pytest.raises(cli.UserError, match="make no windows"):
