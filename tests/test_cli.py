@@ -157,7 +157,7 @@ def test_help_shows_defaults_as_they_are_typed_and_examples_last():
     parser.add_argument("--c", action="store_true", help="a switch")
     parser.add_argument("--d", help="a name")
     text = parser.format_help()
-    assert text.index("What it does.") < text.index("--a") < text.index("examples:\n  python x.py --a 3")
+    assert text.index("What it does.") < text.index("options:") < text.index("examples:\n  python x.py --a 3")
     assert "numbers (default: 1 2)" in text and "a share (default: 0.5)" in text and text.count("default") == 2
 
 
