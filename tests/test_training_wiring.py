@@ -4,7 +4,9 @@ The losses, the filter and the scan have their own tests. Here a fault would be 
 column with another column's number, a figure of the wrong weights. Expected values come from loops in this file.
 """
 
+import contextlib
 import csv
+import io
 import itertools
 import json
 import math
@@ -223,44 +225,41 @@ def test_the_learning_rate_against_its_formula():
 # ---- a run, watched
 
 
+def watch_runs(patch):
+    """From here on every step of a run is recorded in a list, and every figure that it saves in a dict: both."""
+    steps, figs, rates = [], {}, []
+    make_loss, set_lr = training.make_loss, training.set_lr
+
+    def watched_make_loss(args):
+        loss_of = make_loss(args)
+
+        def watched(model, x):
+            inputs = []
+            hook = model.register_forward_pre_hook(lambda module, words: inputs.append(words[0].clone()))
+            before = {name: value.clone() for name, value in model.state_dict().items()}
+            loss, mse = loss_of(model, x)
+            hook.remove()
+            steps.append(SimpleNamespace(
+                x=x.clone(), input=inputs[0], loss=loss.item(), mse=mse.tolist(), weights=before,
+                dropout=[m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)],
+                training=model.training, rates=rates[-1]))
+            return loss, mse
+
+        return watched
+
+    def watched_set_lr(optimizer, lr):
+        set_lr(optimizer, lr)
+        rates.append([(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups])
+
+    patch.setattr(training, "make_loss", watched_make_loss)
+    patch.setattr(training, "set_lr", watched_set_lr)
+    patch.setattr(figures, "save_all", lambda drawn: figs.update({path.name: fig for path, fig in drawn.items()}))
+    return steps, figs
+
+
 @pytest.fixture
 def watch(monkeypatch):
-    """`watch()`: from here on every step of a run is recorded, in a list, and every figure that it saves, in a dict."""
-
-    def start():
-        steps, figs = [], {}
-        make_loss, set_lr = training.make_loss, training.set_lr
-
-        def watched_make_loss(args):
-            loss_of = make_loss(args)
-
-            def watched(model, x):
-                inputs = []
-                hook = model.register_forward_pre_hook(lambda module, words: inputs.append(words[0].clone()))
-                before = {name: value.clone() for name, value in model.state_dict().items()}
-                loss, mse = loss_of(model, x)
-                hook.remove()
-                steps.append(SimpleNamespace(
-                    x=x.clone(), input=inputs[0], loss=loss.item(), mse=mse.tolist(), weights=before,
-                    dropout=[m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)],
-                    training=model.training, rates=rates[-1]))
-                return loss, mse
-
-            return watched
-
-        rates = []
-
-        def watched_set_lr(optimizer, lr):
-            set_lr(optimizer, lr)
-            rates.append([(g["lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups])
-
-        monkeypatch.setattr(training, "make_loss", watched_make_loss)
-        monkeypatch.setattr(training, "set_lr", watched_set_lr)
-        monkeypatch.setattr(figures, "save_all",
-                            lambda drawn: figs.update({path.name: fig for path, fig in drawn.items()}))
-        return steps, figs
-
-    return start
+    return lambda: watch_runs(monkeypatch)
 
 
 def log_rows(path):
@@ -364,20 +363,23 @@ HORIZONS = (1, 2, 3)
 EPOCHS = 4
 
 
-@pytest.fixture
-def watched_run(script, shared_data, tmp_path, watch, monkeypatch):
+@pytest.fixture(scope="module")
+def watched_run(shared_data, tmp_path_factory):
     """A run whose last epoch makes the weights worse, and everything that it did, wrote and drew."""
-    steps, figs = watch()
-    set_lr = training.set_lr
-    monkeypatch.setattr(training, "set_lr", lambda optimizer, lr: set_lr(optimizer, 0.3 if len(steps) >= 9 else lr))
-    before = time.time()
-    result = script(NAME, *TINY, "--data-dir", shared_data, "--checkpoint", tmp_path / "run.pt", "--epochs", EPOCHS,
-                    "--max-horizon", "3", "--slowness-lambda", "0.5", "--seed", "5", "--lr", "0.01")
-    assert result.code == 0, result
-    return SimpleNamespace(steps=steps, figs=figs, out=result.out, folder=tmp_path, seconds=time.time() - before,
-                           log=log_rows(tmp_path / "run_log.csv"), series=dataset.load_series(shared_data),
-                           best=torch.load(tmp_path / "run.pt", weights_only=True),
-                           last=torch.load(tmp_path / "run_last.pt", weights_only=True))
+    folder, out, before = tmp_path_factory.mktemp("watched"), io.StringIO(), time.time()
+    argv = [*TINY, "--data-dir", str(shared_data), "--checkpoint", str(folder / "run.pt"), "--epochs", str(EPOCHS),
+            "--max-horizon", "3", "--slowness-lambda", "0.5", "--seed", "5", "--lr", "0.01"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr("sys.argv", [f"{NAME}.py", *argv])
+        steps, figs = watch_runs(patch)
+        set_lr = training.set_lr
+        patch.setattr(training, "set_lr", lambda optimizer, lr: set_lr(optimizer, 0.3 if len(steps) >= 9 else lr))
+        training.main(training.parse_args(argv))
+    return SimpleNamespace(steps=steps, figs=figs, out=out.getvalue(), folder=folder, seconds=time.time() - before,
+                           log=log_rows(folder / "run_log.csv"), series=dataset.load_series(shared_data),
+                           best=torch.load(folder / "run.pt", weights_only=True),
+                           last=torch.load(folder / "run_last.pt", weights_only=True))
 
 
 def errors_by_loops(checkpoint, series, starts):
