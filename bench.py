@@ -800,7 +800,8 @@ def measure_generate(bench):
         "ours": timed(lambda: generate.generate(model, seed, n_steps), device, n_steps),
         "prefix": lambda: generate_by_prefix(peer, seed_on_device, n_steps, every)[1] / n_steps}, bench.repeats)
     limit = generation_limit(bench.limits, model, SAMPLES)
-    lines = [compared(f"a step of {n_steps}", found["ours"], f"prefix re-run, {blocks}", found["prefix"], limit=limit)]
+    lines = [compared(f"one of {n_steps} steps", found["ours"], f"prefix re-run, {blocks}", found["prefix"],
+                      limit=limit)]
     long, seconds = size["long"], []
     memory, short_memory = (peak_memory(lambda n=n: seconds.append(timed(
         lambda: generate.generate(model, seed, n), device)()), device) for n in (long, n_steps))

@@ -24,11 +24,11 @@ from numba import float32, float64, int64, njit, types
 from kernels.simd import (
     CACHE_LINE,
     LOG2_E,
-    SIMD_SOURCE,
     VECTOR_BYTES,
     add_sums,
     exp2_of_product,
     get,
+    inlines_simd,
     load,
     prefetch,
     sigmoid,
@@ -123,8 +123,7 @@ def fill_zero(tile, begin, end):
 
 
 # ---- kernels: one batch row and a range of channels per call -------------------------------------------------
-# Parameters with one value per channel come transposed and padded to whole vectors (`_pad_channels`). The last argument
-# of each kernel, simd_source, is never passed: simd.py explains it at SIMD_SOURCE.
+# Parameters with one value per channel come transposed and padded to whole vectors (`_pad_channels`).
 
 
 @njit
@@ -146,7 +145,8 @@ def load_history(tile, rows, begin, steps, taps, column):
     load_tile(tile[missing:], rows, begin - (taps - 1) + missing, steps + taps - 1 - missing, column)
 
 
-def _conv_forward_kernel(x, weight, bias, xc, index, start, stop, lanes, simd_source=SIMD_SOURCE):
+@inlines_simd
+def _conv_forward_kernel(x, weight, bias, xc, index, start, stop, lanes):
     """xc[index, :, start:stop] = silu(convolution of x); weight (taps, channels), bias (1, channels)."""
     x, xc = x[index], xc[index]
     taps, time = weight.shape[0], x.shape[0]
@@ -165,7 +165,8 @@ def _conv_forward_kernel(x, weight, bias, xc, index, start, stop, lanes, simd_so
             store_tile(pre_tile, xc, begin, steps, c)
 
 
-def _conv_backward_kernel(x, weight, bias, dxc, dx, dweight, dbias, index, start, stop, lanes, simd_source=SIMD_SOURCE):
+@inlines_simd
+def _conv_backward_kernel(x, weight, bias, dxc, dx, dweight, dbias, index, start, stop, lanes):
     """Writes dx[index, :, start:stop]. dweight (batch, taps, channels) and dbias (batch, 1, channels) are added to:
     zero on entry, and each batch row has its own."""
     x, dxc, dx, dweight, dbias = x[index], dxc[index], dx[index], dweight[index], dbias[index]
@@ -209,8 +210,8 @@ def _conv_backward_kernel(x, weight, bias, dxc, dx, dweight, dbias, index, start
             store_tile(pre_tile, dx, begin, steps, c)
 
 
-def _scan_forward_kernel(u, delta, A2, B, C, D, z, delta_bias, states, last, y, index, start, stop, lanes,
-                         simd_source=SIMD_SOURCE):
+@inlines_simd
+def _scan_forward_kernel(u, delta, A2, B, C, D, z, delta_bias, states, last, y, index, start, stop, lanes):
     """Writes y and last[index, :, start:stop], and the states (batch, chunks, d_state, channels) before each chunk but
     the first, which is given. A2 (d_state, channels) is A log2(e)."""
     u, delta, z, B, C = u[index], delta[index], z[index], B[index], C[index]
@@ -260,8 +261,9 @@ def _scan_forward_kernel(u, delta, A2, B, C, D, z, delta_bias, states, last, y, 
             store_tile(o_tile, y, begin, steps, c)
 
 
+@inlines_simd
 def _scan_backward_kernel(dy, u, delta, A2, B, C, D, z, delta_bias, states, du, ddelta, dz, dB, dC, dA, dD, ddelta_bias,
-                          index, start, stop, lanes, simd_source=SIMD_SOURCE):
+                          index, start, stop, lanes):
     """The equations of selective_scan.py under their names, over chunks from the last to the first.
 
     dB, dC (time, d_state) are written: the sums over this call's channels. dA (batch, d_state, channels), dD and
@@ -374,7 +376,7 @@ def _compile(kernel, dtype):
     """The kernel compiled for float32 or float64, or taken from Numba's cache on disk."""
     real = {torch.float32: float32, torch.float64: float64}[dtype]
     arrays = [types.Array(real, ndim, "A") for ndim in DIMENSIONS[kernel]]
-    sig = types.void(*arrays, int64, int64, int64, int64, types.Omitted(SIMD_SOURCE))
+    sig = types.void(*arrays, int64, int64, int64, int64)
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(sig, cache=True, **options)(kernel)

@@ -22,12 +22,19 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 CACHE_LINE = 64  # bytes
 VECTOR_BYTES = 2 * CACHE_LINE  # two registers of AVX-512: two chains of dependent operations run side by side
 LOG2_E = float(np.log2(np.e))
-# The functions of this file are inlined into the kernels of scan_cpu.py and step_cpu.py. Numba keeps the machine code
-# of a kernel on disk, and takes it from there as long as the kernel's own file and the types of its arguments are the
-# same: it wouldn't notice a change in this file. Each of these kernels therefore has a last argument that nobody
-# passes and whose default value is this checksum. To Numba the default is part of the argument's type, so machine code
-# made from another version of this file doesn't fit, and the kernel is compiled again.
 SIMD_SOURCE = zlib.crc32(Path(__file__).read_bytes())
+
+
+def inlines_simd(kernel):
+    """For kernels that Numba keeps on disk, below `njit(cache=True)`: compile them anew when this file changes.
+
+    The functions of this file are inlined into the kernels of scan_cpu.py and step_cpu.py. Numba takes a kernel's
+    machine code from its cache as long as the kernel's own file is the same: it doesn't notice a change in this one.
+    The cache's file is named after the kernel, though. With this file's checksum in the name, machine code that was
+    made from another version of this file isn't found.
+    """
+    kernel.__qualname__ += f"_{SIMD_SOURCE:08x}"
+    return kernel
 
 
 # ---- the type -------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ import numpy as np
 
 from kernels.simd import (
     LOG2_E,
-    SIMD_SOURCE,
     VECTOR_BYTES,
     exp2_of_product,
+    inlines_simd,
     load,
     sigmoid,
     softplus,
@@ -164,14 +164,14 @@ def gelu(x):
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions, simd_source=SIMD_SOURCE):
+@inlines_simd
+def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions):
     """All steps of a segment for one tile of samples. prediction, conv_state and h are updated in place.
 
     prediction: (TILE, feature_dim padded), the last one. conv_state: (layers, TILE * (d_conv - 1), d_inner).
     h: (layers, TILE * d_state, d_inner). noise: (samples, steps, feature_dim), added to the input of each step.
     burst: (steps,), the row of `hidden` that is added to the layers' outputs at this step, or -1 for none.
-    hidden: (samples, rows, layers, d_model). predictions: like noise; written. simd_source is never passed: simd.py
-    explains it at SIMD_SOURCE.
+    hidden: (samples, rows, layers, d_model). predictions: like noise; written.
     """
     lanes, d_model, d_state = sizes.lanes, sizes.d_model, sizes.d_state
     d_inner = w.D.shape[2]

@@ -147,7 +147,7 @@ def test_a_limit_is_one_thread_times_the_threads():
         assert set(seen) == {1} and torch.get_num_threads() == 2
         limits.fastest = lambda function: 1.0
         assert limits.gemms([(4, 3, 2)], torch.float32, ("forward", "backward")) == 3 / 2
-        assert limits.exps == 2 * 2**12 and limits.bandwidth == 8 * 2**16  # a copy reads and writes 4 bytes a number
+        assert limits.exps == 2 * 2**12 and limits.bandwidth == 8 * 2**16  # a copy reads and writes 4 bytes per number
         assert limits.text() == "copies 0 GB/s, 0.0e9 exp/s"
     finally:
         torch.set_num_threads(threads)
@@ -446,7 +446,7 @@ def test_lines_of_the_row_generate(monkeypatch, tiny_bench):
     title, lines, notes = bench.measure_generate(tiny_bench)
     assert title == "generate: 3 samples, 2 layers, d_model 16"
     assert as_tuples(lines) == [
-        ("a step of 16", 1 / 32, "s", "prefix re-run, our scan", 0.5, 16.0, 0.003),
+        ("one of 16 steps", 1 / 32, "s", "prefix re-run, our scan", 0.5, 16.0, 0.003),
         ("all 64 steps", 2.0, "s", "", None, None, 0.003 * 64),
         ("memory, 64 steps", 2000.0, "B", "ours, 16 steps", 500.0, 0.25, None)]
     assert "both ways agree to 5.0e-01 over the first 8 steps" in notes

@@ -39,7 +39,7 @@ from kernels import scan_triton  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SHAPES = {
-    # name: batch, time, d_inner, N, input type, initial state?, warps wanted a multiprocessor (more: split time)
+    # name: batch, time, d_inner, N, input dtype, initial state?, warps wanted per multiprocessor (more: time is split)
     "uneven": (2, 21, 18, 5, torch.float32, True, 1),
     "uneven, split": (2, 37, 18, 5, torch.float32, True, 12),
     "even": (1, 16, 32, 8, torch.float32, False, 1),

@@ -160,7 +160,7 @@ def test_reference_conv_against_a_sum_over_taps():
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scan_values_and_gradients(shape, with_h0, dtype):
-    # rounded first: what the rounding of the inputs does to the results is no error of the scan
+    # The inputs are rounded first: what their rounding does to the results is no error of the scan.
     inputs = [tensor.double().requires_grad_() for tensor in cast(scan_inputs(*shape), dtype)]
     generator = torch.Generator().manual_seed(1)
     h0 = torch.randn(shape[0], *shape[2:], generator=generator).double() if with_h0 else None
@@ -427,7 +427,7 @@ def test_inner_compiles_without_a_graph_break():
 
 
 def test_saved_memory_does_not_grow_with_the_state():
-    """What autograd keeps: xz, its convolved half, the small projections, the parameters and one state a chunk."""
+    """What autograd keeps: xz, its convolved half, the small projections, the parameters and one state per chunk."""
     batch, time, d_inner, d_state = 2, 8 * CHUNK, 64, 32
     inputs = [tensor.requires_grad_() for tensor in cast(inner_inputs(batch, time, d_inner, d_state), torch.float32)]
     saved = []
