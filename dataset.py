@@ -7,6 +7,7 @@ block or batch. torch is imported only by what needs it, since scripts without a
 """
 
 import json
+import math
 import mmap
 import zipfile
 import zlib
@@ -326,6 +327,23 @@ def jittered(starts, last, seq_len, stride, generator):
 
     shift = torch.randint(stride, starts.shape, generator=generator, device=starts.device)
     return (starts + shift).clamp_(max=last - seq_len)
+
+
+def epoch_batches(starts, last, seq_len, stride, batch_size, seed, epoch):
+    """The window starts of an epoch, (steps, batch) int64: shuffled and jittered by the seed and the epoch alone.
+
+    starts: (n,) training starts; last, seq_len, stride: as in `jittered`; batch_size: at most so many per step. All
+    steps have the same size, so that one compiled or captured step serves them all; where the windows don't divide
+    evenly, the last step is filled up with the epoch's first windows.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.from_numpy(starts)[torch.randperm(len(starts), generator=generator)]
+    steps = math.ceil(len(order) / batch_size)
+    size = math.ceil(len(order) / steps)
+    order = order.repeat(math.ceil(steps * size / len(order)))[:steps * size]
+    return jittered(order, last, seq_len, stride, generator).view(steps, size)
 
 
 def gather(X, starts, seq_len):

@@ -342,18 +342,18 @@ class Optimum:
         _, scored = probe_split(self.series.n_steps, np.random.default_rng(0))
         return float((posterior.argmax(axis=1) == self.series.states)[scored].mean())
 
-    def window_mse(self, starts, seq_len, horizons):
-        """{horizon: MSE of the filter} on these windows, each begun without a past, as by a model; {} when unknown."""
+    def window_floors(self, starts, seq_len, horizons):
+        """`optimal_filter.window_floors` of these windows, each begun without a past, as by a model; {} if unknown."""
         if self.process is None:
             return {}
         key = (starts.tobytes(), seq_len, tuple(horizons))
         if key not in self.floors:  # models to be compared mostly share their windows
-            self.floors[key] = optimal_filter.window_mse(self.process, self.series, starts, seq_len, horizons)
+            self.floors[key] = optimal_filter.window_floors(self.process, self.series, starts, seq_len, horizons)
         return self.floors[key]
 
 
 def prediction_errors(model, series, window_settings, optimum):
-    """The validation MSE of the model and of the exact filter on the same windows: `optimal_filter.error_rows`.
+    """The validation errors of the model and of the exact filter on the same windows: `optimal_filter.error_rows`.
 
     window_settings: (seq_len, stride, val_fraction). Raises UserError when the validation part holds no window or the
     largest horizon doesn't fit into one.
@@ -364,10 +364,10 @@ def prediction_errors(model, series, window_settings, optimum):
         raise cli.UserError(f"its largest horizon, {model.horizons[-1]}, does not fit into windows of {seq_len} steps")
     device = next(model.parameters()).device
     windows = dataset.Windows(series.X, seq_len, device)
-    mse = mamba_model.validation_mse(model, windows, torch.from_numpy(starts).to(windows.starts_device),
-                                     max(1, STEPS_IN_BATCH[device.type] // seq_len), amp=False).tolist()
-    floor = optimum.window_mse(starts, seq_len, model.horizons)
-    return optimal_filter.error_rows(dict(zip(model.horizons, mse, strict=True)), floor)
+    errors = mamba_model.validation_errors(model, windows, torch.from_numpy(starts).to(windows.starts_device),
+                                           max(1, STEPS_IN_BATCH[device.type] // seq_len), amp=False)
+    floors = optimum.window_floors(starts, seq_len, model.horizons)
+    return optimal_filter.error_rows(model.errors_by_horizon(errors), floors)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -420,6 +420,9 @@ COMPARISON = {
     "val_mse": ("val MSE", ".4f"),
     "optimal_mse": ("optimal", ".4f"),
     "excess_percent": ("excess %", "+.2f"),
+    "val_nll": ("val NLL", ".4f"),
+    "optimal_nll": ("optimal", ".4f"),
+    "excess_nats": ("nats above", "+.4f"),
     "best_layer": ("best layer", ""),
     "probe_accuracy": ("probe acc.", ".3f"),
     "phase_r2": ("phase R²", ".3f"),
@@ -442,7 +445,8 @@ def comparison_row(report):
     last = next((m for m in reversed(levels) if m["level"].startswith("layer")), {})
     return {
         "checkpoint": report["name"],
-        **{key: one_ahead.get(key) for key in ("val_mse", "optimal_mse", "excess_percent")},
+        **{key: one_ahead.get(key) for key in ("val_mse", "optimal_mse", "excess_percent", "val_nll", "optimal_nll",
+                                                 "excess_nats")},
         "best_layer": best.get("level"),
         **{key: best.get(key) for key in ("probe_accuracy", "phase_r2", "silhouette", "kmeans_ari",
                                           "kmeans_ari_smooth")},

@@ -197,6 +197,16 @@ class CausalTimeSeriesMamba(nn.Module):
             for k in self.horizons})
         self.backends = {}
 
+    @property
+    def measures(self):
+        """What the model is measured by, and trained by the last of: "mse", and "nll" where it predicts densities."""
+        return ("mse", "nll") if self.mixture else ("mse",)
+
+    def errors_by_horizon(self, errors):
+        """`horizon_errors`, a tensor, as {measure: {horizon: number}}."""
+        return {measure: dict(zip(self.horizons, row, strict=True))
+                for measure, row in zip(self.measures, errors.tolist(), strict=True)}
+
     def use_scan(self, requested, device):
         """Choose the scan's back end for this kind of device, by name as --scan has it; returns the model itself.
 
@@ -314,9 +324,24 @@ def horizon_mse(predictions, target):
                         for k, p in predictions.items()])
 
 
+def horizon_errors(model, outputs, target):
+    """The errors of head outputs, (n_measures, n_horizons): a row for each of model.measures.
+
+    outputs: as from `forward(x, with_layers=True)`; target (batch, time, feature_dim). Row "mse" is the mean squared
+    error of the predictions; row "nll", where the model predicts densities, their negative log-likelihood in nats per
+    time step, computed in float32 whatever autocast does.
+    """
+    errors = [horizon_mse(model.predictions(outputs), target)]
+    if model.mixture:
+        densities = [mixture_head.log_density(*model.mixture_of(k, output[:, :-int(k)]), target[:, int(k):])
+                     for k, output in outputs.items()]
+        errors.append(-torch.stack([density.mean() for density in densities]))
+    return torch.stack(errors)
+
+
 @torch.no_grad()
-def validation_mse(model, windows, starts, batch_size, amp):
-    """Mean squared error per horizon over all windows, each counting equally: (n_horizons,) on the device.
+def validation_errors(model, windows, starts, batch_size, amp):
+    """`horizon_errors` over all windows, each counting equally: (n_measures, n_horizons) on the device.
 
     windows: a dataset.Windows; starts: (n_windows,) int64 on windows.starts_device; the model must be in eval mode.
     No number travels to the host, so a CUDA graph can capture the whole function.
@@ -325,8 +350,8 @@ def validation_mse(model, windows, starts, batch_size, amp):
     for batch in starts.split(batch_size):
         x = windows.at(batch)
         with autocast(x.device, amp):
-            predictions = model(x)
-        sums.append(horizon_mse(predictions, x) * len(batch))
+            outputs, _ = model(x, with_layers=True)
+        sums.append(horizon_errors(model, outputs, x) * len(batch))
     return torch.stack(sums).sum(0) / len(starts)
 
 

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cli
-from ranks import is_first, joined, parse_command_line, run
+from ranks import is_first, joined, parse_command_line, run, unwrapped
 
 # What makes a run an ablation: a run without --checkpoint carries those that are set in its name, so that two
 # ablations started side by side never meet in one file.
-ABLATION_FLAGS = ("gate_lr_factor", "freeze_A", "max_horizon", "slowness_lambda", "contrastive_lambda", "aug_noise",
-                  "aug_rotate", "aug_scale")
+ABLATION_FLAGS = ("mixture", "gate_lr_factor", "freeze_A", "max_horizon", "slowness_lambda", "contrastive_lambda",
+                  "aug_noise", "aug_rotate", "aug_scale")
 
 
 def build_parser():
@@ -51,6 +51,8 @@ def build_parser():
     model.add_argument("--d-ff", type=cli.positive_int, default=512, metavar="N", help="hidden width of a head")
     model.add_argument("--dropout", type=cli.probability, default=0.1, metavar="P", help="dropout probability")
     ablation = parser.add_argument_group("ablations and losses")
+    ablation.add_argument("--mixture", type=cli.non_negative_int, default=0, metavar="K",
+                          help="predict K Gaussians, trained by likelihood; 0: a point, trained by squared error")
     ablation.add_argument("--max-horizon", type=cli.positive_int, default=1, metavar="K",
                           help="predict 1, 2, 4, … up to K steps ahead, equal weights")
     ablation.add_argument("--gate-lr-factor", type=cli.non_negative_float, default=1.0, metavar="F",
@@ -138,26 +140,28 @@ import torch.nn.functional as F
 
 import dataset
 import figures
+import mixture_head
 import run_files
 from kernels.cuda_graph import captured
 from mamba_model import (
     CausalTimeSeriesMamba,
     at_least_float32,
     autocast,
-    horizon_mse,
+    horizon_errors,
     model_from_state_dict,
     open_model,
     read_checkpoint,
     reason,
     stem,
-    validation_mse,
+    validation_errors,
 )
-from optimal_filter import error_rows, error_table, excess_percent, process_or_none, window_mse
+from optimal_filter import error_rows, error_table, process_or_none, window_floors
 
 WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
 CONTRASTIVE_ANCHORS = 1024  # per layer and step: enough for a steady InfoNCE, few enough to cost nothing
 SAVE_EVERY_SECONDS = 20  # between two saves of the last and the best state; also saved at every kind of end
+STEPS_FOR_SCALE = 100_000  # at most, from which the data's mean and scale are taken
 STEPS_SHOWN = 512  # at most, in the figure of a window
 
 
@@ -214,31 +218,40 @@ def augment(x, noise, rotate_eps, scale):
 
 
 def make_loss(args):
-    """The training loss: a function of (model, windows) that gives (loss, mean squared error per horizon)."""
+    """The training loss: a function of (model, windows) that gives (loss, `horizon_errors` as one row).
+
+    What a model is trained by is the last of its measures: the likelihood of a mixture, the squared error of a point.
+    """
     rotate_eps = args.aug_rotate_eps if args.aug_rotate else None
 
     def loss_of(model, x):
         inputs, target = augment(x, args.aug_noise, rotate_eps, args.aug_scale)
         with autocast(x.device, not args.no_amp):
-            predictions, outputs = model(inputs, with_layers=True)
-        mse = horizon_mse(predictions, target)
-        loss = mse.mean()
+            outputs, layers = model(inputs, with_layers=True)
+        errors = horizon_errors(unwrapped(model), outputs, target)
+        loss = errors[-1].mean()
         if args.slowness_lambda:
-            loss = loss + args.slowness_lambda * slowness_loss(outputs)
+            loss = loss + args.slowness_lambda * slowness_loss(layers)
         if args.contrastive_lambda:
             loss = loss + args.contrastive_lambda * contrastive_loss(
-                outputs, args.contrastive_temp, args.contrastive_negatives)
-        return loss, mse.detach()
+                layers, args.contrastive_temp, args.contrastive_negatives)
+        return loss, errors.detach().flatten()
 
     return loss_of
 
 
 # ---- What learns, and how fast --------------------------------------------------------------------------------
 
-def build_model(args, feature_dim):
+def build_model(args, feature_dim, X=None):
+    """A new model; X (n_steps, feature_dim): training steps from whose mean and scale a mixture's components start."""
     torch.manual_seed(args.seed)  # the same initial weights on every device: they are drawn on the CPU
-    return CausalTimeSeriesMamba(feature_dim, args.d_model, args.n_layers, args.d_state, args.d_conv, args.expand,
-                                 args.d_ff, args.dropout, args.max_horizon)
+    model = CausalTimeSeriesMamba(feature_dim, args.d_model, args.n_layers, args.d_state, args.d_conv, args.expand,
+                                  args.d_ff, args.dropout, args.max_horizon, args.mixture)
+    if args.mixture and X is not None:
+        sample = X[:STEPS_FOR_SCALE].astype(np.float64)
+        for head in model.output_heads.values():
+            mixture_head.initialise(head[-1].bias, sample.mean(axis=0), math.sqrt(sample.var(axis=0).mean()))
+    return model
 
 
 def parameter_groups(model, lr, gate_lr_factor, freeze_A):
@@ -290,20 +303,6 @@ def averaging_weight(step, decay):
     return 1 - min(decay, (1 + step) / (10 + step))
 
 
-def epoch_batches(train_starts, boundary, args, epoch):
-    """The window starts of an epoch, (steps, batch) int64: shuffled and jittered by the seed and the epoch alone.
-
-    All steps have the same size, so that one compiled or captured step serves them all; where the windows don't
-    divide evenly, the last step is filled up with the epoch's first windows.
-    """
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    order = torch.from_numpy(train_starts)[torch.randperm(len(train_starts), generator=generator)]
-    steps = math.ceil(len(order) / args.batch_size)
-    size = math.ceil(len(order) / steps)
-    order = order.repeat(math.ceil(steps * size / len(order)))[:steps * size]
-    return dataset.jittered(order, boundary, args.seq_len, args.stride, generator).view(steps, size)
-
-
 class Plan:
     """The steps of a run: which windows each sees, at what learning rate, and from which seed.
 
@@ -321,7 +320,8 @@ class Plan:
 
     def batches(self, epoch):
         """The window starts of each step of an epoch, (steps_per_epoch, batch_size)."""
-        return epoch_batches(self.train_starts, self.boundary, self.args, epoch)
+        a = self.args
+        return dataset.epoch_batches(self.train_starts, self.boundary, a.seq_len, a.stride, a.batch_size, a.seed, epoch)
 
     def lr(self, step):
         return lr_at(step, self.args.lr, self.warmup_steps, self.total_steps)
@@ -356,19 +356,19 @@ def make_averaging(averaged, model, weight):
 def make_step(model, loss_of, optimizer, totals, share=1.0, world=1, after=None):
     """One optimisation step on windows x, this rank's `share` of the step's windows; then `after()`, if given.
 
-    Adds [loss, mse…, 1 if all losses were finite so far] to `totals` on the device: no number travels to the host in
-    a step.
+    Adds [loss, errors…, 1 if all losses were finite so far] to `totals` on the device: no number travels to the host
+    in a step.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(x):
         optimizer.zero_grad(set_to_none=True)
-        loss, mse = loss_of(model, x)
+        loss, errors = loss_of(model, x)
         # The ranks' gradients are averaged: weighted by its share, each window counts the same on all of them.
         (loss * (share * world)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
         optimizer.step()
-        totals[:-1].add_(torch.cat([loss.detach()[None], mse]) * share)
+        totals[:-1].add_(torch.cat([loss.detach()[None], errors]) * share)
         # Once a loss isn't finite, the sum never is again: the count stops at the first bad step.
         totals[-1].add_(totals[0].isfinite())
         if after is not None:
@@ -388,7 +388,8 @@ def make_runner(args, state, plan, windows, ranks):
 
     batches(epoch, first) yields what train_step takes, from step `first` of the epoch on: window starts where the
     series lies on the device, otherwise the windows, which loader processes cut out. evaluate() gives the validation
-    MSE per horizon and then, unless --no-train-eval, the mean MSE of the training windows, in one tensor on the device.
+    errors, measure by measure and per horizon, and then, unless --no-train-eval, the mean MSE of the training windows,
+    in one tensor on the device.
     """
     device = ranks.device
     model = torch.compile(state.model) if device.type == "cuda" and not args.no_compile else state.model
@@ -402,7 +403,7 @@ def make_runner(args, state, plan, windows, ranks):
         step_on_windows(windows.at(starts))
 
     def measure(starts):
-        return validation_mse(state.averaged, windows, starts, args.batch_size, not args.no_amp)
+        return validation_errors(state.averaged, windows, starts, args.batch_size, not args.no_amp)
 
     def batches(epoch, first):
         starts = plan.batches(epoch)[first:, share]
@@ -422,9 +423,9 @@ def make_runner(args, state, plan, windows, ranks):
 
     def evaluate():
         if not ranks.first:  # rank 0 evaluates, and tells the others
-            return torch.zeros(len(state.model.horizons) + (not args.no_train_eval), device=device)
-        errors = measure_val(val_starts)
-        return errors if args.no_train_eval else torch.cat([errors, measure_train(train_starts).mean()[None]])
+            return torch.zeros(len(state.totals) - 2 + (not args.no_train_eval), device=device)
+        errors = measure_val(val_starts).flatten()
+        return errors if args.no_train_eval else torch.cat([errors, measure_train(train_starts)[0].mean()[None]])
 
     return Runner(batches, train_step, evaluate)
 
@@ -446,7 +447,7 @@ class RunState:
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
         self.optimizer = build_optimizer(
             parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
-        self.totals = torch.zeros(2 + len(model.horizons), device=device)
+        self.totals = torch.zeros(2 + len(model.measures) * len(model.horizons), device=device)
         self.averaging_weight = torch.zeros((), device=device)  # set before each step; on the device, for the graph
         self.step, self.best_loss, self.train_loss, self.val_loss = 0, math.inf, None, None
 
@@ -498,7 +499,7 @@ def open_state(args, saved, path, series, plan, device):
     """
     data_crc32 = dataset.crc32(series.X)
     if saved is None:
-        model = build_model(args, series.feature_dim).to(device).use_scan(args.scan, device)
+        model = build_model(args, series.feature_dim, series.X[:plan.boundary]).to(device).use_scan(args.scan, device)
         return RunState(args, model, plan.steps_per_epoch, data_crc32)
     try:
         if saved["data_crc32"] != data_crc32:
@@ -548,7 +549,7 @@ def train(args, ranks):
 
     # ---- The floor, and the first files: the last state comes first, as --resume works from then on
     with ranks.together():
-        floor = floors(series, plan.val_starts, args.seq_len, state.model.horizons) if ranks.first else {}
+        floor = floors(series, plan.val_starts, args.seq_len, state.model) if ranks.first else {}
         if not args.resume:
             saver.save()
         log = run_files.EpochLog(args, files, state, plan, ranks)
@@ -604,39 +605,38 @@ def train_epoch(epoch, state, plan, runner, ranks, bar):
 
 def end_of_epoch(state, plan, runner, floor, ranks):
     """Measure a whole epoch, and set its totals back to zero. Returns (its row of the log, how many of its steps had a
-    finite loss), the same on all ranks. floor: {horizon: MSE of the optimal filter}, or {} where it isn't known."""
-    horizons, n = state.model.horizons, len(state.model.horizons)
-    state.model.eval()
+    finite loss), the same on all ranks. floor: as from `window_floors`, or {} where it isn't known."""
+    model, n = state.model, len(state.totals) - 2  # n: the errors, one per measure and horizon
+    model.eval()
     ranks.sum_totals(state.totals)
     numbers = torch.cat([state.totals, runner.evaluate()])
     ranks.broadcast(numbers)
     numbers = numbers.tolist()  # the epoch's only wait for the device
-    state.train_loss, *train_mse = (total / plan.steps_per_epoch for total in numbers[:1 + n])
-    finite_steps, val_mse, train_eval = numbers[1 + n], numbers[2 + n:2 + 2 * n], numbers[2 + 2 * n:]
-    state.val_loss = sum(val_mse) / n
+    state.train_loss, *train_errors = (total / plan.steps_per_epoch for total in numbers[:1 + n])
+    finite_steps, val_errors, train_eval = numbers[1 + n], numbers[2 + n:2 + 2 * n], numbers[2 + 2 * n:]
+    trained_by = val_errors[-len(model.horizons):]
+    state.val_loss = sum(trained_by) / len(trained_by)
     state.totals.zero_()
     row = {"epoch": state.epoch, "step": state.step, "lr": plan.lr(state.step - 1), "train_loss": state.train_loss,
            "val_loss": state.val_loss, "train_eval_mse": train_eval[0] if train_eval else None}
-    for h, k in enumerate(horizons):
-        row |= {f"train_mse_{k}": train_mse[h], f"val_mse_{k}": val_mse[h], f"floor_mse_{k}": floor.get(k),
-                f"excess_percent_{k}": excess_percent(val_mse[h], floor.get(k))}
-    return row, finite_steps
+    return row | run_files.error_cells(model, train_errors, val_errors, floor), finite_steps
 
 
 # ---- The floor, and figures -----------------------------------------------------------------------------------
 
-def floors(series, starts, seq_len, horizons):
-    """The exact filter's MSE per horizon on the same windows, {k: mse}, which is also printed.
+def floors(series, starts, seq_len, model):
+    """The exact filter's errors on the same windows, as from `window_floors`; those that the model has are printed.
 
     Empty, after a line with the reason, when the process isn't known (drifting data, no config.json).
     """
     process = process_or_none(series, "no optimal floor")
     if process is None:
         return {}
-    mse = window_mse(process, series, starts, seq_len, horizons)
+    floor = window_floors(process, series, starts, seq_len, model.horizons)
     print("optimal filter on the validation windows: " + ", ".join(
-        f"MSE {value:.4f} at horizon {k}" for k, value in mse.items()))
-    return mse
+        f"{measure.upper()} {value:.4f} at horizon {k}" for measure in model.measures
+        for k, value in floor[measure].items()))
+    return floor
 
 
 @torch.no_grad()
@@ -681,11 +681,11 @@ def print_evaluation(args):
         raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
     _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction)
     windows = dataset.Windows(series.X, seq_len, device)
-    mse = validation_mse(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
-                         not args.no_amp).tolist()
-    floor = floors(series, val_starts, seq_len, model.horizons)
+    errors = validation_errors(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
+                               not args.no_amp)
+    floor = floors(series, val_starts, seq_len, model)
     print(f"{path}: epoch {epoch}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(error_table(error_rows(dict(zip(model.horizons, mse, strict=True)), floor)))
+    print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
 
 
 def main(args):

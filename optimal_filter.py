@@ -533,8 +533,12 @@ def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=T
             "log_likelihood": step_log_likelihood(process, evidence, baseline, norm2)}
 
 
-def window_mse(process, series, starts, seq_len, horizons=(1,)):
-    """The floor of a model that sees one window at a time: {k: mean squared error}.
+def window_floors(process, series, starts, seq_len, horizons=(1,)):
+    """The floors of a model that sees one window at a time: {"mse": {k: …}, "nll": {1: …}}.
+
+    "mse" is the filter's mean squared error per horizon, "nll" its negative log-likelihood of the next step in nats
+    per time step: no prediction and no predicted density that sees the same past does better on average. (For longer
+    horizons the filter's predictive density isn't computed, so there is no "nll" of them.)
 
     The filter begins each window X[start : start + seq_len] anew and knows only that it was cut out of a long series
     (stationary prior). The mean is over windows, features, and the positions t = 0 … seq_len - 1 - k whose target
@@ -545,17 +549,20 @@ def window_mse(process, series, starts, seq_len, horizons=(1,)):
 
     def window_errors(start):
         X = series.X[start:start + seq_len]
-        plane, baseline, _ = in_planes(process, X)
+        plane, baseline, norm2 = in_planes(process, X)
         state = start_state(process, seq_len, "stationary", max(horizons))
-        blocks = filter_blocks(process, tab, maps, state, plane, baseline, horizons)
+        blocks = list(filter_blocks(process, tab, maps, state, plane, baseline, horizons))
         prediction = np.concatenate([block[-1] for block in blocks])
+        evidence = np.concatenate([block[1] for block in blocks])
         errors = [np.mean((X[k:] - prediction[:seq_len - k, h])**2) for h, k in enumerate(horizons)]
+        nll = -step_log_likelihood(process, evidence, baseline, norm2)[1:].mean()  # the first step has no past
         dataset.release(X)
-        return errors
+        return [*errors, nll]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
         errors = np.mean(list(pool.map(window_errors, np.asarray(starts).tolist())), axis=0)
-    return dict(zip(horizons, errors.tolist(), strict=True))
+    *mse, nll = errors.tolist()
+    return {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
 
 
 def check_window(series, starts, seq_len, horizons):
@@ -572,23 +579,43 @@ def excess_percent(mse, floor):
     return None if floor is None else 100 * (mse / floor - 1)
 
 
-def error_rows(mse, floor):
-    """A model's validation MSE beside the floor: one dict per horizon.
+def excess_nats(nll, floor):
+    """How far a negative log-likelihood is above the optimal one, in nats per time step; None without that.
 
-    mse: {horizon: MSE}; floor: {horizon: MSE of the filter}, as from `window_mse`, or {} when it is not known.
+    On average this is the Kullback-Leibler divergence of the predicted density from the exact predictive density.
     """
-    return [{"horizon": k, "val_mse": value, "optimal_mse": floor.get(k),
-             "excess_percent": excess_percent(value, floor.get(k))} for k, value in mse.items()]
+    return None if floor is None else nll - floor
+
+
+def error_rows(errors, floors):
+    """A model's validation errors beside the floors: one dict per horizon.
+
+    errors: {"mse": {horizon: value}}, and "nll" where the model predicts densities; floors: as from `window_floors`,
+    or {} when they are not known.
+    """
+    optimal_mse, optimal_nll = floors.get("mse", {}), floors.get("nll", {})
+    rows = [{"horizon": k, "val_mse": mse, "optimal_mse": optimal_mse.get(k),
+             "excess_percent": excess_percent(mse, optimal_mse.get(k))} for k, mse in errors["mse"].items()]
+    for row in rows if "nll" in errors else []:
+        nll, floor = errors["nll"][row["horizon"]], optimal_nll.get(row["horizon"])
+        row |= {"val_nll": nll, "optimal_nll": floor, "excess_nats": excess_nats(nll, floor)}
+    return rows
 
 
 def error_table(rows):
-    """The text table of `error_rows`."""
-    def cell(value, form, unit=""):
+    """The text table of `error_rows`. NLL stands for the negative log-likelihood in nats per time step."""
+    columns = {"validation MSE": ("val_mse", ".4f", ""), "optimal": ("optimal_mse", ".4f", ""),
+               "excess": ("excess_percent", "+.2f", " %")}
+    if "val_nll" in rows[0]:
+        columns |= {"NLL (nats)": ("val_nll", ".4f", ""), "optimal NLL": ("optimal_nll", ".4f", ""),
+                    "above optimal": ("excess_nats", "+.4f", " nats")}
+
+    def cell(value, form, unit):
         return "–" if value is None else format(value, form) + unit
 
-    return cli.table(["horizon", "validation MSE", "optimal", "excess"], [
-        [row["horizon"], cell(row["val_mse"], ".4f"), cell(row["optimal_mse"], ".4f"),
-         cell(row["excess_percent"], "+.2f", " %")] for row in rows], align="rrrr")
+    return cli.table(["horizon", *columns], [
+        [row["horizon"], *(cell(row[key], form, unit) for key, form, unit in columns.values())] for row in rows],
+        align="r" * (1 + len(columns)))
 
 
 def smooth(process, X, initial="visit start"):
@@ -643,7 +670,7 @@ def measure(args, series, process):
     _, windows, boundary = dataset.split_windows(series.n_steps, args.seq_len, args.stride, args.val_fraction)
     filtered = predict(process, series.X, args.horizons, keep_predictions=False)
     smoothed = smooth(process, series.X)
-    in_windows = window_mse(process, series, windows, args.seq_len, args.horizons)
+    in_windows = window_floors(process, series, windows, args.seq_len, args.horizons)
     right = filtered["circle_posterior"].argmax(axis=1) == series.states
     right_smoothed = smoothed["circle"] == series.states
     report = {
@@ -651,7 +678,7 @@ def measure(args, series, process):
         "planes_recovered": series.process.planes is None,
         "n_steps": series.n_steps, "first_validation_step": boundary, "seq_len": args.seq_len, "stride": args.stride,
         "horizons": [{"horizon": k, "mse": float(errors.mean()), "val_mse": float(errors[boundary:].mean()),
-                      "val_window_mse": in_windows[k]} for k, errors in filtered["squared_error"].items()],
+                      "val_window_mse": in_windows["mse"][k]} for k, errors in filtered["squared_error"].items()],
         "circle_accuracy": float(right.mean()), "val_circle_accuracy": float(right[boundary:].mean()),
         "smoothed_circle_accuracy": float(right_smoothed.mean()),
         "log_likelihood_per_step": float(filtered["log_likelihood"].mean()),

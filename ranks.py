@@ -138,6 +138,12 @@ class Ranks:
             distributed.destroy_process_group()
 
 
+def unwrapped(model):
+    """The model itself, out of the wrappers that `averaging_gradients` and torch.compile put around it."""
+    model = getattr(model, "module", model)
+    return getattr(model, "_orig_mod", model)
+
+
 def join(device_name, stop):
     """The Ranks of this process: under torchrun one of several, otherwise the only one, on the device of --device."""
     if n_processes() == 1:

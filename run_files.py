@@ -25,6 +25,7 @@ from tqdm import tqdm
 import cli
 import figures
 from mamba_model import read_checkpoint, save_checkpoint, stem
+from optimal_filter import excess_nats, excess_percent
 
 PRINT_EVERY_SECONDS = 10  # between two lines on the progress, where there is no progress bar
 
@@ -55,12 +56,27 @@ def refuse_taken(files):
 
 # ---- Log: one row per epoch -----------------------------------------------------------------------------------
 
-def log_columns(horizons, train_eval):
+def log_columns(model, train_eval):
     """The columns of NAME_log.csv; train_eval: whether the training windows are evaluated after each epoch."""
     columns = ["epoch", "step", "lr", "seconds", "train_loss", "val_loss"]
-    for kind in ("train_mse", "val_mse", "floor_mse", "excess_percent"):
-        columns += [f"{kind}_{k}" for k in horizons]
+    for measure in model.measures:
+        for kind in (f"train_{measure}", f"val_{measure}", f"floor_{measure}", MEASURES[measure][1]):
+            columns += [f"{kind}_{k}" for k in model.horizons]
     return columns + (["train_eval_mse"] if train_eval else [])
+
+
+def error_cells(model, train_errors, val_errors, floor):
+    """The cells of a row that hold errors. train_errors, val_errors: measure by measure, one number per horizon;
+    floor: as from `window_floors`, or {}."""
+    cells = {}
+    names = [(measure, k) for measure in model.measures for k in model.horizons]
+    for (measure, k), train_error, val_error in zip(names, train_errors, val_errors, strict=True):
+        optimum = floor.get(measure, {}).get(k)
+        _, excess, _, _ = MEASURES[measure]
+        excess_over = {"excess_percent": excess_percent, "excess_nats": excess_nats}[excess]
+        cells |= {f"train_{measure}_{k}": train_error, f"val_{measure}_{k}": val_error,
+                  f"floor_{measure}_{k}": optimum, f"{excess}_{k}": excess_over(val_error, optimum)}
+    return cells
 
 
 def log_writer(file, columns):
@@ -109,9 +125,12 @@ def read_log(path, columns, last_epoch):
 
 
 def progress_line(row, epochs, horizons):
-    """One line on an epoch: its losses, and how far each horizon's MSE is above that of the optimal filter."""
+    """One line on an epoch: its losses, and how far each horizon's MSE is above that of the optimal filter; where
+    densities are predicted, also how many nats the next step's likelihood is off."""
     excess = [row[f"excess_percent_{k}"] for k in horizons]
     above = "" if excess[0] is None else f", {', '.join(f'{e:.2f}' for e in excess)} % above optimal"
+    if row.get("excess_nats_1") is not None:
+        above = f", {row['excess_nats_1']:.4f} nats{above.replace(', ', ' and ', 1)}"
     return (f"epoch {row['epoch']}/{epochs}: training {row['train_loss']:.4f}, validation {row['val_loss']:.4f}{above}")
 
 
@@ -124,7 +143,7 @@ class EpochLog:
 
     def __init__(self, args, files, state, plan, ranks):
         self.path, self.epochs, self.first, self.horizons = files["log"], args.epochs, ranks.first, state.model.horizons
-        self.columns = log_columns(self.horizons, not args.no_train_eval)
+        self.columns = log_columns(state.model, not args.no_train_eval)
         self.rows, self.writer = [], None
         if args.resume:
             self.rows = read_log(self.path, self.columns, state.epoch)
@@ -400,36 +419,60 @@ def snapshot(state, into=None):
 
 # ---- Figures --------------------------------------------------------------------------------------------------
 
+# Of each measure: its axis label; of its excess over the optimal filter: the column of the log, unit and axis label
+MEASURES = {
+    "mse": ("mean squared error (data units²)", "excess_percent", " %", "MSE over the filter's − 1 (%)"),
+    "nll": ("negative log-likelihood (nats per step)", "excess_nats", " nats", "NLL over the filter's (nats per step)"),
+}
+
+
 def draw_loss(rows, horizons, title):
-    """Training and validation MSE per horizon against the epoch, and the excess over the optimal filter."""
+    """Per measure of the log and per horizon against the epoch: training and validation error, and the validation
+    error's excess over the optimal filter where that is known."""
+    measures = [measure for measure in MEASURES if f"val_{measure}_{horizons[0]}" in rows[-1]]
     has_floor = rows[-1].get(f"floor_mse_{horizons[0]}") is not None
-    fig, axes = figures.new_figure(1, 2 if has_floor else 1, (5.5, 4), title)
-    colors = figures.circle_colors(max(len(horizons), 2))
-    epochs = [row["epoch"] for row in rows]
-    for k, color in zip(horizons, colors, strict=False):
-        name = f"horizon {k}, " if len(horizons) > 1 else ""
-        ax = axes[0, 0]
-        ax.plot(epochs, [row[f"train_mse_{k}"] for row in rows], color=color, alpha=0.4, label=f"{name}training")
-        ax.plot(epochs, [row[f"val_mse_{k}"] for row in rows], color=color, label=f"{name}validation")
+    fig, axes = figures.new_figure(len(measures), 2 if has_floor else 1, (5.5, 4), title)
+    for measure, panels in zip(measures, axes, strict=True):
+        error_curves(panels[0], rows, horizons, measure)
         if has_floor:
-            ax.axhline(rows[-1][f"floor_mse_{k}"], color=color, linestyle=":", label=f"{name}optimal filter")
-            excess = [row[f"excess_percent_{k}"] for row in rows]
-            label = f"{name}best {min(excess):.2f} %, {excess[-1]:.2f} % at the end"
-            axes[0, 1].plot(epochs, excess, color=color, label=label)
-    axes[0, 0].set(xlabel="epoch", ylabel="mean squared error (data units²)", yscale="log", title="Loss")
-    axes[0, 0].legend(fontsize=7 if len(horizons) > 2 else 9)
-    if has_floor:
-        axes[0, 1].set(xlabel="epoch", ylabel="validation MSE over the filter's − 1 (%)", yscale="log",
-                       title="Excess over the optimal filter")
-        axes[0, 1].legend(fontsize=7 if len(horizons) > 2 else 9)
-    for ax in axes.ravel():
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        low, high = ax.get_ylim()
-        figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
-        if len(rows) == 1:
-            for line in ax.get_lines():
-                line.set_marker("o")
+            excess_curves(panels[1], rows, horizons, measure)
+        for ax in panels:
+            ax.set(xlabel="epoch")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            ax.legend(fontsize=7 if len(horizons) > 2 else 9)
+            if ax.get_yscale() == "log":
+                low, high = ax.get_ylim()
+                figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
+            if len(rows) == 1:
+                for line in ax.get_lines():
+                    line.set_marker("o")
     return fig
+
+
+def error_curves(ax, rows, horizons, measure):
+    epochs = [row["epoch"] for row in rows]
+    for k, color in zip(horizons, figures.circle_colors(max(len(horizons), 2)), strict=False):
+        name = f"horizon {k}, " if len(horizons) > 1 else ""
+        ax.plot(epochs, [row[f"train_{measure}_{k}"] for row in rows], color=color, alpha=0.4, label=f"{name}training")
+        ax.plot(epochs, [row[f"val_{measure}_{k}"] for row in rows], color=color, label=f"{name}validation")
+        floor = rows[-1].get(f"floor_{measure}_{k}")
+        if floor is not None:
+            ax.axhline(floor, color=color, linestyle=":", label=f"{name}optimal filter")
+    # A likelihood has no natural zero, so only an MSE is drawn on a logarithmic axis.
+    ax.set(ylabel=MEASURES[measure][0], yscale="log" if measure == "mse" else "linear", title="Loss")
+
+
+def excess_curves(ax, rows, horizons, measure):
+    _, column, unit, ylabel = MEASURES[measure]
+    epochs = [row["epoch"] for row in rows]
+    for k, color in zip(horizons, figures.circle_colors(max(len(horizons), 2)), strict=False):
+        excess = [row[f"{column}_{k}"] for row in rows]
+        if None in excess:  # the filter's likelihood is known one step ahead only
+            continue
+        name, digits = f"horizon {k}, " if len(horizons) > 1 else "", 2 if measure == "mse" else 4
+        label = f"{name}best {min(excess):.{digits}f}{unit}, {excess[-1]:.{digits}f}{unit} at the end"
+        ax.plot(epochs, excess, color=color, label=label)
+    ax.set(ylabel=f"validation {ylabel}", yscale="log", title="Excess over the optimal filter")
 
 
 def draw_prediction(window, prediction, states, n_circles, start, title):

@@ -141,7 +141,7 @@ def test_only_the_wanted_levels_are_computed():
 
 
 class NoFilter:
-    def window_mse(self, starts, seq_len, horizons):
+    def window_floors(self, starts, seq_len, horizons):
         return {}
 
 
@@ -796,8 +796,8 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
     assert {key: report[key] for key in wanted} == wanted
     assert set(report) == {*wanted, "errors", "levels"}
     starts = np.arange(2700, 3000 - 128 + 1, 64)
-    floor = optimal_filter.window_mse(process, series, starts, 128, [1])
-    assert report["errors"][0]["optimal_mse"] == pytest.approx(floor[1], rel=1e-9)
+    floor = optimal_filter.window_floors(process, series, starts, 128, [1])
+    assert report["errors"][0]["optimal_mse"] == pytest.approx(floor["mse"][1], rel=1e-9)
     assert set(quick_measures["seeds"]) == {5} and len(quick_measures["seeds"]) == 2 * 3
     assert quick_measures["neighbours"] == [(2999, 8)] * 2
     assert pools == [(2, 2999)]
@@ -902,12 +902,12 @@ def test_windows_shared_by_models_are_filtered_once(monkeypatch):
     calls = []
     monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: None)
     optimum = ev.Optimum(SimpleNamespace())
-    assert optimum.circle_accuracy is None and optimum.window_mse(np.arange(3), 8, [1]) == {}
+    assert optimum.circle_accuracy is None and optimum.window_floors(np.arange(3), 8, [1]) == {}
     optimum.process = "a process"
-    monkeypatch.setattr(optimal_filter, "window_mse", lambda *given: calls.append(given) or {1: len(calls)})
+    monkeypatch.setattr(optimal_filter, "window_floors", lambda *given: calls.append(given) or {1: len(calls)})
     asked = [(np.arange(3), 8, [1]), (np.arange(3), 8, [1]), (np.arange(1, 4), 8, [1]), (np.arange(3), 9, [1]),
              (np.arange(3), 8, [1, 2])]
-    assert [optimum.window_mse(*given)[1] for given in asked] == [1, 1, 2, 3, 4]
+    assert [optimum.window_floors(*given)[1] for given in asked] == [1, 1, 2, 3, 4]
 
 
 def test_without_flags_the_readmes_defaults_hold():

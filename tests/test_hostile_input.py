@@ -311,7 +311,7 @@ def use_filter(series):
     """The exact filter on the start of a series, when it takes it."""
     process = valid_or_refused(optimal_filter.process_from_series, series)
     if process is not None:
-        optimal_filter.window_mse(process, series, np.array([0]), min(30, series.n_steps), (1,))
+        optimal_filter.window_floors(process, series, np.array([0]), min(30, series.n_steps), (1,))
 
 
 @hostile

@@ -329,7 +329,7 @@ def test_horizon_mse_compares_each_prediction_with_the_step_that_it_predicts():
     assert mamba_model.horizon_mse(half, torch.from_numpy(x).float()).dtype == torch.float32
 
 
-def test_validation_mse_counts_every_window_once(monkeypatch):
+def test_validation_errors_count_every_window_once(monkeypatch):
     model = tiny(torch.float32, max_horizon=2)
     X = np.cumsum(np.random.default_rng(0).standard_normal((100, 3)), axis=0).astype(np.float32)
     windows, starts = dataset.Windows(X, 20, "cpu"), torch.tensor([0, 7, 33, 60, 80])
@@ -337,13 +337,13 @@ def test_validation_mse_counts_every_window_once(monkeypatch):
     real = mamba_model.autocast
     monkeypatch.setattr(mamba_model, "autocast", lambda device, amp: regions.append((device.type, amp)) or real(
         device, amp))
-    found = {batch: mamba_model.validation_mse(model, windows, starts, batch, batch == 2) for batch in (2, 5)}
+    found = {batch: mamba_model.validation_errors(model, windows, starts, batch, batch == 2) for batch in (2, 5)}
     assert regions == [("cpu", True)] * 3 + [("cpu", False)]
     with torch.no_grad():
         expected = [np.mean([((model(torch.from_numpy(X[None, s:s + 20]))[str(k)][0, :-k].numpy()
                                - X[s + k:s + 20])**2).mean() for s in starts.tolist()]) for k in (1, 2)]
     for value in found.values():
-        np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5)
+        np.testing.assert_allclose(value.numpy(), [expected], rtol=1e-5)
         assert not value.requires_grad
 
 

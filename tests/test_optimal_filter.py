@@ -283,19 +283,21 @@ def test_window_errors():
     series, process = make_process(3)
     simulate(series, 300)
     starts, seq_len, horizons = [10, 40, 170], 50, (1, 4)
-    windows = {k: [] for k in horizons}
+    windows, nll = {k: [] for k in horizons}, []
     for start in starts:
         X = series.X[start:start + seq_len]
-        alone = optimal_filter.predict(process, X, horizons, "stationary")["prediction"]
+        filtered = optimal_filter.predict(process, X, horizons, "stationary")
+        nll.append(-filtered["log_likelihood"][1:])
         for k in horizons:
-            windows[k].append((X[k:] - alone[k][:-k])**2)
-    by_window = optimal_filter.window_mse(process, series, np.array(starts), seq_len, horizons)
+            windows[k].append((X[k:] - filtered["prediction"][k][:-k])**2)
+    by_window = optimal_filter.window_floors(process, series, np.array(starts), seq_len, horizons)
     for k in horizons:
-        assert by_window[k] == pytest.approx(np.mean(windows[k]), rel=1e-10)
+        assert by_window["mse"][k] == pytest.approx(np.mean(windows[k]), rel=1e-10)
+    assert by_window["nll"] == {1: pytest.approx(np.mean(nll), rel=1e-10)}
     with pytest.raises(ValueError, match="shorter than the window"):
-        optimal_filter.window_mse(process, series, starts, 4, horizons)
+        optimal_filter.window_floors(process, series, starts, 4, horizons)
     with pytest.raises(ValueError, match="must lie in the series"):
-        optimal_filter.window_mse(process, series, [280], seq_len, horizons)
+        optimal_filter.window_floors(process, series, [280], seq_len, horizons)
 
 
 def test_planes_are_recovered():
@@ -351,13 +353,13 @@ def test_script(tmp_path):
     assert (tmp_path / "out" / "optimal_filter.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["optimal_filter.json", "optimal_filter.png"]
     result = optimal_filter.predict(process, series.X, (1, 4))
-    windows = optimal_filter.window_mse(process, series, range(1600, 1951, 10), 50, (1, 4))
+    windows = optimal_filter.window_floors(process, series, range(1600, 1951, 10), 50, (1, 4))
     assert report["noise_floor"] == NOISE**2 and [row["horizon"] for row in report["horizons"]] == [1, 4]
     for row in report["horizons"]:
         errors = result["squared_error"][row["horizon"]]
         assert row["mse"] == pytest.approx(errors.mean())
         assert row["val_mse"] == pytest.approx(errors[1600:].mean())
-        assert row["val_window_mse"] == pytest.approx(windows[row["horizon"]])
+        assert row["val_window_mse"] == pytest.approx(windows["mse"][row["horizon"]])
         assert f"{row['mse']:.4f}" in done.stdout
     assert report["circle_accuracy"] == np.mean(result["circle_posterior"].argmax(axis=1) == series.states)
 

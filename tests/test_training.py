@@ -119,14 +119,17 @@ def test_slow_gates_keep_their_ratio_through_the_whole_schedule():
 
 @pytest.mark.parametrize("n, batch", [(10, 4), (12, 4), (3, 8), (11, 3), (1, 8)])
 def test_an_epoch_sees_every_window_in_equal_steps(n, batch):
-    args = training.parse_args(["--batch-size", str(batch), "--seq-len", "10", "--stride", "1"])
     starts = np.arange(n) * 100
-    batches = training.epoch_batches(starts, n * 100 + 10, args, 0)
+
+    def batches_of(epoch):
+        return dataset.epoch_batches(starts, n * 100 + 10, 10, 1, batch, 42, epoch)
+
+    batches = batches_of(0)
     assert set(batches.flatten().tolist()) == set(starts.tolist())
     assert batches.shape[1] <= batch
     assert batches.numel() - n < batches.shape[0]  # almost nothing is seen twice
-    assert torch.equal(batches, training.epoch_batches(starts, n * 100 + 10, args, 0))
-    assert n < 3 or not torch.equal(batches, training.epoch_batches(starts, n * 100 + 10, args, 1))
+    assert torch.equal(batches, batches_of(0))
+    assert n < 3 or not torch.equal(batches, batches_of(1))
 
 
 def test_snapshot_copies_and_renews_the_copy_in_place():
@@ -457,7 +460,8 @@ def test_log_dir_without_tensorboard_takes_nothing(refused, shared_data, tmp_pat
 
 def test_the_csv_alone_redraws_the_curves(script, shared_data, tmp_path):
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--max-horizon", "2"))
-    log = run_files.read_log(tmp_path / "a_log.csv", run_files.log_columns([1, 2], True), 3)
+    columns = run_files.log_columns(types.SimpleNamespace(horizons=[1, 2], measures=("mse",)), True)
+    log = run_files.read_log(tmp_path / "a_log.csv", columns, 3)
     figures.save(run_files.draw_loss(log, [1, 2], "a"), tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "a_loss.png").read_bytes()
 

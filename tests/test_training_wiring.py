@@ -22,7 +22,9 @@ import torch
 
 import dataset
 import figures
+import mamba_model
 import masked_model_gpu_mamba_next as training
+import mixture_head
 import optimal_filter
 import run_files
 from mamba_model import CausalTimeSeriesMamba, MambaBlock, load_checkpoint
@@ -46,15 +48,22 @@ def few_threads(one_thread):
 
 
 class Given(torch.nn.Module):
-    """A model whose predictions and layer outputs are given; it remembers its input."""
+    """A model whose head outputs and layer outputs are given; it remembers its input. bias: that of its mixture."""
 
-    def __init__(self, predictions, outputs):
+    def __init__(self, outputs, layers, bias=None):
         super().__init__()
-        self.predictions, self.outputs = predictions, outputs
+        self.outputs, self.layers, self.bias = outputs, layers, bias
+        self.mixture = 0 if bias is None else len(bias) // 6
 
     def forward(self, x, with_layers=False):
         self.input = x
-        return (self.predictions, self.outputs) if with_layers else self.predictions
+        assert with_layers
+        return self.outputs, self.layers
+
+    def mixture_of(self, k, output):
+        return mixture_head.split(output, self.bias, 4)
+
+    predictions = mamba_model.CausalTimeSeriesMamba.predictions
 
 
 def slowness_by_loops(outputs):
@@ -119,6 +128,23 @@ def test_the_loss_is_the_sum_of_its_weighted_terms(slowness, contrastive):
     assert mse.tolist() == pytest.approx(errors, rel=1e-5) and not mse.requires_grad
     expected = np.mean(errors) + slowness * slowness_by_loops(outputs) + contrastive * info_nce
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_mixture_is_trained_by_its_likelihood_and_measured_by_its_mean_too():
+    """NLL in nats per step against torch's own mixtures, in float64; the last of the terms is what is trained on."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(3, 12, 4), torch.randn(12)
+    outputs = {"1": torch.randn(3, 12, 12), "2": torch.randn(3, 12, 12)}
+    layers = [torch.randn(3, 12, 5).cumsum(1)]
+    args = parsed("--mixture", "2", "--max-horizon", "2", "--slowness-lambda", "0.3")
+    loss, errors = training.make_loss(args)(Given(outputs, layers, bias), x)
+    mse, nll = [], []
+    for k in (1, 2):
+        mixture = mixture_head.distribution(*mixture_head.split(outputs[str(k)][:, :-k].double(), bias.double(), 4))
+        nll.append(-mixture.log_prob(x[:, k:].double()).mean().item())
+        mse.append((mixture.mean - x[:, k:]).square().mean().item())
+    assert errors.tolist() == pytest.approx([*mse, *nll], rel=1e-5) and not errors.requires_grad
+    assert loss.item() == pytest.approx(np.mean(nll) + 0.3 * slowness_by_loops(layers), rel=1e-5)
 
 
 def test_a_rotation_turns_each_plane_by_its_own_angle_of_the_given_size():
@@ -347,7 +373,7 @@ def test_the_step_seed_decides_the_dropout(script, shared_data, tmp_path, watch,
     monkeypatch.setattr(training, "finish", lambda *_: None)
     build_model = training.build_model
     monkeypatch.setattr(training, "build_model",
-                        lambda args, dim: build_model(SimpleNamespace(**{**vars(args), "seed": 1}), dim))
+                        lambda args, *size: build_model(SimpleNamespace(**{**vars(args), "seed": 1}), *size))
     losses = []
     for i, seed in enumerate((3, 3, 4)):
         steps, _ = watch()
@@ -402,7 +428,7 @@ TRAIN_STARTS, VAL_STARTS = range(0, 2700 - 63, 128), range(2700, 3000 - 63, 128)
 
 def test_every_number_of_the_log(watched_run):
     run = watched_run
-    floor = optimal_filter.window_mse(optimal_filter.process_from_series(run.series), run.series,
+    floor = optimal_filter.window_floors(optimal_filter.process_from_series(run.series), run.series,
                                       np.array(VAL_STARTS), 64, HORIZONS)
     names = ["epoch", "step", "lr", "seconds", "train_loss", "val_loss"]
     for kind in ("train_mse", "val_mse", "floor_mse", "excess_percent"):
@@ -419,9 +445,9 @@ def test_every_number_of_the_log(watched_run):
         assert float(row["train_loss"]) > np.mean(mses) + 0.01  # the slowness term is in one and not in the others
         assert float(row["val_loss"]) == pytest.approx(np.mean([float(row[f"val_mse_{k}"]) for k in HORIZONS]))
         for k in HORIZONS:
-            assert float(row[f"floor_mse_{k}"]) == pytest.approx(floor[k], rel=1e-9)
+            assert float(row[f"floor_mse_{k}"]) == pytest.approx(floor["mse"][k], rel=1e-9)
             assert float(row[f"excess_percent_{k}"]) == pytest.approx(
-                100 * (float(row[f"val_mse_{k}"]) - floor[k]) / floor[k], rel=1e-6)
+                100 * (float(row[f"val_mse_{k}"]) / floor["mse"][k] - 1), rel=1e-6)
     seconds = [float(row["seconds"]) for row in run.log]
     assert seconds[0] > 0 and sorted(seconds) == seconds and seconds[-1] <= run.seconds
     # The best epoch's weights are in run.pt, the last one's in run_last.pt: both give what the log says of them.
@@ -582,16 +608,18 @@ def test_the_figures_use_the_average(script, shared_data, tmp_path, watch):
 
 
 def test_the_seed_of_batches_and_their_jitter():
-    args = parsed("--stride", "16", "--seq-len", "10")
     starts = np.arange(0, 800, 16)
-    batches = training.epoch_batches(starts, 810, args, 0)
+
+    def batches_of(epoch, seed=42):
+        return dataset.epoch_batches(starts, 810, 10, 16, 128, seed, epoch)
+
+    batches = batches_of(0)
     shift = np.sort(batches.flatten().numpy())[:, None] - starts[None]
     assert ((shift >= 0) & (shift < 16)).any(axis=1).all() and batches.max() <= 800
-    seen = np.concatenate([training.epoch_batches(starts, 810, args, e).flatten().numpy() % 16 for e in range(40)])
+    seen = np.concatenate([batches_of(e).flatten().numpy() % 16 for e in range(40)])
     counts = np.bincount(seen, minlength=16)
     assert counts.min() > 80 and counts.max() < 190  # each shift as often as the others
-    other = training.epoch_batches(starts, 810, parsed("--stride", "16", "--seq-len", "10", "--seed", "1"), 0)
-    assert not torch.equal(batches, other)
+    assert not torch.equal(batches, batches_of(0, seed=1))
 
 
 def test_flags_given_are_known_from_defaults():
