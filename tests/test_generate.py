@@ -3,20 +3,34 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import arrays_of
+from figure_checks import (
+    bursts_marked,
+    check_circle_legend,
+    check_heatmap,
+    check_strip,
+    colour_bars,
+    left_title,
+    lines,
+    text_rows,
+)
 
 import circle_process
 import cli
+import figures
 import generate
+import optimal_filter
 from kernels import step_cpu
-from mamba_model import CausalTimeSeriesMamba, save_checkpoint
+from mamba_model import CausalTimeSeriesMamba, load_checkpoint, save_checkpoint
 
 ROOT = Path(generate.__file__).parent
 SHAPES = [
@@ -489,3 +503,438 @@ def test_data_that_the_filter_does_not_know_and_no_truth(script, refused, inputs
 def test_bad_input_leaves_nothing(refused, inputs, flags, wanted, tmp_path):
     assert wanted in refused("generate", *inputs, *flags, "--save-dir", tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+# ---- every flag, every number, every panel ---------------------------------------------------------------------
+
+NOISE_STD = 0.5  # of the toy series; its checkpoint has val_fraction 0.5: the first seed starts at step 1500
+
+
+def song_step_by_step(model, seeds, n_steps, noise_std, bursts, random_seed):
+    """What the model sings, one call of `model.step` after the other."""
+    generated, predictions = np.zeros((2, len(seeds), n_steps, 6))
+    for i, seed in enumerate(seeds):
+        own, of_bursts = (np.random.default_rng([random_seed, i, k]) for k in (0, 1))
+        prediction, states = model.prefill(torch.as_tensor(seed[None]))
+        for t in range(n_steps):
+            predictions[i, t] = prediction["1"][0]
+            generated[i, t] = predictions[i, t] + (noise_std * own.standard_normal(6) if noise_std else 0)
+            read, on_layer = generated[i, t].copy(), {}
+            if bursts and t >= bursts["interval"] and t % bursts["interval"] < bursts["duration"]:
+                if bursts["layers"]:
+                    for layer in bursts["layers"]:
+                        on_layer[layer] = bursts["scale"] * of_bursts.standard_normal(model.d_model)
+                else:
+                    read += bursts["scale"] * of_bursts.standard_normal(6)
+
+            def perturb(layer, h, on_layer=on_layer):
+                return h + torch.as_tensor(on_layer.get(layer, np.zeros(model.d_model)), dtype=h.dtype)
+
+            with torch.no_grad():
+                prediction, states = model.step(torch.as_tensor(read[None], dtype=torch.float32), states, perturb)
+    return generated, predictions
+
+
+def song_numbers(process, labels, path, nearest):
+    """The row of a song in the JSON and in the table, counted one step at a time."""
+    K, P, off = process.n_circles, process.transition_matrix, process.radii.min() / 2
+    counts, dwells = np.zeros((K, K), int), []
+    for row in labels:
+        visits = [(k, len(list(steps))) for k, steps in itertools.groupby(row.tolist())]
+        for (a, _), (b, _) in itertools.pairwise(visits):
+            counts[a, b] += 1
+        dwells += [length for _, length in visits[1:-1]]
+    left = counts.sum(axis=1)
+    distances = [abs(counts[i] / left[i] - P[i]).sum() / 2 if left[i] else None for i in range(K)]
+    chance = generate.chance_total_variation(left, P)
+    steps_on = []
+    for row in path > off:
+        stays_off = [t for t in range(len(row)) if row[t:t + 4].all() and t + 4 <= len(row)]  # half of 8 steps
+        steps_on.append(stays_off[0] if stays_off else len(row))
+    total = left.sum()
+    return {"steps": labels.shape[1], "steps_on_process": steps_on,
+            "near_no_circle": pytest.approx((nearest > off).mean()), "circles_visited": len(set(labels.ravel())),
+            "transitions": total,
+            "total_variation": pytest.approx(sum(d * n for d, n in zip(distances, left, strict=True) if n) / total),
+            "total_variation_by_chance": pytest.approx(sum(c * n for c, n in zip(chance, left, strict=True) if n)
+                                                       / total),
+            "transitions_a_row": left.tolist(),
+            "total_variation_a_row": [None if d is None else pytest.approx(d) for d in distances],
+            "completed_visits": len(dwells), "mean_dwell": pytest.approx(np.mean(dwells))}
+
+
+def judged(process, seeds, generated, predictions):
+    """Labels, thetas, nearest and path distance of each generated step, one sample and step at a time."""
+    labels, thetas, nearest, path = [], [], [], []
+    angles = np.linspace(0, 2 * np.pi, 1001)
+    waves = np.stack([np.cos(angles), np.sin(angles)])
+    circles = np.concatenate([(r * plane.T @ waves).T for r, plane in
+                              zip(process.radii, process.planes, strict=True)])
+    for seed, song, predicted in zip(seeds, generated, predictions, strict=True):
+        smoothed = optimal_filter.smooth(process, np.concatenate([seed, song]), "stationary")
+        labels.append(smoothed["circle"][len(seed):])
+        thetas.append(smoothed["theta"][len(seed):])
+        nearest.append([np.linalg.norm(circles - x, axis=1).min() for x in predicted])
+        on_path = [process.radii[i] * (np.cos(a) * process.planes[i, 0] + np.sin(a) * process.planes[i, 1])
+                   for i, a in zip(labels[-1], thetas[-1], strict=True)]
+        path.append(np.linalg.norm(predicted - np.array(on_path), axis=1))
+    return [np.array(values) for values in (labels, thetas, nearest, path)]
+
+
+def table_cells(summary):
+    def number(key, digits):
+        value = summary[key]
+        return f"{getattr(value, 'expected', value):.{digits}f}"
+
+    steps_on = [f"{n}," for n in summary["steps_on_process"][:-1]] + [str(summary["steps_on_process"][-1])]
+    return [*steps_on, f"{100 * summary['near_no_circle'].expected:.1f}%", str(summary["circles_visited"]),
+            str(summary["transitions"]), number("total_variation", 3), number("total_variation_by_chance", 3),
+            number("mean_dwell", 0)]
+
+
+def real_song(process, series, starts, seed_len, gen_len):
+    """What the table's row "real series" is computed from: labels, path and nearest distance."""
+    seeds, songs, predictions = [], [], []
+    for start in starts:
+        X = series.X[start:start + seed_len + gen_len]
+        seeds.append(X[:seed_len])
+        songs.append(X[seed_len:])
+        ahead = optimal_filter.predict(process, X, initial="stationary")["prediction"][1]
+        predictions.append([ahead[t - 1] for t in range(seed_len, seed_len + gen_len)])
+    labels, _, nearest, path = judged(process, seeds, songs, np.array(predictions))
+    return labels, path, nearest
+
+
+@pytest.fixture
+def caught(monkeypatch):
+    """The Figures that a script would save: {end of the name: Figure}."""
+    saved = {}
+    monkeypatch.setattr(figures, "save", lambda fig, path: saved.update({path.stem.rpartition("_")[2]: fig}))
+    return saved
+
+
+@pytest.fixture
+def model_of(inputs):
+    """The checkpoint's model, run by the plain loop."""
+    return load_checkpoint(inputs[1], "cpu")[0].use_scan("reference", "cpu")
+
+
+@pytest.fixture
+def sung(script, inputs, toy, tmp_path, caught, one_thread):
+    """Run the script; its arrays, Figures and stdout."""
+    def run(*flags):
+        done = script("generate", *inputs, "--save-dir", tmp_path, "--scan", "reference", *flags)
+        assert done.code == 0, done.err
+        (path,) = tmp_path.glob("*.npz")
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+        return SimpleNamespace(arrays=arrays, figures=caught, out=done.out)
+
+    return run
+
+
+BURSTS = ["--perturb-interval", 25, "--perturb-duration", 4, "--perturb-scale", 3]
+
+
+@pytest.mark.parametrize("flags, noise_std, bursts, random_seed", [
+    ([], 0.0, None, 42),
+    (["--temperature", 2, "--seed", 5], 1.0, None, 5),
+    ([*BURSTS, "--temperature", 1], 0.5, {"interval": 25, "duration": 4, "scale": 3, "layers": None}, 42),
+    ([*BURSTS, "--perturb-hidden", "--seed", 6], 0.0,
+     {"interval": 25, "duration": 4, "scale": 3, "layers": [0, 1]}, 6),
+    ([*BURSTS, "--perturb-hidden", "--perturb-layers", 2], 0.0,
+     {"interval": 25, "duration": 4, "scale": 3, "layers": [1]}, 42),
+])
+def test_each_array_of_the_npz(sung, toy, model_of, flags, noise_std, bursts, random_seed):
+    series, process = toy
+    found = sung("--gen-len", 60, "--seed-len", 50, "--n-samples", 2, *flags).arrays
+    starts = [1500, 1500 + (3000 - 50 - 60 - 1500) // 2]
+    seeds = np.stack([series.X[start:start + 50] for start in starts])
+    generated, predictions = song_step_by_step(model_of, seeds, 60, noise_std, bursts, random_seed)
+    assert set(found) == {"generated", "predictions", "seed", "seed_starts", "perturbed", "labels", "thetas",
+                          "nearest_distance", "path_distance", "steps_on_process"}
+    assert found["seed_starts"].tolist() == starts
+    np.testing.assert_array_equal(found["seed"], seeds)
+    np.testing.assert_allclose(found["generated"], generated, atol=2e-4)
+    np.testing.assert_allclose(found["predictions"], predictions, atol=2e-4)
+    assert (bursts is None) == (not found["perturbed"].any())
+    if bursts:
+        assert np.flatnonzero(found["perturbed"]).tolist() == [*range(25, 29), *range(50, 54)]
+    labels, thetas, nearest, path = judged(process, seeds, found["generated"], found["predictions"])
+    np.testing.assert_array_equal(found["labels"], labels)
+    np.testing.assert_allclose(found["thetas"], thetas)
+    np.testing.assert_allclose(found["nearest_distance"], nearest, atol=0.02)
+    np.testing.assert_allclose(found["path_distance"], path, rtol=1e-5, atol=1e-5)
+    off = (path > process.radii.min() / 2).tolist()
+    assert found["steps_on_process"].tolist() == [
+        next((t for t in range(57) if all(row[t:t + 4])), 60) for row in off]
+
+
+def test_each_number_that_is_printed_of_a_song(sung, toy):
+    series, process = toy
+    flags = ["--gen-len", 200, "--seed-len", 60, "--seed-offset", 300, "--n-samples", 2, "--temperature", 3]
+    result = sung(*flags)
+    found, lines = result.arrays, result.out.splitlines()
+    starts = [300, 300 + (3000 - 60 - 200 - 300) // 2]
+    assert f"seeds of 60 steps from time steps {starts[0]}, {starts[1]}" in lines
+    assert any(line.startswith("generated 2 x 200 steps in ") for line in lines)
+    summary = song_numbers(process, found["labels"], found["path_distance"], found["nearest_distance"])
+    real = song_numbers(process, *real_song(process, series, starts, 60, 200))
+    head = lines.index(next(line for line in lines if "steps on the process" in line))
+    assert re.split(r" {2,}", lines[head].strip()) == [
+        "steps on the process", "near no circle", "circles", "transitions", "TV", "TV by chance", "mean dwell"]
+    assert lines[head + 2].split() == ["generated", *table_cells(summary)]
+    assert lines[head + 3].split() == ["real", "series", *table_cells(real)]
+    head = lines.index(next(line for line in lines if line.startswith("from circle")))
+    assert re.split(r" {2,}", lines[head]) == ["from circle", "left", "TV", "TV by chance"]
+    left = summary["transitions_a_row"]
+    chance = generate.chance_total_variation(left, process.transition_matrix)
+    assert [line.split() for line in lines[head + 2:head + 2 + np.count_nonzero(left)]] == [
+        [str(i), str(n), f"{summary['total_variation_a_row'][i].expected:.3f}", f"{chance[i]:.3f}"]
+        for i, n in enumerate(left) if n]
+
+
+@pytest.mark.parametrize("flags", [[], [*BURSTS, "--seed-offset", 2800]])
+def test_each_panel_of_seed_and_truth(sung, toy, monkeypatch, flags):
+    monkeypatch.setattr(generate, "SHOWN_STEPS", 70)
+    monkeypatch.setattr(generate, "SHOWN_SAMPLES", 2)
+    series, _ = toy
+    gen_len = 90 if not flags else 170  # the second run ends behind the series, the first not
+    result = sung("--gen-len", gen_len, "--seed-len", 40, *flags)
+    found, fig = result.arrays, result.figures["seed"]
+    starts, shown = found["seed_starts"], found["generated"][:2, :70]
+    marks = [[24.5, 28.5], [49.5, 53.5]] if flags else []
+
+    windows = np.concatenate([found["seed"][:2], shown], axis=1)
+    limits = np.percentile(windows, [1, 99])
+    assert fig.get_suptitle() == f"m: seed and continuation, first 70 of {gen_len} steps"
+    assert len([ax for ax in fig.axes if ax.images]) == 4
+    for i in range(2):
+        strip, heat = fig.axes[2 * i:2 * i + 2]
+        states = np.concatenate([series.states[starts[i]:starts[i] + 40], found["labels"][i, :70]])
+        check_strip(strip, states, -40, 3)
+        check_heatmap(heat, windows[i], -40, limits)
+        assert strip.get_xlim() == (-40.5, 69.5) and left_title(strip) == f"seed from time step {starts[i]}"
+        assert heat.get_ylabel() == "feature" and list(heat.lines[0].get_xdata()) == [-0.5, -0.5]
+        assert bursts_marked(strip) == marks
+    assert heat.get_xlabel().startswith("generated step (before 0: the seed")
+    assert ("black bars: bursts" in heat.get_xlabel()) == bool(flags)
+    check_circle_legend(fig, [0, 1, 2], 3)
+
+    fig = result.figures["truth"]
+    end = starts[0] + 40
+    truth = series.X[end:end + 70]
+    true_strip, true_heat, strip, heat, difference, curve = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    assert fig.get_suptitle() == f"m: continuation and truth, first 70 of {gen_len} steps"
+    limits = np.percentile(truth, [1, 99])
+    check_strip(true_strip, series.states[end:end + 70], 0, 3)
+    assert left_title(true_strip) == f"true series, from time step {end}" and left_title(strip) == "generated"
+    check_heatmap(true_heat, truth, 0, limits)
+    check_strip(strip, found["labels"][0, :70], 0, 3)
+    check_heatmap(heat, shown[0], 0, limits)
+    gap = shown[0] - truth
+    limit = max(abs(np.percentile(gap, [1, 99])))
+    check_heatmap(difference, gap, 0, (-limit, limit), "RdBu_r")
+    assert left_title(difference) == "generated − true"
+    assert [ax.get_ylabel() for ax in (true_heat, heat, difference, curve)] == ["feature"] * 3 + ["RMS error"]
+    assert curve.get_xlabel() == "generated step" and curve.get_xlim() == (-0.5, 69.5)
+    drawn = lines(curve)
+    assert list(drawn) == ["sample 0", "sample 1", "noise_std", "std of the true series"]
+    highest = truth.std()
+    for i in range(2):
+        true = series.X[starts[i] + 40:][:70]
+        errors = [np.sqrt(np.mean((g - x)**2)) for g, x in zip(shown[i], true, strict=False)]
+        np.testing.assert_allclose(drawn[f"sample {i}"][1], errors, rtol=1e-5)
+        highest = max(highest, *errors)
+    np.testing.assert_array_equal(drawn["noise_std"][1], NOISE_STD)
+    np.testing.assert_allclose(drawn["std of the true series"][1], truth.std())
+    np.testing.assert_allclose(curve.get_ylim(), (0, 1.35 * highest), rtol=1e-5)
+    assert bursts_marked(strip) == marks
+    check_circle_legend(fig, [0, 1, 2], 3)
+
+
+def test_each_panel_of_the_song(sung, toy, monkeypatch):
+    monkeypatch.setattr(generate, "SHOWN_STEPS", 120)
+    monkeypatch.setattr(generate, "SHOWN_SAMPLES", 2)
+    _, process = toy
+    result = sung("--gen-len", 200, "--seed-len", 40, "--temperature", 3, *BURSTS)
+    found, fig = result.arrays, result.figures["song"]
+    true, generated, histogram, distance = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    counts, dwells, on = np.zeros((3, 3)), [], []
+    for row in found["labels"]:
+        visits = [(k, len(list(steps))) for k, steps in itertools.groupby(row.tolist())]
+        for (a, _), (b, _) in itertools.pairwise(visits):
+            counts[a, b] += 1
+        dwells += [length for _, length in visits[1:-1]]
+        on += [k for k, _ in visits[1:-1]]
+    left, P = counts.sum(axis=1).astype(int), process.transition_matrix
+    shares = np.array([row / n if n else row for row, n in zip(counts, left, strict=True)])
+    for ax, matrix, title in ((true, P, "true transitions"), (generated, shares, "generated transitions")):
+        (image,) = ax.images
+        np.testing.assert_allclose(image.get_array(), matrix)
+        assert image.origin == "upper" and image.get_clim() == (0, 1)
+        assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == (title, "to circle", "from circle")
+        assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [0, 1, 2]
+    assert [(text.get_position()[1], text.get_text()) for text in generated.texts] == [
+        (i, f"TV {abs(shares[i] - P[i]).sum() / 2:.2f}  n {n}" if n else "TV –  n 0") for i, n in enumerate(left)]
+    assert not true.texts and colour_bars(fig) == ["probability"]
+
+    law, song = histogram.patches[:40], histogram.patches[40:]
+    probabilities = {}
+    for k in on:
+        for r, p in enumerate(process.dwell_law[k], 1):
+            length = r * process.periods[k]
+            probabilities[length] = probabilities.get(length, 0) + p / len(on)
+    for bar in law:
+        inside = [p for length, p in probabilities.items() if bar.get_x() <= length < bar.get_x() + bar.get_width()]
+        assert bar.get_height() == pytest.approx(sum(inside), abs=1e-9)
+    outline = song[0].get_xy()
+    share = np.histogram(dwells, np.unique(outline[:, 0]))[0] / len(dwells)
+    assert max(outline[:, 1]) == pytest.approx(max(share))
+    assert outline[:, 0].max() >= max(dwells)
+    assert (histogram.get_xlabel(), histogram.get_ylabel()) == ("dwell time (steps)", "share of visits")
+    assert [text.get_text() for text in histogram.get_legend().get_texts()] == [
+        "true law", f"generated ({len(dwells)} visits)"]
+    assert histogram.get_title() == "dwell times"
+
+    drawn = lines(distance)
+    assert list(drawn) == ["sample 0", "sample 1", "off the process"]
+    for i in range(2):
+        np.testing.assert_array_equal(drawn[f"sample {i}"][1], found["path_distance"][i, :120])
+    np.testing.assert_allclose(drawn["off the process"][1], process.radii.min() / 2)
+    assert (distance.get_xlabel(), distance.get_ylabel()) == ("generated step", "distance")
+    assert distance.get_xlim() == (-0.5, 119.5) and distance.get_ylim()[0] == 0
+    assert distance.get_title() == "prediction to the process"
+    assert bursts_marked(distance) == [[first - 0.5, first + 3.5] for first in (25, 50, 75, 100)]
+    steps_on = ", ".join(map(str, found["steps_on_process"]))
+    near_none = (found["nearest_distance"] > process.radii.min() / 2).mean()
+    assert fig.get_suptitle() == (f"m: on the process for {steps_on} of 200 steps; {100 * near_none:.1f}% of steps "
+                                  f"near no circle; {len(set(found['labels'].ravel()))} circles")
+
+
+def test_a_song_without_a_whole_visit_and_a_matrix_with_many_rows(toy):
+    _, process = toy
+    song = {"labels": np.zeros((1, 30), int), "path_distance": np.zeros((1, 30))}
+    fig = generate.draw_song("quiet", process, song, np.zeros(30, bool))
+    assert "no visit was seen" in fig.axes[2].texts[0].get_text() and not fig.axes[2].patches
+    fig, axes = figures.new_figure(1, 2)
+    generate.transition_panels(fig, axes[0], np.full((21, 21), 1 / 21), np.zeros((21, 21), int))
+    assert axes[0, 1].get_xticks().tolist() == [0, 5, 10, 15, 20] and not axes[0, 1].texts
+
+
+def test_compare_runs_what_its_rows_say(script, inputs, toy, tmp_path, monkeypatch, caught, one_thread):
+    series, process = toy
+    asked, real_generate = [], generate.generate
+
+    def record(model, seeds, n_steps, noise_std, bursts, random_seed):
+        result = real_generate(model, seeds, n_steps, noise_std, bursts, random_seed)
+        asked.append(SimpleNamespace(seeds=seeds, n_steps=n_steps, noise_std=noise_std, bursts=bursts,
+                                     random_seed=random_seed, generated=result[0], predictions=result[1]))
+        return result
+
+    monkeypatch.setattr(generate, "generate", record)
+    monkeypatch.setattr(generate, "SHOWN_SAMPLES", 1)
+    done = script("generate", *inputs, "--save-dir", tmp_path, "--gen-len", 150, "--seed-len", 60, "--n-samples", 2,
+                  "--compare", "--temperature", 3, "--perturb-interval", 40, "--perturb-duration", 7,
+                  "--perturb-scale", 2.5, "--perturb-layers", 2, "--seed", 11)
+    assert done.code == 0, done.err
+    assert [(run.noise_std, run.bursts) for run in asked] == [
+        (0.0, None), (3 * NOISE_STD, None), (0.0, generate.Bursts(40, 7, 2.5, None)),
+        (0.0, generate.Bursts(40, 7, 2.5, (1,)))]
+    starts = [1500, 1500 + (3000 - 60 - 150 - 1500) // 2]
+    for run in asked:
+        assert run.n_steps == 150 and run.random_seed == 11
+        np.testing.assert_array_equal(run.seeds, np.stack([series.X[start:start + 60] for start in starts]))
+
+    numbers = json.loads(next(tmp_path.glob("*.json")).read_text())
+    names = ["real series", "greedy", "temperature 3", "output bursts", "hidden bursts"]
+    assert list(numbers) == names
+    labels, path, nearest = real_song(process, series, starts, 60, 150)
+    songs = [(labels, path, nearest)]
+    for run in asked:
+        labels, _, nearest, path = judged(process, run.seeds, run.generated, run.predictions)
+        songs.append((labels, path, nearest))
+    rows = text_rows(done.out.partition("\n\n")[2].partition("\n\n")[0])
+    fig = caught["L2"]
+    panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
+    off = process.radii.min() / 2
+    for i, (name, song) in enumerate(zip(names, songs, strict=True)):
+        if len(set(song[0].ravel())) > 1 and numbers[name]["completed_visits"]:
+            expected = song_numbers(process, *song)
+            assert numbers[name] == expected
+            assert rows[i] == [*name.split(), *table_cells(expected)]
+        strip, curve = panels[2 * i:2 * i + 2]
+        (image,) = strip.images
+        colors = figures.circle_colors(3)[song[0][:1]]
+        np.testing.assert_allclose(image.get_array(), np.where((song[1][:1] > off)[..., None], 1.0, colors))
+        assert list(image.get_extent()) == [-0.5, 149.5, 0.5, -0.5] and strip.get_ylabel() == "sample"
+        summary = numbers[name]
+        assert left_title(strip) == (f"{name}: {summary['circles_visited']} circles, "
+                                     f"{100 * summary['near_no_circle']:.1f}% near none")
+        np.testing.assert_allclose(curve.lines[0].get_ydata(), song[1][0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(curve.lines[1].get_ydata(), off)
+        assert len(curve.lines) == 2 and curve.get_ylabel() == "distance" and curve.get_ylim()[0] == 0
+        bursts = [[39.5, 46.5], [79.5, 86.5], [119.5, 126.5]] if "bursts" in name else []
+        assert bursts_marked(strip) == bursts_marked(curve) == bursts
+    assert panels[-1].get_xlabel() == panels[-2].get_xlabel() == "generated step"
+    assert left_title(panels[1]) == "prediction to the process"
+    assert fig.get_suptitle() == "m: bursts of std 2.5, 7 of every 40 steps"
+    check_circle_legend(fig, [0, 1, 2], 3)
+
+
+def test_the_first_seed_starts_with_validation_or_where_it_is_told(inputs, toy):
+    def starts(*flags):
+        args = generate.parse_args([str(word) for word in [*inputs, "--device", "cpu", *flags]])
+        return generate.load_inputs(args).starts.tolist()
+
+    assert starts("--n-samples", 1) == [1500]  # val_fraction 0.5 of 3000 steps
+    assert starts("--n-samples", 1, "--seed-offset", 12) == [12]
+    assert starts("--n-samples", 1, "--seed-offset", 0) == [0]
+    assert starts("--seed-len", 1600, "--n-samples", 1) == [1400]  # a seed that is longer than the validation part
+    assert starts("--n-samples", 3, "--gen-len", 100, "--seed-len", 100) == [1500, 1933, 2366]
+
+
+def test_seed_windows_are_spread_evenly_behind_the_first():
+    assert generate.seed_windows(1000, 100, 200, 3, 400).tolist() == [400, 500, 600]
+    assert generate.seed_windows(1000, 100, 500, 3, 400).tolist() == [400, 400, 400]  # the last with 500 steps of truth
+    assert generate.seed_windows(1000, 100, 501, 4, 400).tolist() == [400, 525, 650, 775]  # no room for the truth
+    assert generate.seed_windows(1000, 100, 10, 2, 900).tolist() == [900, 900]
+
+
+def test_flags_reach_what_loads_the_inputs(inputs, toy, monkeypatch):
+    asked = {}
+
+    def open_model(*words):
+        asked["model"] = words
+        raise cli.UserError("enough")
+
+    monkeypatch.setattr(generate, "open_model", open_model)
+    monkeypatch.setattr(cli, "pick_device", lambda name: f"device {name}")
+    with pytest.raises(cli.UserError, match="enough"):
+        generate.load_inputs(parse("--data-dir", "there", "--device", "cuda:1", "--scan", "reference"))
+    assert asked["model"] == (Path("m.pt"), Path("there"), "device cuda:1", "reference")
+
+
+def test_defaults():
+    args = parse()
+    assert (args.seed_len, args.gen_len, args.n_samples, args.temperature) == (512, 512, 3, 0.0)
+    assert (args.seed, args.seed_offset, args.perturb_layers, args.perturb_hidden) == (42, None, None, False)
+    assert (args.perturb_interval, args.perturb_scale, args.perturb_duration) == (0, 20.0, 10)
+    assert (args.save_dir, args.data_dir) == (Path("plots"), Path("data"))
+    assert parse("--perturb-interval", "6").perturb_duration == 6  # no burst is longer than the interval
+    args = parse("--compare")
+    assert (args.temperature, args.perturb_interval) == (1.0, 200)
+    args = parse("--compare", "--temperature", "0.3", "--perturb-interval", "30")
+    assert (args.temperature, args.perturb_interval, args.perturb_duration) == (0.3, 30, 10)
+
+
+def test_a_song_that_leaves_the_finite_numbers_is_refused(refused, inputs, tmp_path, monkeypatch):
+    def generate_with_a_hole(model, seeds, n_steps, *_):
+        generated = np.zeros((len(seeds), n_steps, 6))
+        generated[1, 17] = np.inf
+        return generated, generated
+
+    monkeypatch.setattr(generate, "generate", generate_with_a_hole)
+    line = refused("generate", *inputs, "--gen-len", 30, "--save-dir", tmp_path / "out")
+    assert "no longer finite at step 17" in line
+    assert not list((tmp_path / "out").iterdir())
