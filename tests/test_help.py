@@ -125,7 +125,7 @@ def test_help_ends_with_examples_that_parse(helped):
 
 
 def test_description_says_what_is_read_or_made(helped):
-    assert re.search(r"\b(Reads|Writes|Measures|Prints)\b", helped.text.partition("\n\n")[2])
+    assert re.search(r"(?i)\b(reads|writes|measures|prints)\b", helped.text.partition("\n\n")[2])
 
 
 def test_no_promised_flag_is_gone(helped):
