@@ -22,7 +22,7 @@ TINY_MODEL = {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A GPU is there for the tests that ask for one. The others say what happens on a CPU, whatever the machine has."""
+    """Hide the GPU from every test that isn't marked `gpu`: the others test what happens on a CPU, on any machine."""
     with pytest.MonkeyPatch.context() as patch:
         if item.get_closest_marker("gpu") is None:
             patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -32,7 +32,8 @@ def pytest_runtest_protocol(item):
 
 @pytest.fixture
 def one_thread():
-    """Arrays as small as the tests' are slower with more, above all when other processes want the cores too."""
+    """One thread for torch and BLAS. On arrays as small as the tests' more threads are slower, above all when other
+    processes want the cores too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with threadpoolctl.threadpool_limits(1):
@@ -42,8 +43,8 @@ def one_thread():
 
 @pytest.fixture
 def script(capfd):
-    """`script("generate", "--gen-len", 5)` runs a script's parse_args and main here, which spares each test the
-    seconds that importing torch takes. Returns code, out and err, as a shell would see them."""
+    """A function: `script("generate", "--gen-len", 5)` runs that script's parse_args and main in this process, which
+    saves the seconds that importing torch takes. It returns code, out and err as a shell would see them."""
 
     def run(name, *argv):
         capfd.readouterr()
@@ -64,7 +65,7 @@ def script(capfd):
 
 @pytest.fixture
 def refused(script):
-    """Like script, for bad input: checks exit code 2 and one line on stderr, and returns that line."""
+    """Like `script`, for bad input: checks that the exit code is 2 and that stderr has one line, and returns it."""
 
     def run(name, *argv):
         result = script(name, *argv)
@@ -87,7 +88,7 @@ def shared_data(tmp_path_factory):
 
 @pytest.fixture
 def data_dir(shared_data, tmp_path):
-    """A test's own copy of the small series, to damage at will."""
+    """A copy of the small series that the test may damage."""
     folder = tmp_path / "data"
     folder.mkdir()
     for name in ("data.npz", "config.json"):
@@ -97,7 +98,7 @@ def data_dir(shared_data, tmp_path):
 
 @pytest.fixture
 def rewrite_data(data_dir):
-    """Replace arrays of data.npz (None removes one), or entries of config.json."""
+    """A function that replaces arrays of data.npz (None removes one) or entries of config.json; returns the folder."""
 
     def rewrite(config=None, **arrays):
         with np.load(data_dir / "data.npz") as file:
@@ -113,7 +114,7 @@ def rewrite_data(data_dir):
 
 @pytest.fixture
 def tiny_checkpoint(tmp_path):
-    """An untrained checkpoint for the small series: a path."""
+    """The path of an untrained checkpoint that fits the small series."""
     torch.manual_seed(0)
     model = mamba_model.CausalTimeSeriesMamba(6, **TINY_MODEL)
     path = tmp_path / "tiny.pt"

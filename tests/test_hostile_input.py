@@ -1,7 +1,8 @@
-"""Files of all kinds of damage and malice: each either loads as something valid or ends in one cli.UserError.
+"""Damaged and malicious files: each either loads as something valid or ends in one cli.UserError.
 
-Never another exception (a traceback for the user), never a warning (a second line), never code that is run, never
-memory taken because a header says so. Every test draws HOSTILE_CASES cases; 150 make the longer run of over 1,000:
+There must never be another exception (a traceback for the user), a warning (a second line), pickled code that is run,
+or memory taken because a header says so. Every test with random cases draws HOSTILE_CASES of them; with 150 there are
+over 1,000 in all:
 
   HOSTILE_CASES=150 python -m pytest tests/test_hostile_input.py
 """
@@ -34,14 +35,14 @@ import optimal_filter
 CASES = int(os.environ.get("HOSTILE_CASES", 12))
 hostile = settings(max_examples=CASES, deadline=None, derandomize="HOSTILE_CASES" not in os.environ, database=None,
                    suppress_health_check=list(HealthCheck))
-MEMORY = 1 << 30  # bytes, beyond what is in use already; the good files take a few megabytes
+MEMORY = 1 << 30  # bytes beyond what is in use already; loading an undamaged file takes a few megabytes
 SIZES = ["--d-model", "16", "--n-layers", "1", "--d-state", "2", "--d-ff", "8", "--seq-len", "64", "--stride", "256",
          "--epochs", "1", "--warmup-epochs", "1", "--no-train-eval", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def little_memory():
-    """No more than MEMORY may be reserved, and far less may be filled."""
+    """Let no test reserve more than MEMORY, and check that less than half of it was ever filled."""
     old = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         in_use = int(file.read().split()[0]) * resource.getpagesize()
@@ -77,7 +78,7 @@ class Bomb:
 
 
 def valid_or_refused(load, *args):
-    """What load(*args) returns, or None when it raises a UserError whose message is one line's worth."""
+    """What load(*args) returns, or None when it raises a UserError with a short message."""
     try:
         return load(*args)
     except cli.UserError as error:
@@ -91,7 +92,7 @@ def valid_or_refused(load, *args):
 
 @st.composite
 def damaged(draw, content):
-    """The bytes with some bits flipped, some bytes replaced, cut off or put in twice."""
+    """The bytes with some bits flipped, or some bytes replaced, cut off, repeated or set to zero."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -125,7 +126,7 @@ def zipped(content, compression=zipfile.ZIP_STORED):
 
 @st.composite
 def damaged_member(draw, content, near_the_start=256):
-    """An archive with one member damaged, mostly near its start, under the right checksum."""
+    """An archive in which one member is damaged, mostly near its start, and the checksum fits the damage."""
     name = draw(st.sampled_from(sorted(content)))
     member = content[name]
     head = draw(st.sampled_from([near_the_start, near_the_start, len(member)]))
@@ -135,7 +136,7 @@ def damaged_member(draw, content, near_the_start=256):
 
 @st.composite
 def lying(draw, archive):
-    """An archive whose directory lies: fields of one entry, there or in the local header, have other values."""
+    """An archive that lies: fields of one entry, in the directory or in the member's own header, have other values."""
     raw = bytearray(archive)
     entries = [i for i in range(len(raw) - 4) if raw[i:i + 4] in (b"PK\1\2", b"PK\3\4")]
     at = draw(st.sampled_from(entries))
@@ -292,7 +293,7 @@ def folder(tmp_path, arrays, shared_data):
 
 
 def check_series(folder):
-    """load_series, and what every user of a Series relies on."""
+    """Load the series, if it loads, and check what every user of a Series relies on."""
     series = valid_or_refused(dataset.load_series, folder)
     if series is None:
         return None
@@ -451,7 +452,7 @@ def run_copy(run_folder, tmp_path):
 
 
 def check_checkpoint(path):
-    """load_checkpoint and what uses its args; a model that loads runs."""
+    """Load the checkpoint, if it loads; then its model must run and its args must be usable or refused."""
     loaded = valid_or_refused(mamba_model.load_checkpoint, path, "cpu")
     if loaded is None:
         return
