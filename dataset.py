@@ -260,9 +260,6 @@ def visits(states):
     return np.concatenate(circles), starts, np.diff(starts, append=first)
 
 
-runs = visits  # the name until every caller has moved to `visits`
-
-
 def check_fits_model(series, model, checkpoint):
     """Raise UserError when a model trained on another number of features meets this series."""
     if model.feature_dim != series.feature_dim:
