@@ -300,17 +300,23 @@ class Affine(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(3, 3)
+        self.linear, self.modes = nn.Linear(3, 3), []
 
     def forward(self, x):
+        self.modes.append(self.training)
         return {"1": self.linear(x)}
 
 
 def test_the_common_training_loop_learns_on_every_window_and_adds_all_losses(monkeypatch):
     """Against the same epoch written out here, with one batch, so that the order of the windows doesn't matter."""
     monkeypatch.setattr(bench, "WORKERS", 0)
-    loader = torch.utils.data.DataLoader
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *args, persistent_workers, **more: loader(*args, **more))
+    loader, shuffled = torch.utils.data.DataLoader, []
+
+    def make_loader(windows, batch_size, persistent_workers, **more):  # without processes nothing can be persistent
+        shuffled.append(more["shuffle"])
+        return loader(windows, batch_size, **more)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", make_loader)
     X = np.random.default_rng(0).standard_normal((400, 3)).astype(np.float32)
     series = SimpleNamespace(X=X, n_steps=400)
     args = SimpleNamespace(seq_len=20, stride=10, val_fraction=0.2, batch_size=64, lr=0.01)
@@ -333,6 +339,7 @@ def test_the_common_training_loop_learns_on_every_window_and_adds_all_losses(mon
     optimizer.step()
     expected = expected.item() + loss_on(val).item()
     assert bench.common_training(series, args, model, CPU)() == pytest.approx(expected, rel=1e-5)
+    assert model.modes == [True, False] and shuffled == [True, False]  # training, then validation
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 
