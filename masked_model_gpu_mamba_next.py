@@ -100,7 +100,7 @@ def build_parser():
 
 
 def parse_args(argv=None, refuse=None):
-    """The flags as a Namespace; `given` lists those that were not left at their default.
+    """The flags as a Namespace; `flags_given` lists those that stand on the command line.
 
     refuse(message), where given, is called in place of ending the program on a bad flag, and must raise.
     """
@@ -112,7 +112,7 @@ def parse_args(argv=None, refuse=None):
     # argparse sets a default only where the Namespace has no value: what is not `unset` in the end was given.
     unset = object()
     marked = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    args.given = sorted(name for name, value in vars(marked).items() if value is not unset)
+    args.flags_given = sorted(name for name, value in vars(marked).items() if value is not unset)
     args.checkpoint = args.checkpoint or Path(default_name(parser, args))
     if args.checkpoint.suffix != ".pt":
         parser.error(f"--checkpoint {args.checkpoint} must end in .pt")
@@ -255,9 +255,9 @@ def build_model(args, feature_dim, X=None):
 
 
 def parameter_groups(model, lr, gate_lr_factor, freeze_A):
-    """AdamW's groups: weights with decay; A_log, D, biases and norms without; the gates (x_proj, dt_proj) at
-    gate_lr_factor times the others' rate. What is frozen gets no gradient and is in no group, so that no schedule
-    and no decay can move it.
+    """The parameter groups of AdamW: weights decay, but A_log, D, biases and norms do not; the gates (x_proj, dt_proj)
+    learn at gate_lr_factor times the rate of the others. A frozen parameter gets no gradient and is in no group, so
+    that neither the schedule nor the decay can move it.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -290,7 +290,7 @@ def set_lr(optimizer, lr):
 
 
 def build_optimizer(groups, lr, device):
-    """AdamW in one fused kernel; on CUDA with its step count and learning rates on the device, for the graph."""
+    """AdamW in one fused kernel; on CUDA with its step count and learning rates on the device: a graph reads them."""
     cuda = device.type == "cuda"
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], device=device) if cuda else group["lr"]
@@ -298,8 +298,8 @@ def build_optimizer(groups, lr, device):
 
 
 def averaging_weight(step, decay):
-    """What the newest weights count in their moving average after a step, counted from 0: 1 - decay, and more in the
-    first steps, which would otherwise keep the initial weights in it (Tarvainen & Valpola 2017, arXiv 1703.01780)."""
+    """The weight of the newest parameters in their moving average after a step, counted from 0: 1 - decay, but more in
+    the first steps, so that the average soon forgets the initial ones (Tarvainen & Valpola 2017, arXiv 1703.01780)."""
     return 1 - min(decay, (1 + step) / (10 + step))
 
 
@@ -442,7 +442,7 @@ class RunState:
 
     def __init__(self, args, model, steps_per_epoch, data_crc32):
         device = next(model.parameters()).device
-        self.flags = {name: value for name, value in vars(args).items() if name != "given"}
+        self.flags = {name: value for name, value in vars(args).items() if name != "flags_given"}
         self.model, self.steps_per_epoch, self.data_crc32 = model, steps_per_epoch, data_crc32
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
         self.optimizer = build_optimizer(
@@ -676,7 +676,7 @@ def print_evaluation(args):
     used = ("seq_len", "stride", "val_fraction", "batch_size")
     trained = run_files.saved_flags({name: saved[name] for name in used if name in saved}, path, parse_args)
     seq_len, stride, val_fraction, batch_size = (
-        getattr(args if name in args.given else trained, name) for name in used)
+        getattr(args if name in args.flags_given else trained, name) for name in used)
     if seq_len <= model.horizons[-1]:
         raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
     _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction)

@@ -284,7 +284,7 @@ def saved_flags(saved, path, parse_args):
     words = []
     for name, default in vars(parse_args([])).items():
         value = saved.get(name, default)
-        if name in OF_THE_COMMAND or name == "given" or value is None or value is False:
+        if name in OF_THE_COMMAND or name == "flags_given" or value is None or value is False:
             continue
         word = "--" + name.replace("_", "-")
         words.append(word if value is True else f"{word}={value}")
@@ -297,7 +297,7 @@ def flags_for_resume(args, saved):
     Raises UserError when a flag on the command line contradicts the run.
     """
     flags = vars(saved) | {name: getattr(args, name) for name in OF_THE_COMMAND}
-    for name in args.given:
+    for name in args.flags_given:
         value = getattr(args, name)
         if name in FREE_ON_RESUME:
             flags[name] = value
@@ -380,14 +380,14 @@ class Saver:
         self.save_best()
         bad_step = min(begin + round(finite_steps), self.state.step - 1)
         if self.files["best"].exists():
-            good = f"{self.files['best']} (the lowest validation loss)"
+            last_good = f"{self.files['best']} (the lowest validation loss)"
         elif self.saved_step == 0:
-            good = f"{self.files['last']} (the state at the start)"
+            last_good = f"{self.files['last']} (the state at the start)"
         else:
-            good = f"{self.files['last']} (the state after step {self.saved_step})"
+            last_good = f"{self.files['last']} (the state after step {self.saved_step})"
         raise cli.UserError(f"the loss became NaN or infinite at step {bad_step + 1} (epoch {epoch + 1}, learning rate "
-                            f"{self.plan.lr(bad_step):.3g}); the last good checkpoint is {good}; start anew with a "
-                            "smaller --lr")
+                            f"{self.plan.lr(bad_step):.3g}); the last good checkpoint is {last_good}; start anew "
+                            "with a smaller --lr")
 
 
 def snapshot(state, into=None):

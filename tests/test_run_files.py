@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def saved(args):
     """The flags as a checkpoint holds them."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-            if name != "given"}
+            if name != "flags_given"}
 
 
 # ---- names
@@ -166,7 +166,7 @@ MANY = ["--seq-len", "70", "--stride", "7", "--val-fraction", "0.3", "--num-work
 def test_saved_flags_are_those_of_the_run(flags):
     args = training.parse_args(flags)
     again = run_files.saved_flags(saved(args), "a_last.pt", training.parse_args)
-    ignored = {*run_files.OF_THE_COMMAND, "given"}
+    ignored = {*run_files.OF_THE_COMMAND, "flags_given"}
     assert {k: v for k, v in vars(again).items() if k not in ignored} == {
         k: v for k, v in vars(args).items() if k not in ignored}
     assert all(type(value) is type(getattr(args, name)) or value == getattr(args, name)
@@ -203,7 +203,7 @@ def test_resume_takes_the_other_flags_from_the_run():
     assert vars(merged) == {**vars(run), "resume": True, "checkpoint": Path("b.pt")}
     run_files.flags_for_resume(training.parse_args(["--resume", *MANY]), run)  # the same flags again: no contradiction
     plain = training.parse_args([])
-    for name in vars(run).keys() - {*run_files.FREE_ON_RESUME, *run_files.OF_THE_COMMAND, "given"}:
+    for name in vars(run).keys() - {*run_files.FREE_ON_RESUME, *run_files.OF_THE_COMMAND, "flags_given"}:
         flag = "--" + name.replace("_", "-")
         value = MANY[MANY.index(flag) + 1]
         words = [flag] if value.startswith("--") else [flag, value]

@@ -623,9 +623,9 @@ def test_the_seed_of_batches_and_their_jitter():
 
 
 def test_flags_given_are_known_from_defaults():
-    assert training.parse_args([]).given == []
+    assert training.parse_args([]).flags_given == []
     args = training.parse_args(["--lr", "0.001", "--no-amp", "--checkpoint", "b.pt", "--scan", "auto"])
-    assert args.given == ["checkpoint", "lr", "no_amp", "scan"] and args.lr == 0.001 and args.no_amp
+    assert args.flags_given == ["checkpoint", "lr", "no_amp", "scan"] and args.lr == 0.001 and args.no_amp
 
 
 def test_a_progress_line_without_a_floor():
