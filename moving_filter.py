@@ -1,0 +1,540 @@
+"""The filter for a centre that walks: a mixture of Kalman filters over the circles, and what its approximation costs.
+
+With `--center-walk-std` the common centre c of all circles takes a random walk, and the series is
+
+  x_t = c_t + m_t + noise,   c_{t+1} = c_t + a normal step of variance q per feature,   noise of variance σ²,
+
+where m_t is the noise-free point of the circle that is visited. Circle, phase and revolution are hidden as in
+`optimal_filter`. If they were known from the first step on, the rest would be linear and Gaussian, and a Kalman filter
+would give the exact law of c_t. Walk and noise have the same variance in every direction, so the covariance of that law
+is a number P_t times the identity, and it is the same number for every hidden path, because a Kalman variance doesn't
+depend on what was observed. Hidden paths differ only in the mean of the centre. The exact law of the centre given the
+past is therefore a mixture of normal distributions, one per hidden path (Rao-Blackwellisation: what can be integrated
+in closed form is, and only the discrete part is enumerated).
+
+A hypothesis here is a circle, the step at which its present revolution began, the law of how many revolutions are still
+to come, a weight, and a mean of the centre. Their number would grow with every visit that may have ended. Two things
+keep it small, as in the mixture Kalman filter of Chen & Liu (2000, Journal of the Royal Statistical Society B 62,
+493-508) and in switching Kalman filters (Murphy 1998, Compaq technical report 98-10):
+
+  - Hypotheses whose posterior probability is below exp(-`Limits.drop`) are dropped.
+  - Hypotheses that begin a revolution of the same circle at the same step become one by moment matching, if that loses
+    less than `Limits.merge` nats: mean and remaining revolutions become weighted means. What is lost is at most
+    ½ w1 w2 / (w1 + w2) d² / P, where d is the distance of the two means (Runnalls 2007, IEEE Transactions on Aerospace
+    and Electronic Systems 43, 989-999).
+
+Nothing else is approximate. `optimal_filter.cost_of_limits` measures what both cost, by limits that are far wider.
+
+The filter of an observer who is told circle and phase has the variance P = -q/2 + √(q²/4 + q σ²) after each
+observation; `told_floor` is its prediction error, which no filter can undercut.
+"""
+
+import math
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+import circle_process
+from circle_process import survival
+
+BLOCK = 1024  # steps filtered at a time
+MOST_VALUES = 8_000_000  # pairs (circle, step of the revolution) times dimensions of the circles: the memory
+LOST = 30.0  # nats that a series has to be less likely than expected before the circles are searched anew
+JUMP = -10.0  # log-probability that is then given to a jump, which the process never makes
+
+
+class Limits(NamedTuple):
+    """What is dropped and merged; see the module's docstring."""
+
+    drop: float = 28.0  # nats below the sum of all weights
+    merge: float = 1e-9  # nats
+    most: int = 4096  # hypotheses, and at least twice as many as circles have phases
+
+
+class Circles(NamedTuple):
+    """A Process in the form that the kernels read. M: the most revolutions of a visit."""
+
+    periods: np.ndarray  # (K,)
+    offsets: np.ndarray  # (K,) first row of circle i in points
+    points: np.ndarray  # (pairs, rank) noise-free points, in coordinates of the span of all planes
+    cos: np.ndarray  # (pairs,) of the phase
+    sin: np.ndarray
+    log_transition: np.ndarray  # (K, K) from, to
+    law: np.ndarray  # (K, M) P(R = m + 1)
+
+
+class Hypotheses(NamedTuple):
+    """The hypotheses after a step; the first count[0] rows of each array are in use. Kernels change them in place."""
+
+    count: np.ndarray  # (1,)
+    circle: np.ndarray  # (n,)
+    begin: np.ndarray  # (n,) the step at which the present revolution began
+    log_weight: np.ndarray  # (n,) of the posterior, which sums to 1
+    law: np.ndarray  # (n, M) P(the visit ends with the q-th revolution after the present one)
+    center: np.ndarray  # (n, rank) mean of the centre
+    node: np.ndarray  # (n,) the revolution's number in the Tree
+
+
+class Tree(NamedTuple):
+    """Which revolution went over into which: what the smoother needs. All arrays have room for more."""
+
+    used: np.ndarray  # (2,) nodes and links in use
+    circle: np.ndarray  # (nodes,) circle of the revolution
+    begin: np.ndarray  # (nodes,) its first step
+    child: np.ndarray  # (links,) node
+    parent: np.ndarray  # (links,) node
+    log_mass: np.ndarray  # (links,) log of what the child got from the parent
+
+
+class Account(NamedTuple):
+    """What the limits did so far."""
+
+    dropped: np.ndarray  # (1,) sum of the posterior probabilities dropped
+    merged: np.ndarray  # (1,) sum of the nats lost to merging, at most
+    hypotheses: np.ndarray  # (1,) sum over steps of their number
+    surprise: np.ndarray  # (1,) nats by which the last steps were less likely than they should be
+
+
+# ------------------------------------------------------------------------------------------------- the centre alone
+
+
+def walk_variances(n, walk_std, noise_std, initial_variance):
+    """The variance of the centre before each of n observations, and the Kalman gain at it: two arrays (n,)."""
+    before, gain = np.empty(n), np.empty(n)
+    variance = initial_variance
+    for t in range(n):
+        before[t] = variance
+        gain[t] = variance / (variance + noise_std**2)
+        variance = gain[t] * noise_std**2 + walk_std**2
+    return before, gain
+
+
+def told_variance(walk_std, noise_std):
+    """The variance of the centre after many observations, for an observer who is told circle and phase."""
+    q = walk_std**2
+    return -q / 2 + math.sqrt(q * q / 4 + q * noise_std**2)
+
+
+def told_floor(walk_std, noise_std, horizon=1):
+    """The least mean squared error at a horizon when circle and phase are told: σ² + P + horizon q."""
+    return noise_std**2 + told_variance(walk_std, noise_std) + horizon * walk_std**2
+
+
+@numba.njit(nogil=True, cache=True)
+def kalman_means(values, gain, mean):
+    """Means of a random walk seen through noise: values (n, d), gain (n,), mean (d,) before the first step.
+
+    Returns the means after each step, (n, d), and how far, squared, each value was from the mean before it, (n,).
+    """
+    n, d = values.shape
+    means, distance2 = np.empty((n, d)), np.zeros(n)
+    for t in range(n):
+        for c in range(d):
+            before = means[t - 1, c] if t > 0 else mean[c]
+            error = values[t, c] - before
+            means[t, c] = before + gain[t] * error
+            distance2[t] += error * error
+    return means, distance2
+
+
+def follow_walk(values, walk_std, noise_std, initial_variance=0.0):
+    """A random walk that begins near 0 and is seen through noise: its mean given the past, and given everything.
+
+    values (n, d): walk plus noise. Returns two (n, d) arrays: Kalman filter, and Rauch-Tung-Striebel smoother.
+    """
+    before, gain = walk_variances(len(values), walk_std, noise_std, initial_variance)
+    filtered, _ = kalman_means(np.asarray(values, dtype=np.float64), gain, np.zeros(values.shape[1]))
+    smoothed = filtered.copy()
+    after = gain * noise_std**2
+    back = np.divide(after[:-1], before[1:], out=np.ones(len(values) - 1), where=before[1:] > 0)
+    smooth_means(smoothed, back)
+    return filtered, smoothed
+
+
+@numba.njit(nogil=True, cache=True)
+def smooth_means(means, back):
+    for t in range(len(back) - 1, -1, -1):
+        for c in range(means.shape[1]):
+            means[t, c] += back[t] * (means[t + 1, c] - means[t, c])
+
+
+# ------------------------------------------------------------------------------------------------- the hypotheses
+
+
+@numba.njit(nogil=True, cache=True)
+def new_node(tree, circle, begin):
+    """Enter a revolution into the tree; -1 when no tree is kept."""
+    if len(tree.circle) == 0:
+        return -1
+    node = tree.used[0]
+    tree.circle[node], tree.begin[node] = circle, begin
+    tree.used[0] += 1
+    return node
+
+
+@numba.njit(nogil=True, cache=True)
+def link(tree, child, parent, log_mass):
+    if len(tree.circle) > 0:
+        tree.child[tree.used[1]], tree.parent[tree.used[1]] = child, parent
+        tree.log_mass[tree.used[1]] = log_mass
+        tree.used[1] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def merging_cost(hyp, a, log_mass, center, law, variance, keep_laws):
+    """Nats lost, at most, when a hypothesis of this mass, centre and law becomes one with hypothesis a."""
+    distance2 = 0.0
+    for c in range(len(center)):
+        distance2 += (hyp.center[a, c] - center[c])**2
+    mass_a, mass = math.exp(hyp.log_weight[a]), math.exp(log_mass)
+    both = mass_a * mass / (mass_a + mass)
+    cost = 0.0
+    if distance2 > 0:
+        cost = math.inf if variance == 0 else 0.5 * both * distance2 / variance
+    if keep_laws:  # for the smoother, to which later steps may tell which of the two it was
+        for q in range(len(law)):
+            cost += both * abs(hyp.law[a, q] - law[q])
+    return cost
+
+
+@numba.njit(nogil=True, cache=True)
+def settle(hyp, tree, account, limits, t, circle, log_mass, law, center, parent, variance, born):
+    """Let a hypothesis begin a revolution of `circle` at step t: merge it into one that does so, or add it.
+
+    born: numbers of the hypotheses that began at t; born[-1] counts them. When there is no room it is dropped.
+    """
+    for b in range(born[-1]):
+        a = born[b]
+        if hyp.circle[a] != circle:
+            continue
+        cost = merging_cost(hyp, a, log_mass, center, law, variance, len(tree.circle) > 0)
+        if cost < limits.merge:
+            account.merged[0] += cost
+            top = max(hyp.log_weight[a], log_mass)
+            total = top + math.log(math.exp(hyp.log_weight[a] - top) + math.exp(log_mass - top))
+            share = math.exp(log_mass - total)
+            for c in range(len(center)):
+                hyp.center[a, c] += share * (center[c] - hyp.center[a, c])
+            for q in range(len(law)):
+                hyp.law[a, q] += share * (law[q] - hyp.law[a, q])
+            hyp.log_weight[a] = total
+            link(tree, hyp.node[a], parent, log_mass)
+            return
+    a = hyp.count[0]
+    if a == len(hyp.circle):
+        account.dropped[0] += math.exp(log_mass)
+        return
+    hyp.count[0] += 1
+    hyp.circle[a], hyp.begin[a], hyp.log_weight[a] = circle, t, log_mass
+    hyp.law[a], hyp.center[a] = law, center
+    hyp.node[a] = new_node(tree, circle, t)
+    link(tree, hyp.node[a], parent, log_mass)
+    born[born[-1]] = a
+    born[-1] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def turn_over(circles, hyp, tree, account, limits, t, variance, born):
+    """Bring the hypotheses from the steps before t to the beginning of step t.
+
+    Those whose revolution has ended go on with another one or leave for the other circles.
+    """
+    K, M = circles.law.shape
+    next_law, center = np.empty(M), np.empty(hyp.center.shape[1])
+    born[-1] = 0
+    for h in range(hyp.count[0]):
+        i = hyp.circle[h]
+        if t - hyp.begin[h] != circles.periods[i]:
+            continue
+        log_weight, leaving, parent = hyp.log_weight[h], hyp.law[h, 0], hyp.node[h]
+        hyp.log_weight[h] = -np.inf  # this row has had its time; `observe` removes it
+        center[:] = hyp.center[h]
+        staying = 0.0
+        for q in range(1, M):
+            staying += hyp.law[h, q]
+        if staying > 0 and log_weight + math.log(staying) > -limits.drop:
+            for q in range(M - 1):
+                next_law[q] = hyp.law[h, q + 1] / staying
+            next_law[M - 1] = 0.0
+            settle(hyp, tree, account, limits, t, i, log_weight + math.log(staying), next_law, center, parent,
+                   variance, born)
+        if leaving > 0:
+            for k in range(K):
+                log_mass = log_weight + math.log(leaving) + circles.log_transition[i, k]
+                if log_mass > -limits.drop:
+                    settle(hyp, tree, account, limits, t, k, log_mass, circles.law[k], center, parent, variance, born)
+                elif log_mass > -np.inf:
+                    account.dropped[0] += math.exp(log_mass)
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def likelihoods(circles, hyp, t, y, variance, gain):
+    """Weigh each hypothesis with the likelihood of y (rank,) at step t, without the constant factor; move its centre.
+
+    variance: of y around the mean of a hypothesis.
+    """
+    rank = len(y)
+    for h in range(hyp.count[0]):
+        if hyp.log_weight[h] == -np.inf:
+            continue
+        pair = circles.offsets[hyp.circle[h]] + t - hyp.begin[h]
+        point, center, distance2 = circles.points[pair], hyp.center[h], 0.0
+        for c in range(rank):
+            error = y[c] - point[c] - center[c]
+            distance2 += error * error
+            center[c] += gain * error
+        hyp.log_weight[h] -= distance2 / (2 * variance)
+
+
+@numba.njit(nogil=True, cache=True)
+def normalise(hyp, account, limits):
+    """Make the weights a posterior and drop what is negligible; returns the log of their sum before."""
+    n = hyp.count[0]
+    top = hyp.log_weight[:n].max()
+    total = 0.0
+    for h in range(n):
+        total += math.exp(hyp.log_weight[h] - top)
+    total = top + math.log(total)
+    least = -limits.drop
+    if n > limits.most:
+        least = max(least, np.partition(hyp.log_weight[:n] - total, n - limits.most)[n - limits.most])
+    kept = 0
+    for h in range(n):
+        log_weight = hyp.log_weight[h] - total
+        if log_weight < least:
+            account.dropped[0] += math.exp(log_weight)
+            continue
+        if kept < h:
+            hyp.circle[kept], hyp.begin[kept], hyp.node[kept] = hyp.circle[h], hyp.begin[h], hyp.node[h]
+            hyp.law[kept], hyp.center[kept] = hyp.law[h], hyp.center[h]
+        hyp.log_weight[kept] = log_weight
+        kept += 1
+    hyp.count[0] = kept
+    account.hypotheses[0] += kept
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def search_anew(circles, hyp, tree, rates, laws, t, center):
+    """Add every pair (circle, step of the revolution) with the tiny probability exp(JUMP) in all, at this centre.
+
+    The process never jumps. A series that a model generates may, and would be lost for good without this.
+    """
+    for i in range(len(circles.periods)):
+        for j in range(circles.periods[i]):
+            h = hyp.count[0]
+            if h == len(hyp.circle) or rates[i] == 0:
+                return
+            hyp.circle[h], hyp.begin[h], hyp.log_weight[h] = i, t - j, JUMP + math.log(rates[i])
+            hyp.law[h], hyp.center[h] = laws[i], center
+            hyp.node[h] = new_node(tree, i, t - j)
+            hyp.count[0] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def is_lost(account, evidence, rank, variance):
+    """Whether the last steps, this one with log-likelihood `evidence` included, are no longer those of the process.
+
+    A cumulative sum: a step that fits has evidence -rank / 2 on average; each one's excess beyond twice that is added.
+    """
+    account.surprise[0] = max(0.0, account.surprise[0] - evidence - rank)
+    if account.surprise[0] < LOST + rank:
+        return False
+    account.surprise[0] = 0.0
+    return True
+
+
+@numba.njit(nogil=True, cache=True)
+def forward(circles, hyp, tree, account, limits, start, y, before, gain, noise_variance, first, born, rates, laws, out):
+    """Filter the rows of y from `start` on, y[0] being step `first`; returns the row at which room in the tree ran out.
+
+    y (b, rank); before, gain (b,) as from `walk_variances`. Fills out = (log_likelihood (b,), without the normal law's
+    constant; posterior (b, K); phasor (b, K, 2); flux (b, K, reach); center (b, rank)), all zeros before, the middle
+    three as `optimal_filter.forward` does.
+    """
+    evidence, posterior, phasor, flux, center = out
+    K, reach, rank = flux.shape[1], flux.shape[2], y.shape[1]
+    for row in range(start, len(y)):
+        t, n = first + row, hyp.count[0]
+        room = (n + 1) * (K + 1) + len(circles.points)
+        if len(tree.circle) > 0 and (tree.used[0] + room > len(tree.circle) or tree.used[1] + room > len(tree.child)):
+            return row
+        if t > 0:
+            turn_over(circles, hyp, tree, account, limits, t, before[row], born)
+        variance = before[row] + noise_variance
+        likelihoods(circles, hyp, t, y[row], variance, gain[row])
+        evidence[row] = normalise(hyp, account, limits)
+        for h in range(hyp.count[0]):
+            mass, i = math.exp(hyp.log_weight[h]), hyp.circle[h]
+            pair = circles.offsets[i] + t - hyp.begin[h]
+            posterior[row, i] += mass
+            phasor[row, i, 0] += mass * circles.cos[pair]
+            phasor[row, i, 1] += mass * circles.sin[pair]
+            for c in range(rank):
+                center[row, c] += mass * hyp.center[h, c]
+            end = circles.periods[i] - (t - hyp.begin[h])  # steps until this revolution is over
+            q = 0
+            while end <= reach and q < hyp.law.shape[1]:
+                flux[row, i, end - 1] += mass * hyp.law[h, q]
+                end += circles.periods[i]
+                q += 1
+        if is_lost(account, evidence[row], rank, variance):
+            search_anew(circles, hyp, tree, rates, laws, t, center[row])
+    return len(y)
+
+
+@numba.njit(nogil=True, cache=True)
+def trace_back(tree, last, log_weight, pad, occupancy):
+    """Fill occupancy[s + pad, i] = P(a revolution of circle i begins at s | all of x), from the last weights.
+
+    A revolution got its weight from its parents. Where only one could lead to it, all that was learnt about it later
+    is true of the parent too; of parents that were merged, each gets its share. last: nodes of the last hypotheses.
+    """
+    n_nodes, n_links = tree.used
+    total, probability = np.zeros(n_nodes), np.zeros(n_nodes)
+    for e in range(n_links):
+        total[tree.child[e]] += math.exp(tree.log_mass[e])
+    for h in range(len(last)):
+        probability[last[h]] += math.exp(log_weight[h])
+    for e in range(n_links - 1, -1, -1):  # a node's links to its children come after those to its parents
+        child = tree.child[e]
+        if probability[child] > 0:
+            probability[tree.parent[e]] += probability[child] * math.exp(tree.log_mass[e]) / total[child]
+    for node in range(n_nodes):
+        if tree.begin[node] > -pad:
+            occupancy[tree.begin[node] + pad, tree.circle[node]] += probability[node]
+
+
+# ------------------------------------------------------------------------------------------------- whole series
+
+
+class MovingFilter:
+    """Filters one series of a Process whose centre walks.
+
+    starts, past: (K,) each, as from `optimal_filter.initial_law`; initial_variance: of the centre, per feature, before
+    the first step; reach: the largest horizon; limits: Limits; keep_tree: remember what `occupancy` needs.
+    `account` tells what the limits did.
+    """
+
+    def __init__(self, process, starts, past, initial_variance, reach=0, limits=None, keep_tree=False):
+        self.process, self.reach, self.initial_variance = process, reach, initial_variance
+        self.span = span_of_planes(process)
+        self.circles = circle_tables(process, self.span)
+        pairs = len(self.circles.points)
+        limits = limits or Limits()
+        self.limits = limits._replace(most=max(limits.most, 2 * pairs))
+        self.pair_rates, self.laws = stationary_laws(process)
+        self.tree = empty_tree(2**17 if keep_tree else 0)
+        self.hypotheses = self.first_hypotheses(starts, past)
+        self.account = Account(*np.zeros((4, 1)))
+
+    def first_hypotheses(self, starts, past):
+        """What is known before the first step: visits that begin there, or any pair when some may be under way."""
+        periods = self.process.periods.astype(np.int64)
+        K, M = self.circles.law.shape
+        room, rank = self.limits.most + len(self.circles.points), len(self.span)
+        if np.any(past):  # visits that begin with the first step, and any that are under way, at the stationary rates
+            circle = np.repeat(np.arange(K), periods)
+            begin = np.concatenate([-np.arange(period) for period in periods])
+            weight, law = self.pair_rates[circle], self.laws[circle]
+        else:
+            circle, begin, weight, law = np.arange(K), np.zeros(K, np.int64), np.asarray(starts), self.circles.law
+        possible = np.flatnonzero(weight > 0)
+        n = len(possible)
+        hyp = Hypotheses(
+            count=np.array([n]), circle=np.zeros(room, np.int64), begin=np.zeros(room, np.int64),
+            log_weight=np.full(room, -np.inf), law=np.zeros((room, M)), center=np.zeros((room, rank)),
+            node=np.full(room, -1, np.int64))
+        hyp.circle[:n], hyp.begin[:n], hyp.law[:n] = circle[possible], begin[possible], law[possible]
+        hyp.log_weight[:n] = np.log(weight[possible])
+        if len(self.tree.circle):
+            self.grow_tree(n)
+            self.tree.circle[:n], self.tree.begin[:n], hyp.node[:n] = circle[possible], begin[possible], np.arange(n)
+            self.tree.used[0] = n
+        return hyp
+
+    def grow_tree(self, least=0):
+        """Twice the room in the tree, and at least so much."""
+        size = max(2 * len(self.tree.circle), 2 * least)
+        larger = empty_tree(size)
+        for old, new in zip(self.tree, larger, strict=True):
+            new[:len(old)] = old
+        self.tree = larger
+
+    def blocks(self, X):
+        """Filter X (n, feature_dim) block by block.
+
+        Yields (first, log_likelihood, posterior, phasor, flux, center (b, feature_dim)): the first step of the block,
+        log p(x_t | x_{<t}) in nats, what `optimal_filter.forward` fills in, and E[c_t | x_{<=t}].
+        """
+        process, K, rank = self.process, self.process.n_circles, len(self.span)
+        noise_variance, dim, n = process.noise_std**2, process.feature_dim, len(X)
+        before, gain = walk_variances(n, process.center_walk_std, process.noise_std, self.initial_variance)
+        rest_mean = np.zeros(dim)
+        born = np.zeros(len(self.hypotheses.circle) + 1, np.int64)
+        for first in range(0, n, BLOCK):
+            values = np.asarray(X[first:first + BLOCK], dtype=np.float64)
+            b, steps = len(values), slice(first, first + BLOCK)
+            y = values @ self.span.T
+            out = np.zeros(b), np.zeros((b, K)), np.zeros((b, K, 2)), np.zeros((b, K, self.reach)), np.zeros((b, rank))
+            row = 0
+            while row < b:
+                row = forward(self.circles, self.hypotheses, self.tree, self.account, self.limits, row, y,
+                              before[steps], gain[steps], noise_variance, first, born, self.pair_rates, self.laws, out)
+                if row < b:
+                    self.grow_tree()
+
+            # Outside the span of the planes no circle has a part: there one Kalman filter is all.
+            log_likelihood, posterior, phasor, flux, center = out
+            center = center @ self.span
+            variance = before[steps] + noise_variance
+            if rank < dim:
+                rest, distance2 = kalman_means(values - y @ self.span, gain[steps], rest_mean)
+                rest_mean = rest[-1]
+                center += rest
+                log_likelihood -= distance2 / (2 * variance)
+            log_likelihood -= 0.5 * dim * np.log(2 * np.pi * variance)
+            yield first, log_likelihood, posterior, phasor, flux, center
+
+    def occupancy(self, n):
+        """P(a revolution of circle i begins at s | all n steps), (n + max period, K), row s + max period; after `blocks`."""
+        pad = int(self.process.periods.max())
+        occupancy = np.zeros((n + pad, self.process.n_circles))
+        count = self.hypotheses.count[0]
+        trace_back(self.tree, self.hypotheses.node[:count], self.hypotheses.log_weight[:count], pad, occupancy)
+        return occupancy
+
+
+def empty_tree(size):
+    return Tree(np.zeros(2, np.int64), *(np.empty(size, np.int64) for _ in range(4)), np.empty(size))
+
+
+def span_of_planes(process):
+    """Orthonormal rows (rank, feature_dim) that span the planes of all circles."""
+    _, sizes, rows = np.linalg.svd(process.planes.reshape(-1, process.feature_dim), full_matrices=False)
+    return rows[sizes > 1e-9 * sizes[0]]
+
+
+def circle_tables(process, span):
+    """Circles of a Process; span: as from `span_of_planes`."""
+    periods = process.periods.astype(np.int64)
+    circle = np.repeat(np.arange(process.n_circles), periods)
+    step = np.concatenate([np.arange(period) for period in periods])
+    theta = circle_process.phases(process, circle, step)
+    with np.errstate(divide="ignore"):
+        log_transition = np.log(process.transition_matrix)
+    return Circles(
+        periods=periods, offsets=np.cumsum(periods) - periods, cos=np.cos(theta), sin=np.sin(theta),
+        points=circle_process.points(process, circle, theta) @ span.T,
+        log_transition=log_transition, law=np.ascontiguousarray(process.dwell_law, dtype=np.float64))
+
+
+def stationary_laws(process):
+    """At a step chosen anywhere: (K,) probability of each step of a revolution of circle i, and (K, M) how many follow.
+
+    Row i, column q of the second: P(the visit ends with the q-th revolution after the present one | it is on).
+    """
+    alive = survival(process)
+    mean_revolutions = alive.sum(axis=1)
+    return circle_process.entry_rates(process) * mean_revolutions, alive / mean_revolutions[:, None]
