@@ -36,10 +36,11 @@ import numba
 import numpy as np
 
 import circle_process
+import cli
 from circle_process import survival
 
 BLOCK = 1024  # steps filtered at a time
-MOST_VALUES = 8_000_000  # pairs (circle, step of the revolution) times dimensions of the circles: the memory
+MOST_VALUES = 20_000_000  # numbers that the hypotheses of a filter may take, 160 MB
 LOST = 30.0  # nats that a series has to be less likely than expected before the circles are searched anew
 JUMP = -10.0  # log-probability that is then given to a jump, which the process never makes
 
@@ -434,6 +435,10 @@ class MovingFilter:
         periods = self.process.periods.astype(np.int64)
         K, M = self.circles.law.shape
         room, rank = self.limits.most + len(self.circles.points), len(self.span)
+        if room * (rank + M) > MOST_VALUES:
+            raise cli.UserError(f"the circles have {len(self.circles.points)} phases in {rank} dimensions, and a visit "
+                                f"may last {M} revolutions: too many for the filter of a centre that walks; use data "
+                                "with shorter periods")
         if np.any(past):  # visits that begin with the first step, and any that are under way, at the stationary rates
             circle = np.repeat(np.arange(K), periods)
             begin = np.concatenate([-np.arange(period) for period in periods])
@@ -498,7 +503,10 @@ class MovingFilter:
             yield first, log_likelihood, posterior, phasor, flux, center
 
     def occupancy(self, n):
-        """P(a revolution of circle i begins at s | all n steps), (n + max period, K), row s + max period; after `blocks`."""
+        """P(a revolution of circle i begins at step s | all n steps), after `blocks`: (n + max period, K).
+
+        The first row is that of s = -max period.
+        """
         pad = int(self.process.periods.max())
         occupancy = np.zeros((n + pad, self.process.n_circles))
         count = self.hypotheses.count[0]

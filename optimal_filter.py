@@ -28,13 +28,16 @@ import circle_process
 import cli
 import dataset
 import figures
+import moving_filter
 from circle_process import entry_rates, survival
 from cli import WINDOW_DEFAULTS
+from moving_filter import MovingFilter
 
 BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
 MOST_REVOLUTIONS = 10_000  # per visit: the work per step grows with it
 MOST_STATES = 1_000_000  # phases times revolutions: the memory grows with it
 LEAST_NOISE = 1e-30  # below, the variance leaves float64
+WIDE = 100.0  # how far the centre may be that nothing is known about, in units of the largest point of a circle
 NEGLIGIBLE = -45.0  # exp(-45) < 3e-20: adding it to a sum that holds a 1 changes nothing in float64
 
 
@@ -69,25 +72,28 @@ def parse_args(argv=None):
 def process_from_series(series):
     """The Process that made a `dataset.Series`, with the dwell law that config.json gives.
 
-    Planes that the file lacks are recovered from its arrays. Raises cli.UserError for drifting data, for data without
+    Planes that the file lacks are recovered from its arrays. Raises cli.UserError for tilting planes, for data without
     noise, when config.json lacks what is needed, and when there are too many hidden states.
     """
     config = series.config
     noise_std, dwell_mean, dwell_std = (config_number(config, name) for name in
                                         ("noise_std", "dwell_mean", "dwell_std"))
-    drifting = [name for name in ("drift", "center_walk_std") if config.get(name)]
-    if drifting:
-        raise cli.UserError(f"these data were made with {' and '.join(drifting)}: the exact filter knows only fixed "
-                            "circles; use data made without --drift and --center-walk-std")
+    walk_std = config_number({"center_walk_std": 0.0, **config}, "center_walk_std")
+    if config.get("drift"):
+        raise cli.UserError("these data were made with drift: the filter knows no planes that tilt; use data made "
+                            "without --drift")
     if noise_std < LEAST_NOISE:
         raise cli.UserError(f"these data have noise_std {noise_std:g}, where the filter's likelihoods are not defined; "
                             "use data with --noise-std above 0")
     process = series.process
     check_size(process.periods, dwell_mean, dwell_std)
     planes = process.planes
+    if planes is None and walk_std:
+        raise cli.UserError("data.npz has no planes, and circles whose centre walks do not show theirs; make the data "
+                            "anew with markov_circles_timeseries.py")
     if planes is None:
         planes = circle_process.recover_planes(series.X, series.states, series.thetas, series.n_circles)
-    return dataclasses.replace(process, planes=planes, noise_std=noise_std,
+    return dataclasses.replace(process, planes=planes, noise_std=noise_std, center_walk_std=walk_std,
                                dwell_law=circle_process.dwell_law(process.periods, dwell_mean, dwell_std))
 
 
@@ -209,9 +215,8 @@ def initial_law(process, initial):
     return law, np.zeros(K)
 
 
-def start_state(process, n_steps, initial, max_horizon):
-    """The FilterState before the first of n_steps steps, its past set to what `initial` says."""
-    starts, past = initial_law(process, initial)
+def start_state(process, n_steps, starts, past, max_horizon):
+    """The FilterState before the first of n_steps steps; starts, past: (K,) each, as from `initial_law`."""
     K, periods, pairs = process.n_circles, process.periods, int(process.periods.sum())
     circle_of_pair = np.repeat(np.arange(K), periods)
     # A visit that was on before the first step is in revolution m with a probability proportional to P(R > m).
@@ -429,14 +434,19 @@ def in_planes(process, X):
     baseline, its maximum over all points of all circles, is taken away: sums over a long series stay small.
     """
     X = np.asarray(X, dtype=np.float64)
-    if X.ndim != 2 or X.shape[1] != process.feature_dim or len(X) == 0:
-        raise ValueError(f"X must be (n_steps, {process.feature_dim}), not {X.shape}")
-    if not np.isfinite(X).all():
-        raise cli.UserError("the series holds NaN or infinity; the filter needs finite numbers")
     plane = circle_process.plane_coordinates(process, X)
     length = np.hypot(plane[..., 0], plane[..., 1])
     baseline = ((process.radii * length - process.radii**2 / 2) / process.noise_std**2).max(axis=1)
     return plane, baseline, np.einsum("td,td->t", X, X)
+
+
+def check_series(process, X):
+    """X, if it is a series of finite numbers that the process could have made: (n_steps, feature_dim)."""
+    if np.ndim(X) != 2 or np.shape(X)[1] != process.feature_dim or len(X) == 0:
+        raise ValueError(f"X must be (n_steps, {process.feature_dim}), not {np.shape(X)}")
+    if not np.isfinite(X).all():
+        raise cli.UserError("the series holds NaN or infinity; the filter needs finite numbers")
+    return X
 
 
 def prediction_map(process, horizons):
@@ -472,23 +482,51 @@ def prediction_map(process, horizons):
     return by_phasor.reshape(K * 2, width), by_flux.reshape(K * reach, width)
 
 
-def filter_blocks(process, tab, maps, state, plane, baseline, horizons):
-    """Filter a series block by block; yields (first, log_evidence, posterior, prediction (b, H, dim))."""
-    K, reach, n = process.n_circles, max(horizons, default=0), len(plane)
-    for first in range(0, n, BLOCK):
-        b = min(BLOCK, n - first)
-        evidence, posterior, phasor = np.empty(b), np.zeros((b, K)), np.zeros((b, K, 2))
-        flux = np.zeros((b, K, reach))
-        forward(tab, state, plane, baseline, first, evidence, posterior, phasor, flux)
-        total = posterior.sum(axis=1, keepdims=True)
-        prediction = (phasor.reshape(b, K * 2) @ maps[0] + flux.reshape(b, K * reach) @ maps[1]) / total
-        yield first, evidence, posterior / total, prediction.reshape(b, len(horizons), process.feature_dim)
+class ExactFilter:
+    """Filters one series of n steps of a Process whose circles stand still; a MovingFilter has the same methods.
+
+    starts, past: (K,) each, as from `initial_law`; reach: the largest horizon.
+    """
+
+    def __init__(self, process, n, starts, past, reach):
+        self.process, self.reach = process, reach
+        self.tab, self.state = tables(process), start_state(process, n, starts, past, reach)
+        self.evidence = 0.0
+
+    def blocks(self, X):
+        """Filter X (n, feature_dim) block by block.
+
+        Yields (first, log_likelihood, posterior, phasor, flux, center): first step of the block; log p(x_t | x_{<t})
+        in nats; what `forward` fills in, the posterior's rows made to sum to 1; and the circles' centre, which is 0.
+        """
+        K, n = self.process.n_circles, len(X)
+        plane, baseline, norm2 = in_planes(self.process, X)
+        for first in range(0, n, BLOCK):
+            b, steps = min(BLOCK, n - first), slice(first, first + BLOCK)
+            evidence, posterior, phasor = np.empty(b), np.zeros((b, K)), np.zeros((b, K, 2))
+            flux = np.zeros((b, K, self.reach))
+            forward(self.tab, self.state, plane, baseline, first, evidence, posterior, phasor, flux)
+            log_likelihood = step_log_likelihood(self.process, np.diff(evidence, prepend=self.evidence),
+                                                 baseline[steps], norm2[steps])
+            self.evidence, total = evidence[-1], posterior.sum(axis=1)
+            phasor /= total[:, None, None]
+            flux /= total[:, None, None]
+            yield first, log_likelihood, posterior / total[:, None], phasor, flux, 0.0
+
+    def occupancy(self, n):
+        """P(a revolution of circle i begins at step s | all n steps), after `blocks`: (n + max period, K).
+
+        The first row is that of s = -max period.
+        """
+        occupancy = np.zeros((n + int(self.process.periods.max()), self.process.n_circles))
+        backward(self.tab, self.state, self.evidence, occupancy)
+        return occupancy
 
 
 def step_log_likelihood(process, evidence, baseline, norm2):
-    """log p(x_t | x_1 … x_{t-1}) in nats, (n,), from the log evidence that `forward` filled in."""
+    """log p(x_t | x_1 … x_{t-1}) in nats, (n,), from how much the log evidence that `forward` fills in grows, (n,)."""
     constant = 0.5 * process.feature_dim * math.log(2 * math.pi * process.noise_std**2)
-    return np.diff(evidence, prepend=0.0) + baseline - norm2 / (2 * process.noise_std**2) - constant
+    return evidence + baseline - norm2 / (2 * process.noise_std**2) - constant
 
 
 # ------------------------------------------------------------------------------------------------- what it is used for
@@ -501,28 +539,55 @@ def check_horizons(horizons):
     return horizons
 
 
-def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=True):
+def new_filter(process, n, initial, reach=0, first_step=None, keep_tree=False, limits=None):
+    """The filter for n steps of a Process: an ExactFilter, or a MovingFilter when its centre walks.
+
+    first_step: the step of the whole series that the first of the n is. At step s the centre has walked s steps and has
+    the law N(0, s center_walk_std²) per feature: the prior of a MovingFilter. None: the series begins with them when
+    `initial` says so; for the stationary one the centre may be anywhere, WIDE times as far away as the circles reach.
+    """
+    starts, past = initial_law(process, initial)
+    if not process.center_walk_std:
+        return ExactFilter(process, n, starts, past, reach)
+    if first_step is None and past.any():
+        variance = WIDE**2 * (process.radii.max()**2 + process.noise_std**2)
+    else:
+        variance = (first_step or 0) * process.center_walk_std**2
+    return MovingFilter(process, starts, past, variance, reach, limits, keep_tree)
+
+
+def predictions_of(process, maps, phasor, flux, center):
+    """E[x_{t+k}] for the horizons of `maps`, as from `prediction_map`: (b, H, feature_dim)."""
+    b, dim = len(phasor), process.feature_dim
+    prediction = phasor.reshape(b, -1) @ maps[0] + flux.reshape(b, -1) @ maps[1]
+    return prediction.reshape(b, -1, dim) + (center if np.ndim(center) == 0 else center[:, None])
+
+
+def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=True, first_step=None):
     """Filter X (n_steps, feature_dim) and predict it `horizons` steps ahead, in float64.
 
     initial: "visit start", a visit to a circle chosen uniformly begins at the first step (how the generator
     starts); K probabilities, the same with another law; "stationary", X was cut out of a long series anywhere.
+    first_step: where X was cut out of a series whose centre walks, see `new_filter`.
 
     Returns a dict: `prediction` {k: (n, feature_dim)}, row t being E[x_{t+k} | x_1 … x_t] (None without
     keep_predictions, which saves its memory); `squared_error` {k: (n - k,)}, row t the mean over features of
     (x_{t+k} - prediction)²; `circle_posterior` (n, K), given x_1 … x_t; `log_likelihood` (n,), of x_t given
-    x_1 … x_{t-1}, in nats.
+    x_1 … x_{t-1}, in nats; `center` (n, feature_dim), E[the circles' centre at t | x_1 … x_t].
     """
-    horizons, n = check_horizons(horizons), len(X)
-    plane, baseline, norm2 = in_planes(process, X)
-    state = start_state(process, n, initial, max(horizons, default=0))
-    evidence, posterior = np.empty(n), np.empty((n, process.n_circles))
+    horizons, n = check_horizons(horizons), len(check_series(process, X))
+    log_likelihood, posterior = np.empty(n), np.empty((n, process.n_circles))
+    centers = empty_centers(process, n)
     predictions = {k: np.empty((n, process.feature_dim)) for k in horizons} if keep_predictions else None
     errors = {k: np.empty(max(n - k, 0)) for k in horizons}
     maps = prediction_map(process, horizons)
-    for first, block_evidence, block_posterior, prediction in filter_blocks(
-            process, tables(process), maps, state, plane, baseline, horizons):
+    filtering = new_filter(process, n, initial, max(horizons, default=0), first_step)
+    for first, block_log_likelihood, block_posterior, phasor, flux, center in filtering.blocks(X):
         last = first + len(block_posterior)
-        evidence[first:last], posterior[first:last] = block_evidence, block_posterior
+        log_likelihood[first:last], posterior[first:last] = block_log_likelihood, block_posterior
+        if process.center_walk_std:
+            centers[first:last] = center
+        prediction = predictions_of(process, maps, phasor, flux, center)
         for h, k in enumerate(horizons):
             if keep_predictions:
                 predictions[k][first:last] = prediction[:, h]
@@ -530,10 +595,16 @@ def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=T
             error = X[first + k:stop + k] - prediction[:stop - first, h]
             errors[k][first:stop] = np.einsum("td,td->t", error, error) / process.feature_dim
     return {"prediction": predictions, "squared_error": errors, "circle_posterior": posterior,
-            "log_likelihood": step_log_likelihood(process, evidence, baseline, norm2)}
+            "log_likelihood": log_likelihood, "center": centers}
 
 
-def window_floors(process, series, starts, seq_len, horizons=(1,)):
+def empty_centers(process, n):
+    """Room for the centre at n steps, (n, feature_dim); where it stands still, zeros that take no memory."""
+    shape = n, process.feature_dim
+    return np.empty(shape) if process.center_walk_std else np.broadcast_to(0.0, shape)
+
+
+def window_floors(process, series, starts, seq_len, horizons=(1,), limits=None):
     """The floors of a model that sees one window at a time: {"mse": {k: …}, "nll": {1: …}}.
 
     "mse" is the filter's mean squared error per horizon, "nll" its negative log-likelihood of the next step in nats
@@ -541,27 +612,28 @@ def window_floors(process, series, starts, seq_len, horizons=(1,)):
     horizons the filter's predictive density isn't computed, so there is no "nll" of them.)
 
     The filter begins each window X[start : start + seq_len] anew and knows only that it was cut out of a long series
-    (stationary prior). The mean is over windows, features, and the positions t = 0 … seq_len - 1 - k whose target
-    t + k lies in the window: the targets of the model's own loss. starts: (n,) first steps.
+    (stationary prior), and when the centre walks, at which step. The mean is over windows, features, and the positions
+    t = 0 … seq_len - 1 - k whose target t + k lies in the window: the targets of the model's own loss. starts: (n,)
+    first steps; limits: moving_filter.Limits.
     """
     horizons = check_window(series, starts, seq_len, horizons)
-    tab, maps = tables(process), prediction_map(process, horizons)
+    maps = prediction_map(process, horizons)
 
-    def window_errors(start):
-        X = series.X[start:start + seq_len]
-        plane, baseline, norm2 = in_planes(process, X)
-        state = start_state(process, seq_len, "stationary", max(horizons))
-        blocks = list(filter_blocks(process, tab, maps, state, plane, baseline, horizons))
-        prediction = np.concatenate([block[-1] for block in blocks])
-        evidence = np.concatenate([block[1] for block in blocks])
+    def one_window(start):
+        X = check_series(process, series.X[start:start + seq_len])
+        filtering = new_filter(process, seq_len, "stationary", max(horizons), start, limits=limits)
+        prediction, log_likelihood = [], []
+        for _, block_log_likelihood, _, phasor, flux, center in filtering.blocks(X):
+            prediction.append(predictions_of(process, maps, phasor, flux, center))
+            log_likelihood.append(block_log_likelihood)
+        prediction = np.concatenate(prediction)
         errors = [np.mean((X[k:] - prediction[:seq_len - k, h])**2) for h, k in enumerate(horizons)]
-        nll = -step_log_likelihood(process, evidence, baseline, norm2)[1:].mean()  # the first step has no past
+        nll = -np.concatenate(log_likelihood)[1:].mean()  # the first step has no past
         dataset.release(X)
         return [*errors, nll]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
-        errors = np.mean(list(pool.map(window_errors, np.asarray(starts).tolist())), axis=0)
-    *mse, nll = errors.tolist()
+        *mse, nll = np.mean(list(pool.map(one_window, np.asarray(starts).tolist())), axis=0).tolist()
     return {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
 
 
@@ -618,24 +690,36 @@ def error_table(rows):
         align="r" * (1 + len(columns)))
 
 
-def smooth(process, X, initial="visit start"):
+def smooth(process, X, initial="visit start", first_step=None):
     """The hidden states of X (n_steps, feature_dim) given all of it (forward-backward).
 
     Returns a dict: `circle_posterior` (n, K); `circle` (n,) int, the likeliest one at each step; `theta` (n,)
     radians in [0, 2π), the mean angle on that circle. Two entries tell whether a series has left the process:
     `log_likelihood` (n,) of x_t given x_1 … x_{t-1}, in nats, and `distance` (n,) from x_t to the nearest point of
-    any circle (about noise_std * sqrt(feature_dim - 1) when x_t belongs to the process).
+    any circle (about noise_std * sqrt(feature_dim - 1) when x_t belongs to the process). `center` (n, feature_dim)
+    is the mean of the circles' centre when it walks, given the likeliest circle and phase of each step.
 
-    Memory: a few arrays of (n, K). `initial` as in `predict`; "stationary" for a series that begins anywhere.
+    Memory: a few arrays of (n, K). `initial` and `first_step` as in `predict`; "stationary" for a series that begins
+    anywhere.
     """
-    plane, baseline, norm2 = in_planes(process, X)
-    n, K = len(X), process.n_circles
-    tab, state = tables(process), start_state(process, n, initial, 0)
-    evidence = np.concatenate([block[1] for block in filter_blocks(
-        process, tab, prediction_map(process, ()), state, plane, baseline, ())])
+    n = len(check_series(process, X))
+    filtering = new_filter(process, n, initial, first_step=first_step, keep_tree=True)
+    log_likelihood = np.concatenate([block[1] for block in filtering.blocks(X)])
+    occupancy = filtering.occupancy(n)
+    circle, theta, posterior = states_of(process, occupancy)
+    center = empty_centers(process, n)
+    if process.center_walk_std:  # given the likeliest circle and phase
+        on_circle = X - circle_process.points(process, circle, theta)
+        _, center = moving_filter.follow_walk(on_circle, process.center_walk_std, process.noise_std,
+                                              filtering.initial_variance)
+    return {"circle_posterior": posterior, "circle": circle, "theta": theta, "log_likelihood": log_likelihood,
+            "distance": circle_process.distance(process, X - center), "center": center}
+
+
+def states_of(process, occupancy):
+    """The likeliest circle (n,), the mean angle on it (n,) and P(circle) (n, K), from a filter's `occupancy`."""
     pad = int(process.periods.max())
-    occupancy = np.zeros((n + pad, K))
-    backward(tab, state, evidence[-1], occupancy)
+    n = len(occupancy) - pad
 
     # A step belongs to the revolution that began at most period - 1 steps before: sums over a sliding window. For the
     # mean angle, each start at s counts as exp(-i turn(s)); turned on to t, that is the angle run through since s.
@@ -645,10 +729,7 @@ def smooth(process, X, initial="visit start"):
     posterior = np.maximum(posterior, 0)
     posterior /= posterior.sum(axis=1, keepdims=True)
     circle = posterior.argmax(axis=1)
-    return {"circle_posterior": posterior, "circle": circle,
-            "theta": np.angle(phasor[np.arange(n), circle]) % (2 * np.pi),
-            "log_likelihood": step_log_likelihood(process, evidence, baseline, norm2),
-            "distance": circle_process.distance(process, X)}
+    return circle, np.angle(phasor[np.arange(n), circle]) % (2 * np.pi), posterior
 
 
 def sliding_sum(values, widths):

@@ -318,7 +318,6 @@ def test_planes_are_recovered():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"drift": True}, "made with drift"),
-    ({"center_walk_std": 0.1}, "made with center_walk_std"),
     ({"noise_std": 0.0}, "noise_std 0"),
     ({"dwell_std": None}, "no usable dwell_std"),
     ({"dwell_mean": "long"}, "no usable dwell_mean"),
