@@ -356,15 +356,17 @@ def analyse(process, seeds, generated, predictions):
     nearest_distance (n, n_steps): from each prediction to the nearest point of any circle.
     path_distance (n, n_steps): from each prediction to the point at the smoother's circle and angle, which moves as the
     process moves. A song that freezes, or stays on a circle longer than any visit lasts, is near a circle but not on
-    the path.
+    the path. When the centre walks, both are distances from circles around the centre that the smoother finds.
     steps_on_process (n,): steps before the path distance stays above `off_distance` for half the shortest revolution.
     """
     seed_len = seeds.shape[1]
     smoothed = [optimal_filter.smooth(process, np.concatenate(pair), initial="stationary")
                 for pair in zip(seeds, generated, strict=True)]
-    labels, thetas = (np.stack([s[name][seed_len:] for s in smoothed]) for name in ("circle", "theta"))
-    path = np.linalg.norm(predictions - circle_process.points(process, labels, thetas), axis=-1)
-    nearest = np.stack([circle_process.distance(process, rows) for rows in predictions])
+    labels, thetas, centers = (np.stack([s[name][seed_len:] for s in smoothed])
+                               for name in ("circle", "theta", "center"))
+    around_center = predictions - centers
+    path = np.linalg.norm(around_center - circle_process.points(process, labels, thetas), axis=-1)
+    nearest = np.stack([circle_process.distance(process, rows) for rows in around_center])
     patience = max(int(process.periods.min()) // 2, 1)
     return {"labels": labels, "thetas": thetas, "nearest_distance": nearest, "path_distance": path,
             "steps_on_process": np.array([steps_on(row > off_distance(process), patience) for row in path])}
