@@ -237,16 +237,17 @@ def test_phase_probe_is_r2_of_a_ridge_regression():
     thetas = rng.uniform(0, 2 * np.pi, 900)
     wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)
     values = wave @ rng.standard_normal((2, 6)) + 0.5 * rng.standard_normal((900, 6))
-    train, test = measures.whitened(values[:600], values[600:])
+    n = 30  # few, so that the penalty counts
+    train, test = measures.whitened(values[:n], values[n:])
     # The same ridge as least squares on rows appended to the design, and R² as a loop over its definition.
-    mean = wave[:600].mean(axis=0)
-    design = np.concatenate([train, math.sqrt(measures.RIDGE) * np.eye(train.shape[1])])
-    weights = np.linalg.lstsq(design, np.concatenate([wave[:600] - mean, np.zeros((train.shape[1], 2))]))[0]
+    mean = wave[:n].mean(axis=0)
+    design = np.concatenate([train, np.eye(train.shape[1])])
+    weights = np.linalg.lstsq(design, np.concatenate([wave[:n] - mean, np.zeros((train.shape[1], 2))]))[0]
     scores = []
     for i in range(2):
-        y, guess = wave[600:, i], test @ weights[:, i] + mean[i]
+        y, guess = wave[n:, i], test @ weights[:, i] + mean[i]
         scores.append(1 - ((y - guess)**2).sum() / ((y - y.mean())**2).sum())
-    found = measures.phase_probe(train, thetas[:600], test, thetas[600:])
+    found = measures.phase_probe(train, thetas[:n], test, thetas[n:])
     assert found == pytest.approx(np.mean(scores), abs=1e-4)
     assert 0.5 < found < 1
 
@@ -451,17 +452,17 @@ def test_agreement_votes_over_101_steps_and_names_what_it_measures():
 
 def test_circle_probe_is_the_regularised_multinomial_fit():
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 300)
-    values = rng.standard_normal((300, 4)) + 0.8 * np.eye(4)[labels]
+    labels = np.r_[np.repeat([0, 1, 2], [14, 4, 6]), rng.integers(0, 3, 3000)]  # few to fit: the penalty counts
+    values = rng.standard_normal((3024, 4)) * [1, 1, 0.3, 2] + 0.8 * np.eye(4)[labels]
+    design = np.concatenate([values, np.ones((3024, 1))], axis=1)
     weights = np.zeros((5, 3))  # the last row: the intercepts, which are not penalised
-    design = np.concatenate([values[:200], np.ones((200, 1))], axis=1)
-    for _ in range(4000):  # gradient descent on the sum of the log losses + |w|² / 2
-        p = np.exp(design @ weights)
+    for _ in range(3000):  # gradient descent on the sum of the log losses + |w|² / 2
+        p = np.exp(design[:24] @ weights)
         p /= p.sum(axis=1, keepdims=True)
-        weights -= 0.004 * (design.T @ (p - np.eye(3)[labels[:200]]) + np.r_[weights[:4], np.zeros((1, 3))])
-    guess = (np.concatenate([values[200:], np.ones((100, 1))], axis=1) @ weights).argmax(axis=1)
-    found = measures.circle_probe(values[:200], labels[:200], values[200:], labels[200:])
-    assert found == pytest.approx((guess == labels[200:]).mean(), abs=0.011) and 0.5 < found < 0.9
+        weights -= 0.01 * (design[:24].T @ (p - np.eye(3)[labels[:24]]) + np.r_[weights[:4], np.zeros((1, 3))])
+    accuracy = ((design[24:] @ weights).argmax(axis=1) == labels[24:]).mean()
+    found = measures.circle_probe(values[:24], labels[:24], values[24:], labels[24:])
+    assert found == pytest.approx(accuracy, abs=0.002)
 
 
 def test_silhouette_needs_two_circles_and_two_points_on_one():
