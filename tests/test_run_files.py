@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cli
+import dataset
 import masked_model_gpu_mamba_next as training
 import ranks
 import run_files
@@ -45,7 +46,8 @@ def test_the_files_of_a_run_and_that_each_takes_its_name(tmp_path):
 # ---- log
 
 
-COLUMNS = run_files.log_columns([1, 2], True)
+MODEL = SimpleNamespace(horizons=[1, 2], measures=("mse",), backend_for=lambda device: "cpu", parameters=lambda: [])
+COLUMNS = run_files.log_columns(MODEL, True)
 
 
 def row_of(epoch):
@@ -89,8 +91,7 @@ def epoch_log(tmp_path):
 
     def make(epochs, *flags, rank=0):
         args = training.parse_args(["--epochs", str(epochs), "--checkpoint", str(tmp_path / "a.pt"), *flags])
-        model = SimpleNamespace(horizons=[1, 2], backend_for=lambda device: "cpu", parameters=lambda: [])
-        state = SimpleNamespace(model=model, epoch=0, step=0)
+        state = SimpleNamespace(model=MODEL, epoch=0, step=0)
         return run_files.EpochLog(args, run_files.files_of(args.checkpoint), state, SimpleNamespace(total_steps=10),
                                   ranks.Ranks(CPU, None, rank, rank + 1))
 
@@ -155,7 +156,7 @@ def test_a_record_of_any_content_is_no_reason_to_fail(tmp_path, capsys):
 
 MANY = ["--seq-len", "70", "--stride", "7", "--val-fraction", "0.3", "--num-workers", "2", "--d-model", "8",
         "--n-layers", "3", "--d-state", "5", "--d-conv", "2", "--expand", "3", "--d-ff", "9", "--dropout", "0.25",
-        "--max-horizon", "6", "--gate-lr-factor", "0.01", "--freeze-A", "--slowness-lambda", "0.1",
+        "--max-horizon", "6", "--mixture", "2", "--gate-lr-factor", "0.01", "--freeze-A", "--slowness-lambda", "0.1",
         "--contrastive-lambda", "1e-3", "--contrastive-temp", "0.3", "--contrastive-negatives", "5", "--aug-noise",
         "0.7", "--aug-rotate", "--aug-rotate-eps", "0.2", "--aug-scale", "0.15", "--batch-size", "6", "--lr", "3e-4",
         "--warmup-epochs", "2.5", "--epochs", "9", "--ema", "0.9", "--no-compile", "--no-amp", "--no-train-eval",
@@ -274,4 +275,4 @@ def test_seeds_are_those_of_earlier_versions_and_differ():
     assert (plan.boundary, plan.steps_per_epoch, plan.batch_size, plan.total_steps, plan.warmup_steps) == (
         180, 5, 4, 30, 8)
     assert plan.lr(3) == training.lr_at(3, 1e-3, 8, 30) and plan.val_starts.tolist() == [180, 190]
-    assert torch.equal(plan.batches(2), training.epoch_batches(plan.train_starts, 180, args, 2))
+    assert torch.equal(plan.batches(2), dataset.epoch_batches(plan.train_starts, 180, 10, 10, 4, 5, 2))
