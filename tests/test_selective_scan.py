@@ -346,8 +346,15 @@ def test_inner_values_and_gradients(shape, dtype):
         assert relative_error(value, want) < TOLERANCE[dtype]
 
 
-def test_gradient_of_a_plain_sum():
-    """Its gradient is a single 1 expanded with stride 0, which no kernel takes as it is."""
+def test_gradient_of_a_plain_sum(monkeypatch):
+    """Its gradient is a single 1 expanded with stride 0, which the Triton kernels don't take."""
+    scan_backward = scan_cpu.scan_backward
+
+    def checked(dy, *more):
+        assert dy.stride(-1) == 1
+        return scan_backward(dy, *more)
+
+    monkeypatch.setattr(scan_cpu, "scan_backward", checked)
     leaves = inner_inputs(2, 9, 5, 2)
     expected = torch.autograd.grad(mamba_inner(*leaves, "reference").sum(), leaves)
     for got, want in zip(torch.autograd.grad(mamba_inner(*leaves, "cpu").sum(), leaves), expected, strict=True):
