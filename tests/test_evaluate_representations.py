@@ -898,6 +898,18 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint,
     assert [len(line.get_ydata()) for line in compared.axes[5].get_lines()] == [4, 5]
 
 
+def test_the_ceiling_is_the_filters_accuracy_on_the_steps_that_score_the_probes(monkeypatch):
+    posterior = np.full((10, 3), 0.1)
+    posterior[np.arange(10), [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]] = 0.8
+    series = SimpleNamespace(n_steps=10, X="X", states=np.array([1, 2, 0, 0, 1, 2, 0, 1, 1, 0]))  # wrong: 0, 1, 2, 8
+    asked = []
+    monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: "a process")
+    monkeypatch.setattr(optimal_filter, "predict", lambda *given, **more: asked.append(given) or {
+        "circle_posterior": posterior})
+    assert ev.Optimum(series).circle_accuracy == pytest.approx(2 / 3)
+    assert asked == [("a process", "X")]
+
+
 def test_windows_shared_by_models_are_filtered_once(monkeypatch):
     calls = []
     monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: None)
