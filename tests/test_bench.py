@@ -295,6 +295,31 @@ def test_a_training_step_is_measured_in_its_three_parts():
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_what_is_captured_is_the_training_scripts_step(monkeypatch):
+    """On a CPU, with a stand-in for the capture that calls the function as the warm-up does."""
+    captures = []
+
+    def captured(function, example, state, device):
+        function(example)
+        captures.append([function, example, state(), device])
+        return function
+
+    monkeypatch.setattr(bench, "captured", captured)
+    args, x = bench.training_flags(bench.TINY_FLAGS), torch.randn(4, 32, 3)
+    model = bench.training.build_model(args, 3).train()
+    before = [p.detach().clone() for p in model.parameters()]
+    assert bench.replayed_step(model, x, args)() > 0
+    (_, example, state, device), = captures
+    assert example is x and device == CPU
+    parameters = list(model.parameters())
+    assert all(a is b for a, b in zip(state, parameters, strict=False)) and state[len(parameters)].shape == (3,)
+    assert len(state) == 4 * len(parameters) + 1  # the sums; Adam's two moments and step count of each parameter
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    block = MambaBlock(8, 2)
+    assert bench.replayed_pass(block, torch.randn(2, 5, 8), "reference")() > 0
+    assert all(p.grad is not None for p in block.parameters()) and captures[1][2] == []
+
+
 class Affine(nn.Module):
     """The smallest model with the call of ours."""
 
