@@ -72,6 +72,15 @@ def test_writing_replaces_only_at_a_good_end(tmp_path):
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: order.append(name) or real(*args))
+    cli.write_text(tmp_path / "a.txt", "new")
+    assert order == ["fsync", "replace"] and (tmp_path / "a.txt").read_text() == "new"
+
+
 def test_writing_into_a_folder_that_is_gone(tmp_path):
     with pytest.raises(cli.UserError, match="No such file"), cli.writing(tmp_path / "gone" / "a.txt") as part:
         part.write_text("x")

@@ -355,6 +355,27 @@ def test_uncompressed_files_of_numpy_load(rewrite_data, shared_data):
         np.testing.assert_array_equal(arrays_of(series)[name], arrays_of(expected)[name])
 
 
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_values_that_lie_unaligned_in_the_file_are_read_into_memory(data_dir, shift):
+    with np.load(data_dir / "data.npz") as file:
+        content = {name: file[name] for name in file.files}
+    with zipfile.ZipFile(data_dir / "data.npz", "w") as archive:
+        for name, values in content.items():
+            member = io.BytesIO()
+            np.save(member, values)  # 128 bytes of header, then the values
+            header = 30 + len(f"{name}.npy") + archive.fp.tell()
+            info = zipfile.ZipInfo(f"{name}.npy")
+            padding = (shift - header - 4) % 64  # an extra field of four bytes and this many puts them at 64 n + shift
+            info.extra = b"\xff\xff" + padding.to_bytes(2, "little") + bytes(padding)
+            archive.writestr(info, member.getvalue())
+    series = dataset.load_series(data_dir)
+    for name, values in arrays_of(series).items():
+        np.testing.assert_array_equal(values, content[name])
+        assert values.flags.aligned
+    assert [dataset.mapping_of(values) is not None for values in (series.X, series.states)] == [
+        shift in (0, 4), shift == 0]
+
+
 def test_blocks_are_the_array():
     for shape in ((1000, 3), (7,), (5, 10_000), (1, 1)):
         array = np.random.default_rng(0).standard_normal(shape)
