@@ -36,6 +36,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 
@@ -122,10 +123,12 @@ from tqdm import tqdm
 import circle_process
 import dataset
 import figures
+import mixture_head
 import optimal_filter
 from mamba_model import open_model, stem
 
 BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: bounds the extra memory
+LEAST_TEMPERATURE = 1e-30  # of a mixture: float32 can't divide by much less
 SHOWN_STEPS, SHOWN_SAMPLES = 4096, 3  # more than that can't be told apart in a figure
 MOST_NAMED_CIRCLES = 20  # beyond, a transition matrix has room for every fifth number only, and for no text beside it
 
@@ -154,71 +157,104 @@ def burst_steps(n_steps, bursts):
     return (t >= bursts.interval) & (t % bursts.interval < bursts.duration)
 
 
-def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42):
+class Draws(NamedTuple):
+    """The random numbers of a block of steps, drawn before a stepper computes them.
+
+    own (n, steps, feature_dim): what becomes part of the series. Of a point head, the noise that is added to each
+    prediction; of a mixture, the standard normals from which its component is drawn. uniform (n, steps), in [0, 1):
+    chooses the component. observation: burst noise on what the model reads, of the shape of own. burst (steps,) int:
+    for each step its row in hidden, -1 where there is none. hidden (n, rows, n_layers, d_model): burst noise on the
+    layers' outputs.
+    """
+
+    own: np.ndarray
+    uniform: np.ndarray
+    observation: np.ndarray
+    burst: np.ndarray
+    hidden: np.ndarray
+
+
+class Sampling(NamedTuple):
+    """How a stepper turns a mixture into the next value: temperature 0 takes its mean, which a point head gives
+    anyway; above 0 see mixture_head.draw. scale_range: mixture_head.SCALE_RANGE, which the kernels don't import."""
+
+    temperature: float = 0.0
+    scale_range: float = mixture_head.SCALE_RANGE
+
+
+def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, temperature=0.0):
     """Continue the series `seed` (n, seed_len, feature_dim), an array, for n_steps steps.
 
     noise_std: standard deviation, in the data's units, of the noise that is added to each prediction; the sum is the
-    next step of the series and is fed back. Returns (generated, predictions), each (n, n_steps, feature_dim) in the
-    model's type: predictions[:, t] is the mean that the model gave for step t, generated[:, t] that plus the noise.
+    next step of the series and is fed back. temperature, for a mixture head only: above 0 the next step is drawn from
+    the predicted mixture, sharpened as mixture_head.draw says. Returns (generated, predictions), each (n, n_steps,
+    feature_dim) in the model's type: predictions[:, t] is the mean that the model gave for step t, generated[:, t]
+    that plus the noise, or the draw.
 
     A sample's noise depends on random_seed and its place in the batch alone, so a larger batch only adds samples.
     """
+    if temperature and not model.mixture:
+        raise ValueError("a point head predicts no distribution to draw from; give noise_std in place of temperature")
     weight = model.input_proj.weight
     dtype = np.float64 if weight.dtype == torch.float64 else np.float32
     n, _, feature_dim = seed.shape
     with torch.inference_mode():
-        prediction, states = model.prefill(torch.as_tensor(seed, dtype=weight.dtype, device=weight.device))
-    advance = choose_stepper(model)(model, prediction["1"], states)
+        outputs, states = model.prefill(torch.as_tensor(seed, dtype=weight.dtype, device=weight.device))
+    sampling = Sampling(max(temperature, LEAST_TEMPERATURE) if temperature else 0.0)
+    advance = choose_stepper(model)(model, outputs["1"], states, sampling)
 
     in_burst = burst_steps(n_steps, bursts)
-    streams = [[np.random.default_rng([random_seed, i, k]) for k in (0, 1)] for i in range(n)]
+    streams = [[np.random.default_rng([random_seed, i, k]) for k in range(3)] for i in range(n)]
     predictions = np.empty((n, n_steps, feature_dim), dtype)
     generated = np.empty_like(predictions)
+    own_std = 1.0 if temperature else noise_std
     with tqdm(total=n_steps, unit="step", disable=None, leave=False) as progress:
         for first in range(0, n_steps, BLOCK):
             block = slice(first, min(first + BLOCK, n_steps))
-            own, observation, hidden = draw_noise(model, streams, in_burst[block], noise_std, bursts, dtype)
-            predictions[:, block] = advance(own + observation, hidden_rows(in_burst[block], bursts), hidden)
-            generated[:, block] = predictions[:, block] + own
+            draws = draw_noise(model, streams, in_burst[block], own_std, bursts, dtype)
+            predictions[:, block], generated[:, block] = advance(draws)
             progress.update(block.stop - block.start)
     return generated, predictions
 
 
-def draw_noise(model, streams, in_burst, noise_std, bursts, dtype):
-    """The noise of one block of steps; in_burst (steps,) says which of them lie in a burst.
+def draw_noise(model, streams, in_burst, own_std, bursts, dtype):
+    """The Draws of one block of steps; in_burst (steps,) says which of them lie in a burst.
 
-    streams: for each sample, one random generator for temperature and one for bursts. Returns three arrays: the noise
-    that becomes part of the series, (n, steps, feature_dim); burst noise on what the model reads, of the same shape;
-    burst noise on the layers' outputs, (n, steps in a burst, n_layers, d_model), or no rows where bursts don't hit
-    the layers.
+    streams: for each sample, one random generator for its own noise, of standard deviation own_std, one for bursts and
+    one for the choice of components.
     """
     n_burst = int(in_burst.sum())
     layers = [] if bursts is None or bursts.layers is None else list(bursts.layers)
     own = np.zeros((len(streams), len(in_burst), model.feature_dim), dtype)
+    uniform = np.zeros(own.shape[:2], dtype)
     observation = np.zeros_like(own)
     hidden = np.zeros((len(streams), n_burst if layers else 0, model.n_layers, model.d_model), dtype)
-    for i, (temperature_rng, burst_rng) in enumerate(streams):
-        if noise_std:
-            own[i] = noise_std * temperature_rng.standard_normal(own[i].shape)
+    below_one = np.nextafter(dtype(1), dtype(0))  # rounding to float32 may make a 1 of a number below it
+    for i, (own_rng, burst_rng, component_rng) in enumerate(streams):
+        if own_std:
+            own[i] = own_std * own_rng.standard_normal(own[i].shape)
+        if model.mixture:
+            uniform[i] = np.minimum(component_rng.random(len(in_burst)).astype(dtype), below_one)
         if layers:
             hidden[i][:, layers] = bursts.scale * burst_rng.standard_normal((n_burst, len(layers), model.d_model))
         elif bursts is not None:
             observation[i, in_burst] = bursts.scale * burst_rng.standard_normal((n_burst, model.feature_dim))
-    return own, observation, hidden
+    return Draws(own, uniform, observation, hidden_rows(in_burst, bursts), hidden)
 
 
 def hidden_rows(in_burst, bursts):
-    """For each step (steps,) of a block, its row in `draw_noise`'s third array, -1 where it has none."""
+    """For each step (steps,) of a block, its row in Draws.hidden, -1 where it has none."""
     hits_layers = bursts is not None and bursts.layers is not None
     return np.where(in_burst & hits_layers, np.cumsum(in_burst) - 1, -1)
 
 
-# A stepper takes a model and what its prefill returned and gives a function
-#   advance(noise, burst, hidden) -> predictions (n, steps, feature_dim)
-# that computes a block of steps and remembers where it stopped. At step t it writes down the current prediction, reads
-# that plus noise[:, t], and predicts the next one; where burst[t] is not -1, hidden[:, burst[t], i] is added to the
-# output of layer i while it reads. noise (n, steps, feature_dim); burst (steps,) int; hidden (n, rows, n_layers,
-# d_model).
+# A stepper takes a model, what its prefill returned (the outputs of the horizon-1 head, and the states) and a Sampling,
+# and gives a function
+#   advance(draws) -> predictions, generated, each (n, steps, feature_dim)
+# that computes a block of steps and remembers where it stopped. At step t it writes down the current prediction (of a
+# mixture, its mean) and what becomes part of the series: the prediction plus draws.own[:, t], or a draw from the
+# mixture. It reads that plus draws.observation[:, t], and predicts the next one; where draws.burst[t] is not -1,
+# draws.hidden[:, draws.burst[t], i] is added to the output of layer i while it reads.
 
 
 def choose_stepper(model):
@@ -235,23 +271,32 @@ def choose_stepper(model):
     return step_cpu.stepper
 
 
-def loop_stepper(model, prediction, states):
+def loop_stepper(model, output, states, sampling):
     """`model.step` in a plain loop: any device, and what the fast steppers are tested against."""
 
     @torch.inference_mode()
-    def advance(noise, burst, hidden):
-        nonlocal prediction, states
-        noise, hidden = (torch.as_tensor(a, device=prediction.device) for a in (noise, hidden))
-        predictions = torch.empty_like(noise)
-        for t, row in enumerate(burst):
-            predictions[:, t] = prediction
+    def advance(draws):
+        nonlocal output, states
+        own, uniform, observation, hidden = (torch.as_tensor(a, device=output.device) for a in (
+            draws.own, draws.uniform, draws.observation, draws.hidden))
+        predictions, generated = torch.empty_like(own), torch.empty_like(own)
+        for t, row in enumerate(draws.burst):
+            mean = model.predictions({"1": output})["1"]
+            predictions[:, t] = mean
+            if sampling.temperature:
+                mixture = model.mixture_of("1", output)
+                value = mixture_head.draw(*mixture, sampling.temperature, uniform[:, t], own[:, t])
+                read = value + observation[:, t]
+            else:
+                value, read = mean + own[:, t], mean + (own[:, t] + observation[:, t])
+            generated[:, t] = value
 
             def perturb(i, h, row=row):
                 return h + hidden[:, row, i]
 
-            heads, states = model.step(prediction + noise[:, t], states, perturb if row >= 0 else None)
-            prediction = heads["1"]
-        return predictions.cpu().numpy()
+            heads, states = model.step(read, states, perturb if row >= 0 else None)
+            output = heads["1"]
+        return predictions.cpu().numpy(), generated.cpu().numpy()
 
     return advance
 

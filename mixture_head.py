@@ -74,6 +74,22 @@ def distribution(logits, log_scales, means):
     return distributions.MixtureSameFamily(weights, normals, validate_args=False)
 
 
+def draw(logits, log_scales, means, temperature, uniform, normal):
+    """One draw from each mixture, (…, feature_dim), from random numbers that are given: no generator is used.
+
+    uniform (…), in [0, 1), chooses the component; normal (…, feature_dim) are standard normals, what it adds to its
+    mean. temperature τ > 0 sharpens as in sketch-rnn (Ha & Eck 2017, arXiv 1704.03477, section 3.3): the weights
+    become softmax(logits / τ) and the scales σ √τ. τ = 1 draws from the mixture itself; τ → 0 gives the mean of the
+    likeliest component, which is not the mean of the mixture.
+    """
+    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+    cumulative = weights.cumsum(-1)                               # (…, K), its last column is the sum
+    chosen = (cumulative <= uniform.unsqueeze(-1) * cumulative[..., -1:]).sum(-1, keepdim=True)
+    chosen = chosen.clamp(max=logits.shape[-1] - 1)               # (…, 1)
+    scale = log_scales.gather(-1, chosen).exp() * math.sqrt(temperature)
+    return means.take_along_dim(chosen.unsqueeze(-1), -2).squeeze(-2) + scale * normal
+
+
 @torch.no_grad()
 def initialise(bias, data_mean, data_std):
     """Set the bias of a head's last layer, in place, so that every component starts at the data and none starts dead.

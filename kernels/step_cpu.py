@@ -54,15 +54,18 @@ class Weights(NamedTuple):
     head_in: np.ndarray
     head_in_bias: np.ndarray
     head_out: np.ndarray
-    head_out_bias: np.ndarray
+    head_out_bias: np.ndarray  # of a mixture: K logits, K log scales, K means
     zero: np.ndarray  # a bias of zeros
     mask: np.ndarray  # (1, d_model) ones; the padding behind them is zero
 
 
 class Sizes(NamedTuple):
-    """The model's sizes; lanes: numbers per SIMD vector; norm_eps: the epsilon of its LayerNorms."""
+    """The model's sizes; mixture: the components of its head, 0 for a point head, and log_reach, how far a log scale
+    can move from its bias; lanes: numbers per SIMD vector; norm_eps: the epsilon of its LayerNorms."""
 
     feature_dim: int
+    mixture: int
+    log_reach: float
     d_model: int
     d_inner: int
     d_state: int
@@ -163,20 +166,58 @@ def gelu(x):
             x[s, c] *= real(0.5) * (real(1) + math.erf(x[s, c] * real(math.sqrt(0.5))))
 
 
+@numba.njit(forceinline=True)
+def mixture_mean(output, K, mean):
+    """mean = the mean of the mixture that `output`, K logits, K log scales and K means, describes."""
+    real = output.dtype.type
+    top, total = output[0], real(0)
+    for k in range(K):
+        top = max(top, output[k])
+    mean[:] = 0
+    for k in range(K):
+        weight = math.exp(output[k] - top)
+        total += weight
+        for j in range(len(mean)):
+            mean[j] += weight * output[2 * K + k * len(mean) + j]
+    mean /= total
+
+
+@numba.njit(forceinline=True)
+def mixture_draw(output, bias, K, log_reach, temperature, uniform, normal, value):
+    """value = mixture_head.draw of the mixture that `output` describes; temperature, a number of its type, above 0."""
+    real = output.dtype.type
+    top, total = output[0], real(0)
+    for k in range(K):
+        top = max(top, output[k])
+    for k in range(K):
+        total += math.exp((output[k] - top) / temperature)
+    chosen, cumulative = 0, math.exp((output[0] - top) / temperature)
+    while chosen < K - 1 and cumulative <= uniform * total:
+        chosen += 1
+        cumulative += math.exp((output[chosen] - top) / temperature)
+    base = bias[K + chosen]
+    log_scale = base + real(log_reach) * math.tanh((output[K + chosen] - base) / real(log_reach))
+    scale = math.exp(log_scale) * math.sqrt(temperature)
+    for j in range(len(value)):
+        value[j] = output[2 * K + chosen * len(value) + j] + scale * normal[j]
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 @inlines_simd
-def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predictions):
-    """All steps of a segment for one tile of samples. prediction, conv_state and h are updated in place.
+def run_tile(w, sizes, temperature, output, conv_state, h, own, uniform, observation, burst, hidden, predictions,
+             generated):
+    """All steps of a segment for one tile of samples. output, conv_state and h are updated in place.
 
-    prediction: (TILE, feature_dim padded), the last one. conv_state: (layers, TILE * (d_conv - 1), d_inner).
-    h: (layers, TILE * d_state, d_inner). noise: (samples, steps, feature_dim), added to the input of each step.
-    burst: (steps,), the row of `hidden` that is added to the layers' outputs at this step, or -1 for none.
-    hidden: (samples, rows, layers, d_model). predictions: like noise; written.
+    temperature: of the type of the weights; 0 for a point head, and for a mixture whose mean is played. output:
+    (TILE, n_outputs padded), the head's, of the last step. conv_state: (layers, TILE * (d_conv - 1), d_inner).
+    h: (layers, TILE * d_state, d_inner). own, observation: (samples, steps, feature_dim), uniform (samples, steps),
+    burst (steps,) and hidden (samples, rows, layers, d_model): the fields of generate.Draws. predictions, generated:
+    like own; written.
     """
     lanes, d_model, d_state = sizes.lanes, sizes.d_model, sizes.d_state
     d_inner = w.D.shape[2]
-    n_samples, n_steps, _ = noise.shape
-    x = np.zeros_like(prediction)
+    n_samples, n_steps, feature_dim = own.shape
+    x = np.zeros((TILE, feature_dim), output.dtype)
     residual = np.zeros((TILE, w.mask.shape[1]), x.dtype)
     normed, added = np.zeros_like(residual), np.zeros_like(residual)
     xz = np.zeros((TILE, 2 * d_inner), x.dtype)
@@ -186,9 +227,18 @@ def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predicti
     wide = np.zeros((TILE, w.head_in_bias.shape[1]), x.dtype)
     for t in range(n_steps):
         for s in range(n_samples):
-            for j in range(sizes.feature_dim):
-                predictions[s, t, j] = prediction[s, j]
-                x[s, j] = prediction[s, j] + noise[s, t, j]
+            mean, value = predictions[s, t], generated[s, t]
+            if sizes.mixture:
+                mixture_mean(output[s], sizes.mixture, mean)
+            else:
+                mean[:] = output[s, :feature_dim]
+            if temperature > 0:
+                mixture_draw(output[s], w.head_out_bias[0], sizes.mixture, sizes.log_reach, temperature,
+                             uniform[s, t], own[s, t], value)
+                x[s] = value + observation[s, t]
+            else:
+                value[:] = mean + own[s, t]
+                x[s] = mean + (own[s, t] + observation[s, t])  # in this order: rounded as ever
         affine(w.input_proj, w.input_bias, sizes.feature_dim, lanes, x, residual)
         for i in range(w.A2.shape[0]):
             layer_norm(residual, w.norm[i, :1], w.norm[i, 1:], w.mask, d_model, sizes.norm_eps, lanes, normed)
@@ -206,7 +256,7 @@ def run_tile(w, sizes, prediction, conv_state, h, noise, burst, hidden, predicti
         layer_norm(residual, w.final_norm[:1], w.final_norm[1:], w.mask, d_model, sizes.norm_eps, lanes, normed)
         affine(w.head_in, w.head_in_bias, d_model, lanes, normed, wide)
         gelu(wide)
-        affine(w.head_out, w.head_out_bias, sizes.d_ff, lanes, wide, prediction)
+        affine(w.head_out, w.head_out_bias, sizes.d_ff, lanes, wide, output)
 
 
 # ---- packing --------------------------------------------------------------------------------------------------
@@ -227,7 +277,7 @@ def pack_matrix(matrix, lanes):
     return np.ascontiguousarray(padded.reshape(len(padded), -1, lanes).transpose(1, 0, 2).reshape(-1, lanes))
 
 
-def pack(model):
+def pack(model, scale_range):
     """(Weights, Sizes) of a CausalTimeSeriesMamba that lies on the CPU, in float32 or float64."""
     block = model.layers[0].mamba
     dtype = model.input_proj.weight.detach().numpy().dtype
@@ -269,12 +319,12 @@ def pack(model):
         head_out=pack_matrix(array(head_out.weight), lanes), head_out_bias=row(head_out.bias),
         zero=np.zeros((1, widest), dtype), mask=pad_last(np.ones((1, model.d_model), dtype), lanes),
     )
-    return weights, Sizes(model.feature_dim, model.d_model, block.d_inner, block.d_state, block.dt_rank,
-                          block.d_conv, head_in.out_features, lanes, model.final_norm.eps)
+    return weights, Sizes(model.feature_dim, model.mixture, math.log(scale_range), model.d_model, block.d_inner,
+                          block.d_state, block.dt_rank, block.d_conv, head_in.out_features, lanes, model.final_norm.eps)
 
 
-def pack_tile(prediction, states, samples, lanes):
-    """Prediction and states of `samples` (a slice of at most TILE) in the layout of `run_tile`."""
+def pack_tile(output, states, samples, lanes):
+    """The head's output and the states of `samples` (a slice of at most TILE) in the layout of `run_tile`."""
     def tile(tensor):
         values = tensor[samples].numpy()
         return np.pad(values, [(0, TILE - len(values))] + [(0, 0)] * (values.ndim - 1))
@@ -283,24 +333,30 @@ def pack_tile(prediction, states, samples, lanes):
     # (layers, TILE, d_inner, k) -> (layers, TILE * k, d_inner)
     conv_state, h = (pad_last(a.transpose(0, 1, 3, 2).reshape(len(a), -1, a.shape[2]), lanes)
                      for a in (conv_state, h))
-    return pad_last(tile(prediction), lanes), conv_state, h
+    return pad_last(tile(output), lanes), conv_state, h
 
 
-def stepper(model, prediction, states):
-    """The recurrence from `prediction` (n, feature_dim) and `states` on, as `model.prefill` returns them.
+def stepper(model, output, states, sampling):
+    """The recurrence from the head's `output` (n, n_outputs) and `states` on, as `model.prefill` returns them.
 
-    Returns advance(noise, burst, hidden) -> predictions: see generate.py.
+    Returns advance(draws) -> (predictions, generated): see generate.py.
     """
-    weights, sizes = pack(model)
-    n = len(prediction)
-    tiles = [(slice(first, min(first + TILE, n)), pack_tile(prediction, states, slice(first, first + TILE),
+    weights, sizes = pack(model, sampling.scale_range)
+    n = len(output)
+    tiles = [(slice(first, min(first + TILE, n)), pack_tile(output, states, slice(first, first + TILE),
                                                             sizes.lanes)) for first in range(0, n, TILE)]
     pool = ThreadPoolExecutor(min(len(tiles), os.cpu_count() or 1))
 
-    def advance(noise, burst, hidden):
-        predictions = np.empty_like(noise)
-        list(pool.map(lambda tile: run_tile(weights, sizes, *tile[1], noise[tile[0]], burst, hidden[tile[0]],
-                                            predictions[tile[0]]), tiles))
-        return predictions
+    def advance(draws):
+        predictions, generated = np.empty_like(draws.own), np.empty_like(draws.own)
+        real = draws.own.dtype.type
+
+        def run(tile):
+            rows, state = tile
+            run_tile(weights, sizes, real(sampling.temperature), *state, draws.own[rows], draws.uniform[rows],
+                     draws.observation[rows], draws.burst, draws.hidden[rows], predictions[rows], generated[rows])
+
+        list(pool.map(run, tiles))
+        return predictions, generated
 
     return advance

@@ -4,16 +4,18 @@ With a handful of samples the time of a step is all overhead: `CausalTimeSeriesM
 kernels per layer. Here each projection is fused with what surrounds it. A new kernel begins only where a vector must be
 complete before the next projection can read it:
 
-    enter      prediction + noise -> input projection
+    enter      the head's output -> the next value -> input projection
     into       LayerNorm -> in_proj -> convolution of one half, SiLU of the other        (in each layer)
     recur      x_proj -> dt_proj -> the scan's step -> gate                              (in each layer)
     back       out_proj -> residual, plus burst noise                                    (in each layer)
     head_in    LayerNorm -> Linear -> GELU
-    head_out   Linear -> prediction
+    head_out   Linear -> the head's output
 
 The GPU itself counts the steps, and reads the noise of each step from a buffer. A replay therefore needs nothing from
 the host, which only refills the buffers every SEGMENT steps. Arithmetic is float32.
 """
+
+import math
 
 import numpy as np
 import torch
@@ -57,19 +59,69 @@ def _norm_matvec(weight, rows, n_rows, x, scale, shift, n_in, eps, K: tl.constex
 
 
 @triton.jit
-def _enter(prediction, noise, predictions, clock, weight, bias, residual, n_samples, n_features, d_model,
-           R: tl.constexpr, F: tl.constexpr):
-    """residual = weight (prediction + noise) + bias; also copies the prediction into this step's row of the output."""
+def _tanh(x):
+    return 2.0 * sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def _mixture(output, bias, n_components, n_features, uniform, normal, inverse_temperature, log_reach,
+             SAMPLED: tl.constexpr, K: tl.constexpr, F: tl.constexpr):
+    """(mean, value), (F,) each, of the mixture whose logits, log scales and means are `output`.
+
+    value: mixture_head.draw of it when SAMPLED, otherwise the mean. bias: that of the head; K, F: the numbers of
+    components and features, rounded up.
+    """
+    k, f = tl.arange(0, K), tl.arange(0, F)
+    valid = k < n_components
+    logits = tl.load(output + k, valid, other=float("-inf"))
+    logits -= tl.max(logits, 0)
+    means = tl.load(output + 2 * n_components + k[:, None] * n_features + f[None, :],
+                    valid[:, None] & (f < n_features)[None, :], other=0.0)
+    weights = tl.exp2(logits * LOG2E)
+    mean = tl.sum(weights[:, None] * means, 0) / tl.sum(weights, 0)
+    value = mean
+    if SAMPLED:
+        weights = tl.exp2(logits * (inverse_temperature * LOG2E))
+        cumulative = tl.cumsum(weights, 0)
+        below = valid & (cumulative <= uniform * tl.max(cumulative, 0))
+        chosen = tl.minimum(tl.sum(below.to(tl.int32), 0), n_components - 1)
+        base = tl.load(bias + n_components + chosen)
+        raw = tl.load(output + n_components + chosen)
+        log_scale = base + log_reach * _tanh((raw - base) / log_reach)
+        scale = tl.exp2(log_scale * LOG2E) / tl.sqrt(inverse_temperature)
+        value = tl.sum(tl.where((k == chosen)[:, None], means, 0.0), 0) + scale * normal
+    return mean, value
+
+
+@triton.jit
+def _enter(output, head_bias, own, uniform, observation, predictions, generated, clock, weight, bias, residual,
+           n_samples, n_features, n_outputs, n_components, d_model, inverse_temperature, log_reach,
+           MIXTURE: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, K: tl.constexpr, F: tl.constexpr):
+    """residual = weight (the next value + burst noise) + bias; the next value is what the head's output says.
+
+    One program also copies the prediction and the value into this step's rows of what is returned.
+    """
     sample = tl.program_id(1)
     rows, f = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, F)
-    place = (tl.load(clock) * n_samples + sample) * n_features + f
-    value = tl.load(prediction + sample * n_features + f, f < n_features, other=0.0)
+    place = tl.load(clock) * n_samples + sample
+    cell = place * n_features + f
+    noise = tl.load(own + cell, f < n_features, other=0.0)
+    burst_noise = tl.load(observation + cell, f < n_features, other=0.0)
+    output += sample * n_outputs
+    if MIXTURE:
+        mean, value = _mixture(output, head_bias, n_components, n_features, tl.load(uniform + place), noise,
+                               inverse_temperature, log_reach, SAMPLED, K, F)
+        read = value + burst_noise
+    else:
+        mean = tl.load(output + f, f < n_features, other=0.0)
+        value = mean + noise
+        read = mean + (noise + burst_noise)  # in this order: rounded as ever
     if tl.program_id(0) == 0:
-        tl.store(predictions + place, value, f < n_features)
-    value += tl.load(noise + place, f < n_features, other=0.0)
+        tl.store(predictions + cell, mean, f < n_features)
+        tl.store(generated + cell, value, f < n_features)
     w = tl.load(weight + rows[:, None] * n_features + f[None, :],
                 (rows < d_model)[:, None] & (f < n_features)[None, :], other=0.0)
-    out = tl.sum(w * value[None, :], 1) + tl.load(bias + rows, rows < d_model, other=0.0)
+    out = tl.sum(w * read[None, :], 1) + tl.load(bias + rows, rows < d_model, other=0.0)
     tl.store(residual + sample * d_model + rows, out, rows < d_model)
 
 
@@ -161,13 +213,13 @@ def _head_in(residual, scale, shift, weight, bias, wide, d_model, d_ff, eps, R: 
 
 
 @triton.jit
-def _head_out(wide, weight, bias, prediction, clock, d_ff: tl.constexpr, n_features, R: tl.constexpr, K: tl.constexpr):
-    """The next prediction. One program moves the clock on: no other program of this kernel reads it."""
+def _head_out(wide, weight, bias, output, clock, d_ff: tl.constexpr, n_outputs, R: tl.constexpr, K: tl.constexpr):
+    """The head's next output. One program moves the clock on: no other program of this kernel reads it."""
     sample = tl.program_id(1)
     rows = tl.program_id(0) * R + tl.arange(0, R)
-    out = _matvec(weight, rows, n_features, wide + sample * d_ff, d_ff, R, K)
-    out += tl.load(bias + rows, rows < n_features, other=0.0)
-    tl.store(prediction + sample * n_features + rows, out, rows < n_features)
+    out = _matvec(weight, rows, n_outputs, wide + sample * d_ff, d_ff, R, K)
+    out += tl.load(bias + rows, rows < n_outputs, other=0.0)
+    tl.store(output + sample * n_outputs + rows, out, rows < n_outputs)
     if (tl.program_id(0) == 0) & (sample == 0):
         tl.store(clock, tl.load(clock) + 1)
 
@@ -184,8 +236,9 @@ def allocate(model, n):
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return {
-        "prediction": zeros(n, model.feature_dim), "states": model.init_state(n), "clock": zeros(1, dtype=torch.int32),
-        "noise": zeros(SEGMENT, n, model.feature_dim), "predictions": zeros(SEGMENT, n, model.feature_dim),
+        "output": zeros(n, model.output_heads["1"][-1].out_features), "states": model.init_state(n),
+        "clock": zeros(1, dtype=torch.int32), "uniform": zeros(SEGMENT, n),
+        **{name: zeros(SEGMENT, n, model.feature_dim) for name in ("own", "observation", "predictions", "generated")},
         "burst": zeros(SEGMENT, dtype=torch.int32) - 1, "hidden": zeros(SEGMENT, model.n_layers, n, d_model),
         "residual": zeros(n, d_model), "u": zeros(n, d_inner), "gate": zeros(n, d_inner), "y": zeros(n, d_inner),
         "wide": zeros(n, model.output_heads["1"][0].out_features),
@@ -193,13 +246,14 @@ def allocate(model, n):
     }
 
 
-def step_launcher(model, buffers, n):
+def step_launcher(model, buffers, n, sampling):
     """A function that launches the kernels of one step on `buffers`, the tensors of `allocate`."""
     b, block, d_model = buffers, model.layers[0].mamba, model.d_model
     d_inner, d_state, dt_rank = block.d_inner, block.d_state, block.dt_rank
     head_in, _, head_out = model.output_heads["1"]
     power = triton.next_power_of_2
-    K = power(d_model)
+    K, sampled = power(d_model), sampling.temperature > 0
+    inverse_temperature = 1 / sampling.temperature if sampled else 1.0
 
     def columns(rows, n_in):
         """How many columns a program takes at a time, so that it holds TILE weights of `rows` rows."""
@@ -210,8 +264,10 @@ def step_launcher(model, buffers, n):
 
     def launch():
         _enter[grid(d_model)](
-            b["prediction"], b["noise"], b["predictions"], b["clock"], model.input_proj.weight, model.input_proj.bias,
-            b["residual"], n, model.feature_dim, d_model, R=ROWS, F=power(model.feature_dim))
+            b["output"], head_out.bias, b["own"], b["uniform"], b["observation"], b["predictions"], b["generated"],
+            b["clock"], model.input_proj.weight, model.input_proj.bias, b["residual"], n, model.feature_dim,
+            head_out.out_features, model.mixture, d_model, inverse_temperature, math.log(sampling.scale_range),
+            MIXTURE=model.mixture > 0, SAMPLED=sampled, R=ROWS, K=power(model.mixture or 1), F=power(model.feature_dim))
         for i, (layer, A, (conv_state, h)) in enumerate(zip(model.layers, b["A"], b["states"], strict=True)):
             m = layer.mamba
             _into[grid(d_inner, 2)](
@@ -226,51 +282,61 @@ def step_launcher(model, buffers, n):
         _head_in[grid(head_in.out_features)](
             b["residual"], model.final_norm.weight, model.final_norm.bias, head_in.weight, head_in.bias, b["wide"],
             d_model, head_in.out_features, model.final_norm.eps, R=ROWS, K=K)
-        _head_out[grid(model.feature_dim)](
-            b["wide"], head_out.weight, head_out.bias, b["prediction"], b["clock"], head_in.out_features,
-            model.feature_dim, R=ROWS, K=columns(ROWS, head_in.out_features))
+        _head_out[grid(head_out.out_features)](
+            b["wide"], head_out.weight, head_out.bias, b["output"], b["clock"], head_in.out_features,
+            head_out.out_features, R=ROWS, K=columns(ROWS, head_in.out_features))
 
     return launch
 
 
 @torch.inference_mode()
-def stepper(model, prediction, states):
-    """The recurrence from `prediction` (n, feature_dim) and `states` on, as `model.prefill` returns them.
+def stepper(model, output, states, sampling):
+    """The recurrence from the head's `output` (n, n_outputs) and `states` on, as `model.prefill` returns them.
 
-    Returns advance(noise, burst, hidden) -> predictions: see generate.py. The state of the recurrence lives in the
+    Returns advance(draws) -> (predictions, generated): see generate.py. The state of the recurrence lives in the
     graph's buffers from one call to the next.
     """
-    n, device = len(prediction), prediction.device
+    n, device = len(output), output.device
     b = allocate(model, n)
-    launch = step_launcher(model, b, n)
+    launch = step_launcher(model, b, n, sampling)
     # On a CPU the kernels run in Triton's interpreter, without a graph. The warm-up before a capture leaves its own
     # values in the buffers, so they are filled only now, and no state needs to be put back.
     step = captured(launch, None, list, device) if device.type == "cuda" else launch
-    b["prediction"].copy_(prediction)
+    b["output"].copy_(output)
     for layer_buffers, layer_states in zip(b["states"], states, strict=True):
         for buffer, values in zip(layer_buffers, layer_states, strict=True):
             buffer.copy_(values)
 
     @torch.inference_mode()
-    def advance(noise, burst, hidden):
-        predictions = np.empty_like(noise)
-        for first in range(0, len(burst), SEGMENT):
-            burst_rows = torch.as_tensor(burst[first:first + SEGMENT], dtype=torch.int32)
-            steps = len(burst_rows)
-            b["clock"].zero_()
-            b["noise"][:steps].copy_(torch.as_tensor(noise[:, first:first + steps]).transpose(0, 1))
-            # The rows of `hidden` that this segment needs follow each other. They go to the front of their buffer, and
-            # `burst_rows` counts from there.
-            in_burst = burst_rows >= 0
-            if in_burst.any():
-                first_row = int(burst_rows[in_burst][0])
-                values = hidden[:, first_row:first_row + int(in_burst.sum())]
-                b["hidden"][:values.shape[1]].copy_(torch.as_tensor(values).permute(1, 2, 0, 3))
-                burst_rows = torch.where(in_burst, burst_rows - first_row, -1)
-            b["burst"][:steps].copy_(burst_rows)
+    def advance(draws):
+        predictions, generated = np.empty_like(draws.own), np.empty_like(draws.own)
+        for first in range(0, len(draws.burst), SEGMENT):
+            segment = slice(first, first + SEGMENT)
+            steps = fill_buffers(b, draws, segment)
             for _ in range(steps):
                 step()
-            predictions[:, first:first + steps] = b["predictions"][:steps].transpose(0, 1).cpu().numpy()
-        return predictions
+            for name, result in (("predictions", predictions), ("generated", generated)):
+                result[:, segment] = b[name][:steps].transpose(0, 1).cpu().numpy()
+        return predictions, generated
 
     return advance
+
+
+def fill_buffers(buffers, draws, segment):
+    """Put the random numbers of the steps in `segment`, a slice, into the buffers, the clock at 0; how many steps."""
+    burst_rows = torch.as_tensor(draws.burst[segment], dtype=torch.int32)
+    steps = len(burst_rows)
+    buffers["clock"].zero_()
+    for name in ("own", "uniform", "observation"):
+        values = torch.as_tensor(getattr(draws, name)[:, segment])
+        buffers[name][:steps].copy_(values.transpose(0, 1))
+    # The rows of `hidden` that this segment needs follow each other. They go to the front of their buffer, and
+    # `burst_rows` counts from there.
+    in_burst = burst_rows >= 0
+    if in_burst.any():
+        first_row = int(burst_rows[in_burst][0])
+        values = draws.hidden[:, first_row:first_row + int(in_burst.sum())]
+        buffers["hidden"][:values.shape[1]].copy_(torch.as_tensor(values).permute(1, 2, 0, 3))
+        burst_rows = torch.where(in_burst, burst_rows - first_row, -1)
+    buffers["burst"][:steps].copy_(burst_rows)
+    return steps
