@@ -148,3 +148,29 @@ def test_a_checkpoint_with_an_impossible_head_is_refused_in_one_line(model, tmp_
 def test_a_point_head_predicts_no_distribution():
     with pytest.raises(ValueError, match="point head"):
         mamba_model.CausalTimeSeriesMamba(DIM, **TINY_MODEL).distribution(torch.randn(1, 3, DIM))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_a_draw_has_sharpened_weights_and_scales(temperature):
+    logits, log_scales = torch.tensor([0.3, -1.0, 1.2]).double(), torch.tensor([-0.5, 0.2, 0.7]).double()
+    means = torch.tensor([[0.0, 50.0], [-200.0, 0.0], [300.0, 1.0]]).double()  # so far apart that a draw tells which
+    rng, n = np.random.default_rng(0), 40_000
+    uniform, normal = torch.from_numpy(rng.random(n)), torch.from_numpy(rng.standard_normal((n, 2)))
+    shapes = logits.expand(n, 3), log_scales.expand(n, 3), means.expand(n, 3, 2)
+    drawn = mixture_head.draw(*shapes, temperature, uniform, normal)
+    component = (drawn[:, None] - means).norm(dim=-1).argmin(dim=-1)
+    weights = np.exp(logits.numpy() / temperature)
+    for k, weight in enumerate(weights / weights.sum()):
+        here = component == k
+        assert float(here.double().mean()) == pytest.approx(weight, abs=0.01)
+        scale = np.exp(log_scales[k].item()) * temperature**0.5
+        np.testing.assert_allclose(drawn[here], means[k] + scale * normal[here], rtol=0, atol=1e-9)
+    # the inverse of the cumulative weights: small uniform numbers choose the first component
+    assert component[uniform < 0.99 * weights[0] / weights.sum()].max() == 0
+
+
+def test_a_draw_never_takes_a_component_without_weight():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    means, zero = torch.tensor([[[1.0], [2.0], [3.0]]]), torch.zeros(1, 1)
+    for uniform in (0.0, 0.5, float(np.nextafter(np.float32(1), np.float32(0)))):
+        assert mixture_head.draw(logits, torch.zeros(1, 3), means, 1.0, torch.tensor([uniform]), zero).item() == 2.0
