@@ -84,6 +84,22 @@ def test_a_series_is_the_definition_step_by_step(change):
     np.testing.assert_allclose(np.exp(1j * drawn[2]), np.exp(1j * thetas), atol=1e-12)
 
 
+@pytest.mark.parametrize("K", [2, 3, 4, 5, 8])
+def test_shortcuts_of_the_chain_are_half_as_likely_as_neighbours_on_average(K):
+    rng, found = np.random.default_rng(6), circle_process.draw_transition_matrix(K, np.random.default_rng(6))
+    n_shortcuts = {2: 0, 3: 0, 4: 1, 5: 1}.get(K, 2)
+    for i in range(K):
+        row = np.zeros(K)
+        for neighbour, weight in zip(((i - 1) % K, (i + 1) % K), 0.5 + rng.random(2), strict=True):
+            row[neighbour] = weight
+        if n_shortcuts:
+            others = [(i + 2 + j) % K for j in range(K - 3)]
+            for far, weight in zip(rng.choice(K - 3, n_shortcuts, replace=False), 0.25 + rng.random(n_shortcuts) / 2,
+                                   strict=True):
+                row[others[far]] = weight
+        np.testing.assert_allclose(found[i], row / row.sum(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("drift", [False, True])
 def test_another_seed_draws_a_fresh_series_of_the_same_process(drift):
     """Also from a process that was read from a file, which doesn't say in which subspace the circles lie."""

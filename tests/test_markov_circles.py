@@ -263,7 +263,7 @@ def test_failed_save_keeps_the_older_data(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == older
 
 
-@pytest.mark.parametrize("variant", [[], ["--drift"], ["--center-walk-std", 0.1]])
+@pytest.mark.parametrize("variant", [[], ["--drift", "--seed", 3], ["--center-walk-std", 0.1]])
 def test_uncompressed_data_have_the_values_of_the_compressed(tmp_path, variant):
     c = config(*SMALL, *variant)
     folders = [tmp_path / name for name in ("packed", "a", "b")]
