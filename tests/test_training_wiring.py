@@ -217,20 +217,22 @@ def test_a_step_is_adamw_on_clipped_gradients():
     totals = torch.zeros(3, dtype=torch.float64)
 
     def loss_of(model, x):
-        loss = (model(x) ** 2).sum()
+        loss = size * (model(x) ** 2).sum()
         return loss, loss.detach()[None] / 4
 
     step = training.make_step(model, loss_of, optimizer, totals)
     first, second = [np.zeros_like(p) for p in parameters], [np.zeros_like(p) for p in parameters]
-    losses = []
+    losses, clipped = [], []
     for t, lr in enumerate((0.1, 0.2, 0.05), start=1):
         training.set_lr(optimizer, lr)
+        # Adam is blind to a common factor of all gradients: the limit of 1 shows only beside a step that is below it.
+        size = 1e-3 if t == 2 else 1
         x = torch.randn(5, 3, dtype=torch.float64)
         y = x.numpy() @ parameters[0].T + parameters[1]
-        losses.append((y ** 2).sum())
-        gradients = [2 * y.T @ x.numpy(), 2 * y.sum(axis=0)]
-        norm = math.sqrt(sum((g ** 2).sum() for g in gradients))
-        assert norm > 1
+        losses.append(size * (y ** 2).sum())
+        gradients = [size * 2 * y.T @ x.numpy(), size * 2 * y.sum(axis=0)]
+        norm = max(1, math.sqrt(sum((g ** 2).sum() for g in gradients)))
+        clipped.append(norm > 1)
         step(x)
         for i, (rate, decay) in enumerate(((lr, 0.01), (lr / 2, 0.0))):
             g = gradients[i] / norm
@@ -241,6 +243,12 @@ def test_a_step_is_adamw_on_clipped_gradients():
             found = list(model.parameters())[i].detach().numpy()
             assert np.allclose(found, parameters[i], rtol=0, atol=1e-6), (t, i)
     assert totals.tolist() == pytest.approx([sum(losses), sum(losses) / 4, 3], rel=1e-6)
+    assert clipped == [True, False, True]
+
+
+def test_the_weight_of_the_newest_parameters_in_their_average():
+    assert [training.averaging_weight(step, 0.9) for step in (0, 1, 8, 80, 10**6)] == pytest.approx(
+        [9 / 10, 9 / 11, 9 / 18, 0.1, 0.1])
 
 
 def test_the_learning_rate_against_its_formula():
