@@ -10,6 +10,7 @@ in many a notebook, they change nothing.
 
 import argparse
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -257,6 +258,13 @@ def writing(path):
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone, and the first error is the one to report
             temporary.unlink(missing_ok=True)
+
+
+def short_name(name, longest=108):
+    """A file name's stem as it is, or, where it is too long for a file name, cut and ended by a hash of all of it."""
+    if len(name) <= longest:
+        return name
+    return f"{name[:longest]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def write_text(path, text):

@@ -34,7 +34,6 @@ Examples:
 import argparse
 import concurrent.futures
 import csv
-import hashlib
 import io
 import json
 import multiprocessing
@@ -628,12 +627,9 @@ def unique_names(checkpoints):
     return names
 
 
-def comparison_name(names, most=100):
-    """compare_A_B; where that would be too long for a file name it is cut, and a hash of all names is appended."""
-    joined = "_".join(names)
-    if len(joined) > most:
-        joined = f"{joined[:most]}_{hashlib.sha256(joined.encode()).hexdigest()[:8]}"
-    return f"compare_{joined}"
+def comparison_name(names):
+    """compare_A_B, shortened where that would be too long for a file name."""
+    return cli.short_name(f"compare_{'_'.join(names)}")
 
 
 def sampled_rows(n_rows, args):

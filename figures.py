@@ -54,6 +54,14 @@ def circle_colors(n_circles):
     return matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(n_circles, 0.85), value], axis=1))
 
 
+def run_colors(n_runs):
+    """RGB colours (n_runs, 3) for training runs, none of them a circle's: Okabe & Ito's palette, which most readers
+    with a colour deficiency tell apart, then greys."""
+    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+    greys = np.linspace(0.3, 0.8, max(n_runs - len(palette), 1))
+    return np.array([to_rgb(color) for color in palette] + [(grey,) * 3 for grey in greys])[:n_runs]
+
+
 def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
     """A Figure of rows x cols panels, each `panel` (width, height) inches, and its Axes as an array (rows, cols).
 

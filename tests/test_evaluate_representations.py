@@ -327,8 +327,8 @@ def made_report(name="m", n_layers=3, shift=0.0, depths=None, best=2, umap=True,
         level["effective_rank"] *= 10
         level["dimension"] = {k: 5 + shift + 0.3 * i - 0.07 * depth for i, k in enumerate((10, 30, 100))}
         levels.append(level if umap else {key: value for key, value in level.items() if "umap" not in key})
-    errors = [{"horizon": k, "val_mse": 8.5 + k + shift, "optimal_mse": 8.1 + k, "excess_percent": 4.9 - k + shift}
-              for k in (1, 2, 4)]
+    errors = [{"horizon": k, "val_mse": 8.5 + k + shift, "optimal_mse": 8.1 + k, "excess_percent": 4.9 - k + shift,
+               "val_nll": 49.3 + k + shift, "optimal_nll": 49.2 + k, "excess_nats": 0.1 + shift} for k in (1, 2, 4)]
     return {"name": name, "n_layers": n_layers, "levels": levels, "errors": errors, "filter_circle_accuracy": 0.957,
             "trained_with": {"seed": 1, "lr": 0.1}, **more}
 
@@ -369,6 +369,9 @@ WANTED_COMPARISON = {  # column of the CSV: (title in the table, format there, w
     "val_mse": ("val MSE", ".4f", lambda r: r["errors"][0]["val_mse"]),
     "optimal_mse": ("optimal", ".4f", lambda r: r["errors"][0]["optimal_mse"]),
     "excess_percent": ("excess %", "+.2f", lambda r: r["errors"][0]["excess_percent"]),
+    "val_nll": ("val NLL", ".4f", lambda r: r["errors"][0]["val_nll"]),
+    "optimal_nll": ("optimal", ".4f", lambda r: r["errors"][0]["optimal_nll"]),
+    "excess_nats": ("nats above", "+.4f", lambda r: r["errors"][0]["excess_nats"]),
     "best_layer": ("best layer", "", lambda r: "layer 2"),
     "probe_accuracy": ("probe acc.", ".3f", lambda r: r["levels"][2]["probe_accuracy"]),
     "phase_r2": ("phase R²", ".3f", lambda r: r["levels"][2]["phase_r2"]),
@@ -413,8 +416,8 @@ def test_a_comparison_leaves_out_columns_that_nobody_fills_and_marks_empty_cells
     header, table = cells(ev.comparison_table(rows))
     assert header == [title for title, _, _ in WANTED_COMPARISON.values() if not title.startswith("UMAP")]
     peak = f"{max(m['silhouette'] for m in bare['levels']):.3f}"
-    assert table[1] == ["b", *["–"] * 11, peak]
-    assert ev.comparison_csv(rows).split("\n")[2] == f"b{',' * 12}{rows[1]['peak_silhouette']},,"
+    assert table[1] == ["b", *["–"] * 14, peak]
+    assert ev.comparison_csv(rows).split("\n")[2] == f"b{',' * 15}{rows[1]['peak_silhouette']},,"
 
 
 def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
@@ -436,7 +439,7 @@ def test_every_cell_of_the_spread_over_seeds():
     for row, name, group in ((rows[0], "r0, 3 seeds", reports), (rows[1], "o0, 2 seeds", other)):
         assert row[0] == name
         for cell, (title, form, read) in zip(row[1:], numbers.values(), strict=True):
-            if title in ("val MSE", "optimal", "excess %") and name.startswith("o"):
+            if title in ("val MSE", "optimal", "excess %", "val NLL", "nats above") and name.startswith("o"):
                 assert cell == "–"
             else:
                 values = [read(report) for report in group]

@@ -1,0 +1,375 @@
+"""One page for one or many training runs: flags, results, curves and all figures that exist, each with a caption.
+
+Reads what a run NAME.pt left beside it (NAME_run.json, NAME_log.csv, NAME_loss.png, NAME_prediction_*.png), what the
+other scripts wrote of it to SAVE_DIR (UMAPs, measures, gates, songs) and the figures in its data folder. What doesn't
+exist is left out. Writes one self-contained page, which opens from disk without a network: SAVE_DIR/NAME_report.html,
+or SAVE_DIR/compare_NAME_MORE_report.html for several runs. That one begins with a table of the flags in which they
+differ and their results, and with their curves in one figure (seeds of one setting as mean and band).
+
+Examples:
+  python report.py model_next.pt
+  python report.py model_next.pt model_next_frozen.pt --save-dir plots
+"""
+
+import base64
+import csv
+import io
+import json
+import re
+from pathlib import Path
+
+import cli
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__doc__)
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="NAME.pt", help="the runs' checkpoints")
+    files = parser.add_argument_group("files")
+    cli.add_save_dir(files)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
+
+import jinja2
+import matplotlib.image
+import numpy as np
+
+import figures
+import run_files
+from mamba_model import read_checkpoint, stem
+
+# The figures of a run: (section of the page, pattern of what follows NAME_ in the file name, what to see in them)
+CAPTIONS = [
+    ("Training", r"loss",
+     "Training and validation error per epoch, and how far the validation error lies above that of the exact filter, "
+     "below which no model can get. A validation curve that rises while the training curve falls means overfitting."),
+    ("Training", r"prediction_\d+",
+     "A validation window, the prediction of each of its steps from the steps before, and their difference on the same "
+     "colour scale. What is left should look like noise. Stripes at a change of circle are steps at which nobody can "
+     "know where the process goes."),
+    ("What the layers know", r"(?:\w+_)?umap(?!_(?:delta|z|B|C|conv)$)(?:_\w+)?",
+     "UMAPs of the input, the layers' outputs and the prediction, coloured by the hidden circle, which the model never "
+     "saw. Circles that come apart from one level to the next are circles that the model tells apart."),
+    ("What the layers know", r"(?:\w+_)?summary",
+     "Measures of each level against depth: dimension, probes for circle and phase, clusters. The output is another "
+     "space (the features of the data), so its values don't continue the layers' curve."),
+    ("Gates", r"gates_summary_\d+",
+     "The step size of every layer beside the series, and how much of each signal's variance the hidden circle "
+     "explains (η²)."),
+    ("Gates", r"gates_layer\d+_\d+",
+     "The signals of one layer beside the series. Look for stripes that follow the changes of circle in the strip."),
+    ("Gates", r"gates(?:_layer\d+)?_umap_\w+", "UMAPs of one signal of each layer, coloured by the hidden circle."),
+    ("Songs", r"generated(?:_\S+)?_seed",
+     "Real steps up to the dashed line, and the model's own continuation behind it."),
+    ("Songs", r"generated(?:_\S+)?_truth",
+     "A continuation beside the true one. After a while the two differ, as two songs of one singer do: then the error "
+     "is √2 times the spread of the data."),
+    ("Songs", r"generated(?:_\S+)?_song",
+     "Whether the song follows the process: its transitions, its dwell times and its distance to the circles."),
+    ("Songs", r"compare(?:_\S+)?", "Several ways to generate, side by side with the real series."),
+]
+DATA_CAPTIONS = {
+    "sample_window_0": "A window of the series with its hidden circles.",
+    "state_sequence": "The hidden circles over the whole series.",
+    "transition_matrix": "The probability of going from one circle to another.",
+    "periods": "Each circle's period and dwell times.",
+    "umap": "UMAP of the series itself, coloured by circle.",
+}
+# Flags that say how to compute, or that name files: two runs that differ in them alone differ in nothing.
+WITHOUT_EFFECT = {"checkpoint", "resume", "eval", "device", "scan", "num_workers", "no_compile", "no_train_eval",
+                  "log_dir"}
+# {title of a result: (column of NAME_log.csv at the best epoch, number format)}
+RESULTS = {"best epoch": ("epoch", "d"), "validation MSE": ("val_mse_1", ".4f"),
+           "excess (%)": ("excess_percent_1", ".2f"), "NLL (nats per step)": ("val_nll_1", ".4f"),
+           "above the filter (nats)": ("excess_nats_1", ".4f")}
+
+
+# ---- What a run left ------------------------------------------------------------------------------------------
+
+def read_run(path, save_dir):
+    """All that is known of the run with the checkpoint `path`, as a dict. Raises UserError without a checkpoint."""
+    checkpoint = read_checkpoint(path)
+    name, flags, files = stem(path), checkpoint["args"], run_files.files_of(path)
+    rows, data_dir = read_rows(files["log"]), Path(flags.get("data_dir", "data"))
+    return {"name": name, "flags": flags, "record": run_files.read_record(files["record"]) or {},
+            "rows": rows, "best": min(rows, key=lambda row: row["val_loss"]) if rows else {},
+            "epoch": checkpoint.get("epoch"), "data_dir": data_dir,
+            "metrics": read_metrics(save_dir / f"{name}_metrics.json"),
+            "sections": find_figures(path, save_dir) | find_data_figures(data_dir)}
+
+
+def read_rows(path):
+    """The rows of NAME_log.csv as dicts of numbers (None for an empty cell); [] when it is missing or damaged."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            return [{name: float(cell) if cell else None for name, cell in row.items()} for row in rows]
+    except (OSError, ValueError, TypeError, csv.Error):
+        return []
+
+
+def read_metrics(path):
+    """The table of NAME_metrics.json: (titles, rows), or None when it is missing or damaged."""
+    columns = {"level": "level", "probe_accuracy": "probe accuracy", "phase_r2": "phase R²",
+               "umap_silhouette": "UMAP silhouette", "umap_ari_smooth": "UMAP ARI", "effective_rank": "effective rank"}
+    try:
+        levels = json.loads(path.read_text(encoding="utf-8"))["levels"]
+        shown = [key for key in columns if any(level.get(key) is not None for level in levels)]
+        return [columns[key] for key in shown], [[number(level.get(key), ".3f") for key in shown] for level in levels]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def find_figures(path, save_dir):
+    """{section: [(caption, Path)]} of a run's figures, those beside its checkpoint and those in save_dir."""
+    name, sections = re.escape(stem(path)), {}
+    figures_there = sorted({*path.parent.glob("*.png"), *save_dir.glob("*.png")})
+    for section, pattern, caption in CAPTIONS:
+        found = [file for file in figures_there if re.fullmatch(f"{name}_{pattern}", file.stem)]
+        if found:
+            sections.setdefault(section, []).append((caption, found))
+    return sections
+
+
+def find_data_figures(data_dir):
+    found = [(caption, [data_dir / f"{name}.png"]) for name, caption in DATA_CAPTIONS.items()
+             if (data_dir / f"{name}.png").is_file()]
+    return {"Data": found} if found else {}
+
+
+# ---- Several runs ---------------------------------------------------------------------------------------------
+
+def differing_flags(runs):
+    """The names of the flags in which the runs differ, in the order of the first run's."""
+    names = dict.fromkeys(name for run in runs for name in run["flags"] if name not in WITHOUT_EFFECT)
+    return [name for name in names if len({repr(run["flags"].get(name)) for run in runs}) > 1]
+
+
+def settings(runs):
+    """Runs whose flags are the same but for the seed: {label of the setting: list of runs}."""
+    differing = [name for name in differing_flags(runs) if name != "seed"]
+    groups = {}
+    for run in runs:
+        label = ", ".join(f"--{name.replace('_', '-')} {run['flags'].get(name)}" for name in differing) or "all runs"
+        groups.setdefault(label, []).append(run)
+    return groups
+
+
+def curve(run, column):
+    """(steps, values) of a column of a run's log, without rows in which it is empty."""
+    points = [(row["step"], row[column]) for row in run["rows"] if row.get(column) is not None]
+    return tuple(np.array(points).reshape(-1, 2).T)
+
+
+def draw_curves(groups):
+    """Validation errors and excess over the filter against training steps: a line per setting, a band over its seeds.
+
+    groups: as from `settings`. None when no run has a log.
+    """
+    labels = {"val_mse_1": "validation MSE (data units²)", "excess_percent_1": "excess over the filter (%)",
+              "val_nll_1": "validation NLL (nats per step)", "excess_nats_1": "above the filter (nats per step)"}
+    runs = [run for group in groups.values() for run in group]
+    shown = [column for column in labels if any(len(curve(run, column)[0]) for run in runs)]
+    if not shown:
+        return None
+    fig, axes = figures.new_figure(-(-len(shown) // 2), min(len(shown), 2), (5.5, 3.6), "validation curves")
+    figures.hide_unused(axes, len(shown))
+    for ax, column in zip(axes.ravel(), shown, strict=False):
+        for (setting, group), color in zip(groups.items(), figures.run_colors(len(groups)), strict=True):
+            label = f"{setting} ({len(group)} seeds)" if len(group) > 1 else setting
+            seed_band(ax, [curve(run, column) for run in group], color, label)
+        ax.set(xlabel="training steps (updates)", ylabel=labels[column],
+               yscale="log" if column.startswith("excess") else "linear")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    return fig
+
+
+def seed_band(ax, curves, color, label):
+    """The mean over curves and their range, at the steps that all of them have."""
+    curves = [(steps, values) for steps, values in curves if len(steps)]
+    if not curves:
+        return
+    common = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in curves)))
+    values = np.array([[value for step, value in zip(*pair, strict=True) if step in common] for pair in curves])
+    ax.plot(common, values.mean(axis=0), color=color, label=label)
+    if len(curves) > 1:
+        ax.fill_between(common, values.min(axis=0), values.max(axis=0), color=color, alpha=0.2, linewidth=0)
+
+
+def comparison(runs):
+    """(titles, rows) of the table that several runs begin with: name, differing flags, results."""
+    flags = differing_flags(runs)
+    results = [title for title, (key, _) in RESULTS.items() if any(run["best"].get(key) is not None for run in runs)]
+    rows = []
+    for run in runs:
+        cells = [str(run["flags"].get(name, "–")) for name in flags]
+        cells += [number(run["best"].get(RESULTS[title][0]), RESULTS[title][1]) for title in results]
+        rows.append([run["name"], *cells])
+    return ["run", *(f"--{name.replace('_', '-')}" for name in flags), *results], rows
+
+
+# ---- The page -------------------------------------------------------------------------------------------------
+
+def number(value, form):
+    if value is None or isinstance(value, str):
+        return value or "–"
+    return format(int(value) if form == "d" else value, form)
+
+
+def data_uri(path):
+    """A PNG as text that a page can hold, or None when it can't be read."""
+    try:
+        return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii")
+    except OSError:
+        return None
+
+
+def figure_uri(fig):
+    """A Figure as text that a page can hold."""
+    file = io.BytesIO()
+    figures.laid_out(fig).canvas.draw()
+    matplotlib.image.imsave(file, np.array(fig.canvas.buffer_rgba()), format="png", dpi=fig.dpi)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def facts(run):
+    """What the run is, as (name, value) pairs: the lines at the top of its part of the page."""
+    record = run["record"]
+    versions = record.get("versions")
+    pairs = [("command", record.get("command")), ("commit", record.get("git_commit")),
+             ("started", record.get("started")), ("device", record.get("device")),
+             ("parameters", f"{record['parameters']:,}" if "parameters" in record else None),
+             ("data", str(run["data_dir"])), ("best epoch", run["epoch"]),
+             ("training time", duration(run["rows"][-1]["seconds"]) if run["rows"] else None),
+             ("versions", ", ".join(f"{k} {v}" for k, v in versions.items() if v) if versions else None)]
+    pairs += [(title, number(run["best"].get(key), form)) for title, (key, form) in RESULTS.items()
+              if title != "best epoch" and run["best"].get(key) is not None]
+    return [(name, value) for name, value in pairs if value is not None]
+
+
+def duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def render(runs):
+    """The page as text."""
+    several = len(runs) > 1
+    curves = draw_curves(settings(runs)) if several else None
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)
+    environment.globals |= {"uri": data_uri, "facts": facts}
+    return environment.from_string(PAGE).render(
+        title=", ".join(run["name"] for run in runs), runs=runs, several=several,
+        table=comparison(runs) if several else None, curves=figure_uri(curves) if curves else None)
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }} – MambaSynth report</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+h1, h2 { line-height: 1.2; } h2 { border-top: 2px solid #ddd; padding-top: 1.5rem; margin-top: 3rem; }
+figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+figcaption { color: #555; max-width: 45rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
+th { white-space: nowrap; } td { overflow-wrap: anywhere; }
+table.sortable td { white-space: nowrap; } table.sortable th { cursor: pointer; }
+table.sortable th::after { content: " ↕"; color: #aaa; }
+details { margin: 1rem 0; } summary { cursor: pointer; } nav a { margin-right: 1rem; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% if several %}
+<nav>{% for run in runs %}<a href="#run{{ loop.index }}">{{ run.name }}</a>{% endfor %}</nav>
+<h2>Where the runs differ</h2>
+<p>The flags in which the runs differ, and the results at each run's best epoch. A click on a title sorts.</p>
+<div class="scroll"><table class="sortable">
+<thead><tr>{% for cell in table[0] %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table[1] %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% if curves %}
+<figure><img src="{{ curves }}" alt="validation curves of all runs">
+<figcaption>Validation curves against training steps. A line is the mean over the seeds of one setting, the band reaches
+from their lowest to their highest value.</figcaption></figure>
+{% endif %}
+{% endif %}
+{% for run in runs %}
+<h2 id="run{{ loop.index }}">{{ run.name }}</h2>
+<div class="scroll"><table>
+{% for name, value in facts(run) %}
+<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table></div>
+<details><summary>all flags</summary><div class="scroll"><table>
+{% for name, value in run.flags.items() %}
+<tr><th>--{{ name.replace("_", "-") }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table></div></details>
+{% for section, groups in run.sections.items() %}
+<h3>{{ section }}</h3>
+{% if section == "What the layers know" and run.metrics %}
+<div class="scroll"><table>
+<tr>{% for cell in run.metrics[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in run.metrics[1] %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endif %}
+{% for caption, paths in groups %}
+<figure>
+{% for path in paths if uri(path) %}
+<img src="{{ uri(path) }}" alt="{{ path.name }}" loading="lazy">
+{% endfor %}
+<figcaption>{{ caption }} <small>({{ paths | map(attribute="name") | join(", ") }})</small></figcaption></figure>
+{% endfor %}
+{% endfor %}
+{% endfor %}
+<script>
+for (const table of document.querySelectorAll("table.sortable")) {
+  table.querySelectorAll("th").forEach((th, i) => {
+    let up = false;
+    th.addEventListener("click", () => {
+      up = !up;
+      const body = table.tBodies[0], value = row => row.cells[i].textContent;
+      const order = (a, b) => {
+        const [x, y] = [a, b].map(row => parseFloat(value(row)));
+        const byText = isNaN(x) || isNaN(y);
+        return (byText ? value(a).localeCompare(value(b)) : x - y) * (up ? 1 : -1);
+      };
+      [...body.rows].sort(order).forEach(row => body.append(row));
+    });
+  });
+}
+</script>
+</body>
+</html>
+"""
+
+
+# ---- The script -----------------------------------------------------------------------------------------------
+
+def page_name(runs):
+    names = "_".join(run["name"] for run in runs)
+    return f"{names if len(runs) == 1 else cli.short_name(f'compare_{names}')}_report.html"
+
+
+def main(args):
+    runs = [read_run(path, args.save_dir) for path in dict.fromkeys(args.checkpoints)]
+    page = cli.output_folder(args.save_dir) / page_name(runs)
+    cli.write_text(page, render(runs))
+    print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    cli.run(main, ARGS)

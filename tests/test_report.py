@@ -1,0 +1,194 @@
+"""The page of report.py: what it holds, what it leaves out, and that it needs nothing but itself."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODEL
+
+import figures
+import report
+import run_files
+from mamba_model import CausalTimeSeriesMamba, save_checkpoint
+
+COLUMNS = ["epoch", "step", "lr", "seconds", "train_loss", "val_loss", "val_mse_1", "excess_percent_1"]
+
+
+def make_run(folder, name, losses, **flags):
+    """A run's files: a checkpoint, a log whose excess is ten times the loss, a record and a figure."""
+    model = CausalTimeSeriesMamba(3, **TINY_MODEL)
+    flags = {"data_dir": str(folder / "data"), "lr": 0.01, "seed": 42, "checkpoint": f"{name}.pt", **flags}
+    save_checkpoint(folder / f"{name}.pt", 1 + int(np.argmin(losses)), model.state_dict(), {}, 1.0, 1.0, flags)
+    with open(folder / f"{name}_log.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for i, loss in enumerate(losses, start=1):
+            writer.writerow([i, 5 * i, 0.1, 65.0 * i, loss, loss, loss, 10 * loss])
+    (folder / f"{name}_run.json").write_text(json.dumps({"command": f"python train <{name}>", "parameters": 12345}))
+    figures.save(figures.new_figure()[0], folder / f"{name}_loss.png")
+    return folder / f"{name}.pt"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "data").mkdir()
+    return tmp_path
+
+
+def page_of(script, folder, *names):
+    result = script("report", *(folder / f"{name}.pt" for name in names), "--save-dir", folder / "plots")
+    assert result.code == 0, result
+    path = re.fullmatch(r"wrote (\S+\.html)", result.out.splitlines()[-1])[1]
+    with open(path, encoding="utf-8") as file:
+        return path, file.read()
+
+
+class Page(HTMLParser):
+    """The tables of a page, as lists of rows of texts, its images' alt texts and everything it refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.images, self.references, self.cell = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.references += [attributes[key] for key in ("src", "href") if key in attributes]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.cell = ""
+        elif tag == "img":
+            self.images.append(attributes["alt"])
+
+    def handle_data(self, data):
+        if self.cell is not None:
+            self.cell += data
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append(self.cell)
+            self.cell = None
+
+
+def test_one_run_is_told_with_everything_that_exists(script, folder):
+    make_run(folder, "a", [3.0, 2.0, 4.0])
+    for name in ("a_umap", "a_gates_summary_0", "a_generated_g512_T0.5_song", "a_compare_g2048", "other_umap"):
+        figures.save(figures.new_figure()[0], folder / "plots" / f"{name}.png")
+    figures.save(figures.new_figure()[0], folder / "data" / "transition_matrix.png")
+    levels = [{"level": "input", "probe_accuracy": 0.5, "phase_r2": None},
+              {"level": "layer 1", "probe_accuracy": 0.9876, "phase_r2": 0.25}]
+    (folder / "plots" / "a_metrics.json").write_text(json.dumps({"levels": levels}))
+    path, text = page_of(script, folder, "a")
+    page = Page(text)
+    assert path == str(folder / "plots" / "a_report.html")
+    assert page.images == ["a_loss.png", "a_umap.png", "a_gates_summary_0.png", "a_generated_g512_T0.5_song.png",
+                           "a_compare_g2048.png", "transition_matrix.png"]
+    facts = dict(page.tables[0])
+    assert facts["command"] == "python train <a>" and facts["parameters"] == "12,345"  # escaped in the page
+    assert facts["best epoch"] == "2" and facts["training time"] == "3 min 15 s"
+    assert facts["validation MSE"] == "2.0000" and facts["excess (%)"] == "20.00"
+    assert dict(page.tables[1])["--lr"] == "0.01"
+    assert page.tables[2] == [["level", "probe accuracy", "phase R²"], ["input", "0.500", "–"],
+                              ["layer 1", "0.988", "0.250"]]
+    assert [text.index(f"<h3>{name}") for name in ("Training", "What the layers know", "Gates", "Songs", "Data")] == \
+        sorted(text.index(f"<h3>{name}") for name in ("Training", "What the layers know", "Gates", "Songs", "Data"))
+
+
+def test_the_page_needs_no_network_and_no_other_file(script, folder):
+    make_run(folder, "a", [3.0])
+    make_run(folder, "b", [2.0], lr=0.1)
+    _, text = page_of(script, folder, "a", "b")
+    assert all(reference.startswith(("data:image/png;base64,", "#")) for reference in Page(text).references)
+    assert "http" not in text
+
+
+def test_several_runs_begin_with_what_differs(script, folder):
+    for name, losses, flags in (("a", [3.0, 2.0], {}), ("b", [5.0, 4.0], {"seed": 43}),
+                                ("c", [1.0, 1.5], {"lr": 0.1, "device": "cuda"})):
+        make_run(folder, name, losses, **flags)
+    path, text = page_of(script, folder, "a", "b", "c")
+    page = Page(text)
+    assert path == str(folder / "plots" / "compare_a_b_c_report.html")
+    assert page.tables[0] == [
+        ["run", "--lr", "--seed", "best epoch", "validation MSE", "excess (%)"],
+        ["a", "0.01", "42", "2", "2.0000", "20.00"],
+        ["b", "0.01", "43", "2", "4.0000", "40.00"],
+        ["c", "0.1", "42", "1", "1.0000", "10.00"]]
+    assert page.images[0] == "validation curves of all runs"
+
+
+def test_seeds_of_one_setting_are_a_mean_and_a_band(folder):
+    runs = [report.read_run(make_run(folder, name, losses, **flags), folder / "plots") for name, losses, flags in (
+        ("a", [3.0, 2.0], {}), ("b", [5.0, 4.0, 9.0], {"seed": 43}), ("c", [1.0, 1.5], {"lr": 0.1}))]
+    groups = report.settings(runs)
+    assert {label: [run["name"] for run in group] for label, group in groups.items()} == {
+        "--lr 0.01": ["a", "b"], "--lr 0.1": ["c"]}
+    fig = report.draw_curves(groups)
+    loss, excess = fig.axes
+    assert (loss.get_ylabel(), excess.get_ylabel()) == ("validation MSE (data units²)", "excess over the filter (%)")
+    assert [line.get_label() for line in loss.get_lines()] == ["--lr 0.01 (2 seeds)", "--lr 0.1"]
+    for ax, factor in ((loss, 1), (excess, 10)):
+        both, single = ax.get_lines()
+        assert list(both.get_xdata()) == [5, 10]  # the steps that both seeds have
+        assert list(both.get_ydata()) == [4 * factor, 3 * factor]
+        assert list(single.get_ydata()) == [1 * factor, 1.5 * factor]
+        (band,) = ax.collections
+        assert {tuple(point) for point in band.get_paths()[0].vertices} == {
+            (5, 3 * factor), (5, 5 * factor), (10, 2 * factor), (10, 4 * factor)}
+        circle_colors = {tuple(color) for color in figures.circle_colors(10)}
+        assert not circle_colors & {tuple(matplotlib_rgb(line)) for line in ax.get_lines()}
+
+
+def matplotlib_rgb(line):
+    return np.asarray(line.get_color())[:3]
+
+
+def test_a_checkpoint_alone_still_makes_a_page(script, folder):
+    make_run(folder, "a", [3.0])
+    for name in ("a_log.csv", "a_run.json", "a_loss.png"):
+        (folder / name).unlink()
+    _, text = page_of(script, folder, "a")
+    page = Page(text)
+    assert page.images == [] and dict(page.tables[0]) == {"data": str(folder / "data"), "best epoch": "1"}
+
+
+def test_damaged_companions_are_left_out(script, folder):
+    make_run(folder, "a", [3.0])
+    (folder / "a_log.csv").write_text("epoch,step\n1,x\n")
+    (folder / "a_run.json").write_text("{")
+    (folder / "plots" / "a_metrics.json").write_text('{"levels": 3}')
+    _, text = page_of(script, folder, "a")
+    assert Page(text).images == ["a_loss.png"]
+
+
+def test_a_missing_checkpoint_is_refused(refused, tmp_path):
+    assert "nothere.pt not found" in refused("report", tmp_path / "nothere.pt", "--save-dir", tmp_path / "plots")
+    assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize("name, section", [
+    ("loss", "Training"), ("prediction_2", "Training"), ("umap", "What the layers know"),
+    ("pca20_umap", "What the layers know"), ("umap_layer3", "What the layers know"),
+    ("velocity_summary", "What the layers know"), ("gates_layer7_0", "Gates"), ("gates_umap_delta", "Gates"),
+    ("generated_seed", "Songs"), ("generated_g2048_hidden200x50x10_truth", "Songs"), ("compare_g4096", "Songs"),
+    ("frozen_umapx", None), ("last", None)])
+def test_each_figure_is_in_its_section_once(folder, name, section):
+    path = folder / "a.pt"
+    figures.save(figures.new_figure()[0], folder / "plots" / f"a_{name}.png")
+    found = report.find_figures(path, folder / "plots")
+    assert list(found) == ([section] if section else [])
+    assert sum(len(paths) for groups in found.values() for _, paths in groups) == (section is not None)
+
+
+def test_the_columns_of_the_results_are_those_of_the_log():
+    model = CausalTimeSeriesMamba(3, **TINY_MODEL, mixture=2)
+    assert {column for column, _ in report.RESULTS.values()} <= set(run_files.log_columns(model, False))
+    assert torch.is_tensor(next(model.parameters()))
