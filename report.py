@@ -180,8 +180,11 @@ def draw_curves(groups):
         for (setting, group), color in zip(groups.items(), figures.run_colors(len(groups)), strict=True):
             label = f"{setting} ({len(group)} seeds)" if len(group) > 1 else setting
             seed_band(ax, [curve(run, column) for run in group], color, label)
-        ax.set(xlabel="training steps (updates)", ylabel=labels[column],
-               yscale="log" if column.startswith("excess") else "linear")
+        ax.set(xlabel="training steps (updates)", ylabel=labels[column])
+        if column.startswith("excess"):
+            ax.set_yscale("log")
+            low, high = ax.get_ylim()
+            figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     return fig
 
