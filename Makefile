@@ -11,9 +11,8 @@ STUDY  := study
 # writes: when that file is there, the step is complete, and a repeated make goes on behind it.
 .DELETE_ON_ERROR:
 
-demo: $(DEMO)/plots/model_umap.png $(DEMO)/plots/model_gates_summary_0.png $(DEMO)/plots/dimension.png \
-      $(DEMO)/plots/.generated
-	@echo; echo "figures of the demo:"; find $(DEMO) -name '*.png' | sort
+demo: $(DEMO)/plots/model_report.html
+	@echo; echo "the demo on one page, for a browser: $(abspath $<)"
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -72,6 +71,10 @@ $(DEMO)/plots/model_gates_summary_0.png: $(DEMO)/model_prediction_2.png
 
 $(DEMO)/plots/dimension.png: $(DEMO)/data/umap.png
 	$(PY) estimate_dimension.py --data-dir $(DEMO)/data --save-dir $(DEMO)/plots
+
+$(DEMO)/plots/model_report.html: $(DEMO)/plots/model_umap.png $(DEMO)/plots/model_gates_summary_0.png \
+                                 $(DEMO)/plots/dimension.png $(DEMO)/plots/.generated
+	$(PY) report.py $(DEMO)/model.pt --save-dir $(DEMO)/plots
 
 # The runs of the study. All have STUDY_FLAGS; what a run adds to them stands beside its name below.
 STUDY_FLAGS := --d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval

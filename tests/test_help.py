@@ -43,6 +43,7 @@ PROMISED = {
         "--data-dir --no-umap --n-steps --n-circles --ambient-dim --subspace-dim --radius-mean --radius-std "
         "--noise-std --dwell-mean --dwell-std --min-period --max-period --drift --drift-rate --center-walk-std --seed",
     "optimal_filter": "--data-dir --horizons --seq-len --stride --val-fraction --save-dir",
+    "report": "--save-dir",
 }
 
 
@@ -68,10 +69,15 @@ def own_actions(parser):
     return [action for action in parser._actions if not isinstance(action, argparse._HelpAction)]
 
 
+def shown_first(action):
+    """The word with which an argument's entry begins: its flag, or the metavar of one that is given without a flag."""
+    return (action.option_strings or [re.escape(action.metavar)])[0]
+
+
 def entry(text, action):
-    """What --help says of one flag: its lines, joined."""
+    """What --help says of one argument: its lines, joined."""
     lines = text.splitlines()
-    first = next(i for i, line in enumerate(lines) if re.match(rf"  {action.option_strings[0]}(?![\w-])", line))
+    first = next(i for i, line in enumerate(lines) if re.match(rf"  {shown_first(action)}(?![\w-])", line))
     last = next(i for i in range(first + 1, len(lines)) if not lines[i].startswith("     "))
     return " ".join(" ".join(lines[first:last]).split())
 
@@ -105,7 +111,7 @@ def test_every_flag_is_explained_with_its_default(helped):
 
 def test_a_shown_default_is_the_value_that_leaving_the_flag_out_gives(helped):
     required = [word for action in own_actions(helped.parser) if action.required
-                for word in (action.option_strings[0], "some.pt")]
+                for word in (*action.option_strings[:1], "some.pt")]
     valued = [action for action in own_actions(helped.parser)
               if action.nargs != 0 and not action.required and action.default not in (None, argparse.SUPPRESS)]
     plain = vars(helped.parse_args(required))

@@ -34,6 +34,7 @@ SMALLER = {
     "visualize_gates": ["--umap-points", 60],
     "estimate_dimension": ["--points", 1000],
     "optimal_filter": [],
+    "report": [],
 }
 SIZES = {word for flags in SMALLER.values() for word in flags if str(word).startswith("--")}
 
