@@ -24,7 +24,8 @@ import cli
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     runs = parser.add_argument_group("runs")
-    runs.add_argument("checkpoints", type=Path, nargs="+", metavar="NAME.pt", help="checkpoints that name the runs (required)")
+    runs.add_argument("checkpoints", type=Path, nargs="+", metavar="NAME.pt",
+                      help="checkpoints that name the runs (required)")
     files = parser.add_argument_group("files")
     cli.add_save_dir(files)
     return parser.parse_args(argv)
