@@ -590,11 +590,13 @@ def test_the_prediction_figures(watched_run, i, start):
     assert [t.get_text() for t in legend.get_texts()] == [str(c) for c in sorted(set(run.series.states[first:end]))]
 
 
-def test_figures_show_no_more_than_512_steps(monkeypatch, tmp_path, script, shared_data, watch):
+def test_figures_show_three_windows_and_no_more_than_512_steps(monkeypatch, tmp_path, script, shared_data, watch):
     _, figs = watch()
     script(NAME, *TINY, "--data-dir", shared_data, "--checkpoint", tmp_path / "a.pt", "--seq-len", "700",
            "--val-fraction", "0.4", "--epochs", "1", "--no-train-eval")
-    assert figs["a_prediction_0.png"].axes[1].images[0].get_extent()[:2] == [1800 + 700 - 512 - 0.5, 2499.5]
+    for i, start in enumerate((1800, 2056, 2184)):  # of 1800, 1928, 2056, 2184: the first, a middle one and the last
+        extent = figs[f"a_prediction_{i}.png"].axes[1].images[0].get_extent()
+        assert extent[:2] == [start + 700 - 512 - 0.5, start + 700 - 0.5]
 
 
 def test_the_figures_use_the_average(script, shared_data, tmp_path, watch):
