@@ -107,6 +107,9 @@ def umap_embedding(points, graph, seed):
     graph: the distances and indices (n, k) of `knn`, which leave out the point itself; UMAP's n_neighbors is k + 1,
     because UMAP counts the point as its own first neighbour. McInnes, Healy & Melville 2018, arXiv 1802.03426.
     """
+    from kernels import numba_cache
+
+    numba_cache.install()  # before umap and pynndescent decorate their functions
     import umap
 
     distances = np.pad(graph[0], ((0, 0), (1, 0))).astype(np.float32)

@@ -32,12 +32,12 @@ observation; `told_floor` is its prediction error, which no filter can undercut.
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 import circle_process
 import cli
 from circle_process import survival
+from kernels.numba_cache import njit
 
 BLOCK = 1024  # steps filtered at a time
 MOST_VALUES = 20_000_000  # numbers that the hypotheses of a filter may take, 160 MB
@@ -122,7 +122,7 @@ def told_floor(walk_std, noise_std, horizon=1):
     return noise_std**2 + told_variance(walk_std, noise_std) + horizon * walk_std**2
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def kalman_means(values, gain, mean):
     """Means of a random walk seen through noise: values (n, d), gain (n,), mean (d,) before the first step.
 
@@ -153,7 +153,7 @@ def follow_walk(values, walk_std, noise_std, initial_variance=0.0):
     return filtered, smoothed
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def smooth_means(means, back):
     for t in range(len(back) - 1, -1, -1):
         for c in range(means.shape[1]):
@@ -163,7 +163,7 @@ def smooth_means(means, back):
 # ------------------------------------------------------------------------------------------------- the hypotheses
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def new_node(tree, circle, begin):
     """Enter a revolution into the tree; -1 when no tree is kept."""
     if len(tree.circle) == 0:
@@ -174,7 +174,7 @@ def new_node(tree, circle, begin):
     return node
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def link(tree, child, parent, log_mass):
     if len(tree.circle) > 0:
         tree.child[tree.used[1]], tree.parent[tree.used[1]] = child, parent
@@ -182,7 +182,7 @@ def link(tree, child, parent, log_mass):
         tree.used[1] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def merging_cost(hyp, a, log_mass, center, law, variance, keep_laws):
     """Nats lost, at most, when a hypothesis of this mass, centre and law becomes one with hypothesis a."""
     distance2 = 0.0
@@ -199,7 +199,7 @@ def merging_cost(hyp, a, log_mass, center, law, variance, keep_laws):
     return cost
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def settle(hyp, tree, account, limits, t, circle, log_mass, law, center, parent, variance, born):
     """Let a hypothesis begin a revolution of `circle` at step t: merge it into one that does so, or add it.
 
@@ -235,7 +235,7 @@ def settle(hyp, tree, account, limits, t, circle, log_mass, law, center, parent,
     born[-1] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def turn_over(circles, hyp, tree, account, limits, t, variance, born):
     """Bring the hypotheses from the steps before t to the beginning of step t.
 
@@ -269,7 +269,7 @@ def turn_over(circles, hyp, tree, account, limits, t, variance, born):
                     account.dropped[0] += math.exp(log_mass)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def likelihoods(circles, hyp, t, y, variance, gain):
     """Weigh each hypothesis with the likelihood of y (rank,) at step t, without the constant factor; move its centre.
 
@@ -288,7 +288,7 @@ def likelihoods(circles, hyp, t, y, variance, gain):
         hyp.log_weight[h] -= distance2 / (2 * variance)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def normalise(hyp, account, limits):
     """Make the weights a posterior and drop what is negligible; returns the log of their sum before."""
     n = hyp.count[0]
@@ -316,7 +316,7 @@ def normalise(hyp, account, limits):
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def search_anew(circles, hyp, tree, rates, laws, t, center):
     """Add every pair (circle, step of the revolution) with the tiny probability exp(JUMP) in all, at this centre.
 
@@ -333,7 +333,7 @@ def search_anew(circles, hyp, tree, rates, laws, t, center):
             hyp.count[0] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def is_lost(account, evidence, rank, variance):
     """Whether the last steps, this one with log-likelihood `evidence` included, are no longer those of the process.
 
@@ -346,7 +346,7 @@ def is_lost(account, evidence, rank, variance):
     return True
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def forward(circles, hyp, tree, account, limits, start, y, before, gain, noise_variance, first, born, rates, laws, out):
     """Filter the rows of y from `start` on, y[0] being step `first`; returns the row at which room in the tree ran out.
 
@@ -385,7 +385,7 @@ def forward(circles, hyp, tree, account, limits, start, y, before, gain, noise_v
     return len(y)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def trace_back(tree, last, log_weight, pad, occupancy):
     """Fill occupancy[s + pad, i] = P(a revolution of circle i begins at s | all of x), from the last weights.
 

@@ -21,7 +21,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 import circle_process
@@ -31,6 +30,7 @@ import figures
 import moving_filter
 from circle_process import entry_rates, survival
 from cli import WINDOW_DEFAULTS
+from kernels.numba_cache import njit
 from moving_filter import MovingFilter
 
 BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
@@ -240,7 +240,7 @@ def start_state(process, n_steps, starts, past, max_horizon):
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def log_sum_exp(values):
     top = -np.inf
     for value in values:
@@ -254,13 +254,13 @@ def log_sum_exp(values):
     return top + math.log(total)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def log_add_exp(a, b):
     top, low = max(a, b), min(a, b)
     return top if low - top < NEGLIGIBLE or top == -np.inf else top + math.log1p(math.exp(low - top))
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def visits_on(tab, state, t, i, history):
     """Fill history[m] = log p(a visit to i began m revolutions before t, x_{<t} if it has lasted until t).
 
@@ -278,7 +278,7 @@ def visits_on(tab, state, t, i, history):
     return tab.log_law.shape[1]
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def begin_revolutions(tab, state, t):
     """Bring the state from the steps before t to the beginning of step t.
 
@@ -323,7 +323,7 @@ def begin_revolutions(tab, state, t):
                     state.exits[place, q] += math.exp(history[m] + tab.log_law[i, m + q] - weight)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor, flux):
     """Filter len(posterior) steps from step `first` on.
 
@@ -373,7 +373,7 @@ def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor,
         log_evidence[row] = top + math.log(total)
 
 
-@numba.njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True)
 def backward(tab, state, log_evidence, occupancy):
     """Fill occupancy[s + max period, i] = P(a revolution of circle i begins at s | all of x).
 

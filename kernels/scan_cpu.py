@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numba import float32, float64, int64, njit, types
+from numba import float32, float64, int64, types
 
+from kernels.numba_cache import njit
 from kernels.simd import (
     CACHE_LINE,
     LOG2_E,
@@ -377,11 +378,7 @@ def _compile(kernel, dtype):
     real = {torch.float32: float32, torch.float64: float64}[dtype]
     arrays = [types.Array(real, ndim, "A") for ndim in DIMENSIONS[kernel]]
     sig = types.void(*arrays, int64, int64, int64, int64)
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(sig, cache=True, **options)(kernel)
-    except RuntimeError:  # no cache: neither this folder nor the user's cache folder can be written
-        return njit(sig, **options)(kernel)
+    return njit(sig, cache=True, nogil=True, error_model="numpy")(kernel)
 
 
 # ---- threads -------------------------------------------------------------------------------------------------

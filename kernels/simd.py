@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
-from numba import float32, float64, int64, njit, types
+from numba import float32, float64, int64, types
 from numba.core import cgutils
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
+
+from kernels.numba_cache import njit
 
 CACHE_LINE = 64  # bytes
 VECTOR_BYTES = 2 * CACHE_LINE  # two registers of AVX-512: two chains of dependent operations run side by side

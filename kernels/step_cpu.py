@@ -13,9 +13,9 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from kernels.numba_cache import njit
 from kernels.simd import (
     LOG2_E,
     VECTOR_BYTES,
@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
 # ---- kernels --------------------------------------------------------------------------------------------------
 
 
-@numba.njit(forceinline=True)
+@njit(forceinline=True)
 def affine(weight, bias, n_in, lanes, x, y):
     """y = weight x + bias for a tile of samples: x (TILE, n_in or more), y (TILE, n_out), a weight of `pack_matrix`."""
     for block in range(weight.shape[0] // n_in):
@@ -98,7 +98,7 @@ def affine(weight, bias, n_in, lanes, x, y):
         store(y, 3, column, sum_3)
 
 
-@numba.njit(forceinline=True)
+@njit(forceinline=True)
 def layer_norm(x, scale, shift, mask, d_model, eps, lanes, y):
     """y = LayerNorm(x) for x (TILE, d_model padded); `mask` is 1 in the first d_model columns and 0 in the padding."""
     real = x.dtype.type
@@ -116,7 +116,7 @@ def layer_norm(x, scale, shift, mask, d_model, eps, lanes, y):
             store(y, s, c, (load(x, s, c) - mean) * inverse * load(scale, 0, c) + load(shift, 0, c))
 
 
-@numba.njit(forceinline=True)
+@njit(forceinline=True)
 def conv(xz, state, weight, bias, taps, lanes, u):
     """u = silu(causal convolution) of x, the first half of xz.
 
@@ -137,7 +137,7 @@ def conv(xz, state, weight, bias, taps, lanes, u):
             store(u, s, c, pre * sigmoid(pre))
 
 
-@numba.njit(forceinline=True)
+@njit(forceinline=True)
 def scan(n_samples, u, delta, x_dbl, xz, h, A2, D, dt_rank, d_state, lanes, y):
     """One step of the scan with its gate, in the names of selective_scan.py; delta already contains its bias.
 
@@ -157,7 +157,7 @@ def scan(n_samples, u, delta, x_dbl, xz, h, A2, D, dt_rank, d_state, lanes, y):
             store(y, s, c, o * z * sigmoid(z))
 
 
-@numba.njit(forceinline=True)
+@njit(forceinline=True)
 def gelu(x):
     """The exact GELU, with the error function, in place."""
     real = x.dtype.type
@@ -166,7 +166,7 @@ def gelu(x):
             x[s, c] *= real(0.5) * (real(1) + math.erf(x[s, c] * real(math.sqrt(0.5))))
 
 
-@numba.njit(forceinline=True)
+@njit(forceinline=True)
 def mixture_mean(output, K, mean):
     """mean = the mean of the mixture that `output`, K logits, K log scales and K means, describes."""
     real = output.dtype.type
@@ -182,7 +182,7 @@ def mixture_mean(output, K, mean):
     mean /= total
 
 
-@numba.njit(forceinline=True)
+@njit(forceinline=True)
 def mixture_draw(output, bias, K, log_reach, temperature, uniform, normal, value):
     """value = mixture_head.draw of the mixture that `output` describes; temperature, a number of its type, above 0."""
     real = output.dtype.type
@@ -202,7 +202,7 @@ def mixture_draw(output, bias, K, log_reach, temperature, uniform, normal, value
         value[j] = output[2 * K + chosen * len(value) + j] + scale * normal[j]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 @inlines_simd
 def run_tile(w, sizes, temperature, output, conv_state, h, own, uniform, observation, burst, hidden, predictions,
              generated):
