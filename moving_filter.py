@@ -117,6 +117,11 @@ def told_variance(walk_std, noise_std):
     return -q / 2 + math.sqrt(q * q / 4 + q * noise_std**2)
 
 
+def told_gain(walk_std, noise_std):
+    """The Kalman gain of that observer: the share of the centre's mean that each step replaces."""
+    return told_variance(walk_std, noise_std) / noise_std**2
+
+
 def told_floor(walk_std, noise_std, horizon=1):
     """The least mean squared error at a horizon when circle and phase are told: σ² + P + horizon q."""
     return noise_std**2 + told_variance(walk_std, noise_std) + horizon * walk_std**2

@@ -15,6 +15,7 @@ Examples:
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,9 @@ MOST_REVOLUTIONS = 10_000  # per visit: the work per step grows with it
 MOST_STATES = 1_000_000  # phases times revolutions: the memory grows with it
 LEAST_NOISE = 1e-30  # below, the variance leaves float64
 WIDE = 100.0  # how far the centre may be that nothing is known about, in units of the largest point of a circle
+UNKNOWN = -1.0  # in place of a probability that nobody has asked for yet
+STRETCH = 50_000  # steps, about, that one thread filters of a long series
+FORGOTTEN = 1e-8  # how far two threads may be apart where they meet, absolutely and relatively
 NEGLIGIBLE = -45.0  # exp(-45) < 3e-20: adding it to a sum that holds a 1 changes nothing in float64
 
 
@@ -180,7 +184,7 @@ class FilterState(NamedTuple):
     partial: np.ndarray  # (pairs,) log-likelihood of the steps since the revolution began
     weight: np.ndarray  # (pairs,)
     leave: np.ndarray  # (pairs,)
-    exits: np.ndarray  # (pairs, Q) P(the visit ends with the q-th revolution after this one | it is on)
+    exits: np.ndarray  # (pairs, Q) P(the visit ends with the q-th revolution after this one | it is on), or UNKNOWN
     score: np.ndarray  # (pairs,) scratch
     scratch: np.ndarray  # (max(M, K),)
 
@@ -238,6 +242,14 @@ def start_state(process, n_steps, starts, past, max_horizon):
         exits=(ends / mean_revolutions[:, None])[circle_of_pair],
         score=np.empty(pairs), scratch=np.empty(max(M, K)),
     )
+
+
+@njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})  # which lets it be vectorised
+def largest(values):
+    top = -np.inf
+    for value in values:
+        top = value if value > top else top
+    return top
 
 
 @njit(nogil=True, cache=True)
@@ -310,17 +322,27 @@ def begin_revolutions(tab, state, t):
         state.partial[place] = 0.0
         for m in range(n):
             terms[m] = history[m] + tab.log_survival[i, m]
-        state.weight[place] = weight = log_sum_exp(terms[:n])
+        state.weight[place] = log_sum_exp(terms[:n])
         for m in range(n):
             terms[m] = history[m] + tab.log_law[i, m]
         state.leave[place] = log_sum_exp(terms[:n])
 
-        # With which revolution from here the visit will end; only predictions need it.
-        if weight > -np.inf:
-            for q in range(state.exits.shape[1]):
-                state.exits[place, q] = 0.0
-                for m in range(min(n, M - q)):
-                    state.exits[place, q] += math.exp(history[m] + tab.log_law[i, m + q] - weight)
+        state.exits[place] = UNKNOWN
+
+
+@njit(nogil=True, cache=True)
+def find_exits(tab, state, s, i, place):
+    """Fill in with which revolution from here the visit will end, for a revolution of circle i that began at s.
+
+    Only predictions need it, and only of the few revolutions that are likely when they come to their end.
+    """
+    M = tab.log_law.shape[1]
+    history = np.empty(M)
+    n = visits_on(tab, state, s, i, history)
+    for q in range(state.exits.shape[1]):
+        state.exits[place, q] = 0.0
+        for m in range(min(n, M - q)):
+            state.exits[place, q] += math.exp(history[m] + tab.log_law[i, m + q] - state.weight[place])
 
 
 @njit(nogil=True, cache=True)
@@ -351,14 +373,16 @@ def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor,
             for p in range(period):  # a loop of its own: without the maximum in it, it is vectorised
                 partial[p] += along * cos[p] + across * sin[p] - drop
                 score[p] = partial[p] + weight[p]
-            for p in range(period):
-                top = max(top, score[p])
+            state.scratch[i] = largest(score)
+            top = max(top, state.scratch[i])
 
         # Sums over the pairs that matter, relative to the likeliest: what the predictions need of the posterior.
         total = 0.0
         for i in range(K):
             period, a = tab.periods[i], tab.offsets[i]
             phase = t % period
+            if state.scratch[i] - top <= NEGLIGIBLE:
+                continue
             for p in range(period):
                 if state.score[a + p] - top > NEGLIGIBLE:
                     mass = math.exp(state.score[a + p] - top)
@@ -367,6 +391,8 @@ def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor,
                     phasor[row, i, 0] += mass * tab.cos[2 * a + phase + p]
                     phasor[row, i, 1] += mass * tab.sin[2 * a + phase + p]
                     left = period - (phase + p) % period  # steps until this revolution is over
+                    if left <= horizon and state.exits[a + p, 0] == UNKNOWN:
+                        find_exits(tab, state, t + left - period, i, a + p)
                     for q in range(state.exits.shape[1]):
                         if left + q * period <= horizon:
                             flux[row, i, left + q * period - 1] += mass * state.exits[a + p, q]
@@ -416,7 +442,9 @@ def backward(tab, state, log_evidence, occupancy):
 
                 # The past up to s times the future from s.
                 if m < n_before:
-                    occupancy[s + pad, i] += math.exp(history[m] + log_survival + value - log_evidence)
+                    log_probability = history[m] + log_survival + value - log_evidence
+                    if log_probability > NEGLIGIBLE:
+                        occupancy[s + pad, i] += math.exp(log_probability)
             begins[i] = rest[place, 0]
 
         # Whoever has left before s goes through the transition matrix and begins a visit at s.
@@ -549,11 +577,15 @@ def new_filter(process, n, initial, reach=0, first_step=None, keep_tree=False, l
     starts, past = initial_law(process, initial)
     if not process.center_walk_std:
         return ExactFilter(process, n, starts, past, reach)
-    if first_step is None and past.any():
-        variance = WIDE**2 * (process.radii.max()**2 + process.noise_std**2)
-    else:
-        variance = (first_step or 0) * process.center_walk_std**2
+    variance = center_variance(process, initial, first_step)
     return MovingFilter(process, starts, past, variance, reach, limits, keep_tree)
+
+
+def center_variance(process, initial, first_step):
+    """The variance per feature of the centre at a first step: see `new_filter`."""
+    if first_step is None and isinstance(initial, str) and initial == "stationary":
+        return WIDE**2 * (process.radii.max()**2 + process.noise_std**2)
+    return (first_step or 0) * process.center_walk_std**2
 
 
 def predictions_of(process, maps, phasor, flux, center):
@@ -561,6 +593,100 @@ def predictions_of(process, maps, phasor, flux, center):
     b, dim = len(phasor), process.feature_dim
     prediction = phasor.reshape(b, -1) @ maps[0] + flux.reshape(b, -1) @ maps[1]
     return prediction.reshape(b, -1, dim) + (center if np.ndim(center) == 0 else center[:, None])
+
+
+class Stretch(NamedTuple):
+    """Steps [first, last) of a series, for which a filter runs over [begin, end)."""
+
+    begin: int
+    first: int
+    last: int
+    end: int
+
+
+def stretches(process, n, smoothing):
+    """Stretches that cover n steps, each filtered by itself: from the stationary prior, overlapping the one before.
+
+    A filter forgets where it began: when it has seen a visit end it knows the circle, the phase and how long the
+    present visit has been on, and the mean of a walking centre forgets a fixed share per step. A smoother forgets the
+    end the same way. `forgotten` checks it where two stretches meet. The cuts don't depend on the machine.
+    """
+    longest = int((process.periods * (process.dwell_law > 0).sum(axis=1)).max())
+    overlap = 2 * longest
+    if process.center_walk_std:
+        stays = 1 - moving_filter.told_gain(process.center_walk_std, process.noise_std)
+        overlap = max(overlap, math.ceil(math.log(FORGOTTEN * 1e-3) / math.log(stays)) if 0 < stays < 1 else n)
+    count = max(1, min(round(n / STRETCH), n // (4 * overlap)))
+    edges = np.linspace(0, n, count + 1).astype(int).tolist()
+    return [Stretch(max(0, first - overlap), first, last, min(n, last + overlap) if smoothing else last)
+            for first, last in itertools.pairwise(edges)]
+
+
+def forgotten(left, right):
+    """Whether the last row that one stretch found is, but for rounding, what the next one found for the same step."""
+    return all(np.allclose(left[name][-1], right[name][0], rtol=FORGOTTEN, atol=FORGOTTEN, equal_nan=True)
+               for name in left if name not in ("circle", "theta"))
+
+
+def filter_series(process, X, horizons, initial, first_step=None, keep_predictions=False, smoothing=False,
+                  progress=None):
+    """Filter X, in stretches on all cores: a dict of arrays with a row per step.
+
+    Its entries: `log_likelihood`, `posterior`, `center`; `error K` for each horizon K, NaN where the target lies beyond
+    the series, and `prediction K`, if it is to be kept; with `smoothing`, `circle`, `theta` and `smoothed`. They are as
+    in `predict` and `smooth`. progress: called with the number of steps whenever some are done.
+    """
+    n, maps = len(check_series(process, X)), prediction_map(process, horizons)
+
+    def one(stretch):
+        return filter_stretch(process, X, stretch, horizons, maps, initial, first_step, keep_predictions, smoothing,
+                              progress or (lambda steps: None))
+
+    cuts = stretches(process, n, smoothing)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
+        found = list(pool.map(one, cuts))
+    if not all(forgotten(left, right) for left, right in itertools.pairwise(found)):
+        return one(Stretch(0, 0, n, n))
+    return {name: np.concatenate([found[0][name], *(right[name][1:] for right in found[1:])]) for name in found[0]}
+
+
+def filter_stretch(process, X, stretch, horizons, maps, initial, first_step, keep_predictions, smoothing, progress):
+    """What `filter_series` finds for one Stretch; all but the first have a row for the step before their first too."""
+    begin, first, last, end = stretch
+    first = max(first - 1, 0)
+    if begin > 0:
+        anywhere = isinstance(initial, str) and initial == "stationary" and first_step is None
+        initial, first_step = "stationary", None if anywhere else begin + (first_step or 0)
+    filtering = new_filter(process, end - begin, initial, max(horizons, default=0), first_step, smoothing)
+    rows = {"log_likelihood": [], "posterior": [], "center": []}
+    for block_first, log_likelihood, posterior, phasor, flux, center in filtering.blocks(X[begin:end]):
+        start = begin + block_first
+        t = slice(max(first, start), min(last, start + len(posterior)))
+        if t.start >= t.stop:
+            continue
+        some = slice(t.start - start, t.stop - start)
+        center = np.broadcast_to(center, (len(posterior), process.feature_dim))[some]
+        prediction = predictions_of(process, maps, phasor[some], flux[some], center)
+        for name, values in (("log_likelihood", log_likelihood[some]), ("posterior", posterior[some])):
+            rows[name].append(values)
+        if process.center_walk_std:
+            rows["center"].append(center)
+        for h, k in enumerate(horizons):
+            target = X[t.start + k:t.stop + k]
+            error = np.full(t.stop - t.start, np.nan)  # a prediction beyond the series has no target
+            difference = target - prediction[:len(target), h]
+            error[:len(target)] = np.einsum("td,td->t", difference, difference) / process.feature_dim
+            rows.setdefault(f"error {k}", []).append(error)
+            if keep_predictions:
+                rows.setdefault(f"prediction {k}", []).append(prediction[:, h])
+        progress(t.stop - t.start)
+    found = {name: np.concatenate(parts) for name, parts in rows.items() if parts}
+    found.setdefault("center", np.broadcast_to(0.0, (last - first, process.feature_dim)))
+    if smoothing:
+        states = states_of(process, filtering.occupancy(end - begin))
+        found |= {name: values[first - begin:last - begin]
+                  for name, values in zip(("circle", "theta", "smoothed"), states, strict=True)}
+    return found
 
 
 def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=True, first_step=None):
@@ -575,33 +701,18 @@ def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=T
     (x_{t+k} - prediction)²; `circle_posterior` (n, K), given x_1 … x_t; `log_likelihood` (n,), of x_t given
     x_1 … x_{t-1}, in nats; `center` (n, feature_dim), E[the circles' centre at t | x_1 … x_t].
     """
-    horizons, n = check_horizons(horizons), len(check_series(process, X))
-    log_likelihood, posterior = np.empty(n), np.empty((n, process.n_circles))
-    centers = empty_centers(process, n)
-    predictions = {k: np.empty((n, process.feature_dim)) for k in horizons} if keep_predictions else None
-    errors = {k: np.empty(max(n - k, 0)) for k in horizons}
-    maps = prediction_map(process, horizons)
-    filtering = new_filter(process, n, initial, max(horizons, default=0), first_step)
-    for first, block_log_likelihood, block_posterior, phasor, flux, center in filtering.blocks(X):
-        last = first + len(block_posterior)
-        log_likelihood[first:last], posterior[first:last] = block_log_likelihood, block_posterior
-        if process.center_walk_std:
-            centers[first:last] = center
-        prediction = predictions_of(process, maps, phasor, flux, center)
-        for h, k in enumerate(horizons):
-            if keep_predictions:
-                predictions[k][first:last] = prediction[:, h]
-            stop = max(min(last, n - k), first)  # a prediction beyond the series has no target
-            error = X[first + k:stop + k] - prediction[:stop - first, h]
-            errors[k][first:stop] = np.einsum("td,td->t", error, error) / process.feature_dim
-    return {"prediction": predictions, "squared_error": errors, "circle_posterior": posterior,
-            "log_likelihood": log_likelihood, "center": centers}
+    horizons = check_horizons(horizons)
+    return predicted(filter_series(process, X, horizons, initial, first_step, keep_predictions), horizons)
 
 
-def empty_centers(process, n):
-    """Room for the centre at n steps, (n, feature_dim); where it stands still, zeros that take no memory."""
-    shape = n, process.feature_dim
-    return np.empty(shape) if process.center_walk_std else np.broadcast_to(0.0, shape)
+def predicted(found, horizons):
+    """What `predict` returns, from what `filter_series` does."""
+    n = len(found["posterior"])
+    keep = all(f"prediction {k}" in found for k in horizons)
+    return {"prediction": {k: found[f"prediction {k}"] for k in horizons} if keep else None,
+            "squared_error": {k: found[f"error {k}"][:max(n - k, 0)] for k in horizons},
+            "circle_posterior": found["posterior"], "log_likelihood": found["log_likelihood"],
+            "center": found["center"]}
 
 
 def window_floors(process, series, starts, seq_len, horizons=(1,), limits=None):
@@ -702,17 +813,18 @@ def smooth(process, X, initial="visit start", first_step=None):
     Memory: a few arrays of (n, K). `initial` and `first_step` as in `predict`; "stationary" for a series that begins
     anywhere.
     """
-    n = len(check_series(process, X))
-    filtering = new_filter(process, n, initial, first_step=first_step, keep_tree=True)
-    log_likelihood = np.concatenate([block[1] for block in filtering.blocks(X)])
-    occupancy = filtering.occupancy(n)
-    circle, theta, posterior = states_of(process, occupancy)
-    center = empty_centers(process, n)
+    return smoothed(process, X, filter_series(process, X, (), initial, first_step, smoothing=True), initial, first_step)
+
+
+def smoothed(process, X, found, initial="visit start", first_step=None):
+    """What `smooth` returns, from what `filter_series` does."""
+    center = np.broadcast_to(0.0, np.shape(X))
     if process.center_walk_std:  # given the likeliest circle and phase
-        on_circle = X - circle_process.points(process, circle, theta)
+        on_circle = X - circle_process.points(process, found["circle"], found["theta"])
         _, center = moving_filter.follow_walk(on_circle, process.center_walk_std, process.noise_std,
-                                              filtering.initial_variance)
-    return {"circle_posterior": posterior, "circle": circle, "theta": theta, "log_likelihood": log_likelihood,
+                                              center_variance(process, initial, first_step))
+    return {"circle_posterior": found["smoothed"], "circle": found["circle"], "theta": found["theta"],
+            "log_likelihood": found["log_likelihood"],
             "distance": circle_process.distance(process, X - center), "center": center}
 
 
