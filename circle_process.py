@@ -375,6 +375,17 @@ def add_tilt(clean, plan, visit, step, theta):
                              + np.sin(alpha)[:, None] * plan.tilt_axes[visit])
 
 
+def centers_again(config, n_steps, dim):
+    """The centres of the first n_steps of the series that config.json tells of, (n_steps, dim), drawn once more.
+
+    None when config.json doesn't give what is needed.
+    """
+    seed, std = config.get("seed"), config.get("center_walk_std", 0.0)
+    if not isinstance(seed, int) or seed < 0 or not isinstance(std, int | float):
+        return None
+    return walk(np.zeros(dim), n_steps, std, random_streams(seed)[4])[0]
+
+
 def walk(center, n, std, rng):
     """The next n positions of the centre's random walk, (n, dim), the first being `center`, and the one after."""
     steps = rng.standard_normal((n, len(center)))

@@ -37,7 +37,8 @@ class Series:
 
     X (n_steps, feature_dim) float32; states (n_steps,) int64, the circle of each step; thetas (n_steps,) float64,
     radians in [0, 2π); process: a circle_process.Process, without planes in older files; config: the generator's
-    flags. X, states and thetas are read-only views of the file where it was written with --uncompressed.
+    flags; folder: where data.npz lies, None for a series that no file holds. X, states and thetas are read-only views
+    of the file where it was written with --uncompressed.
     """
 
     X: np.ndarray
@@ -45,6 +46,7 @@ class Series:
     thetas: np.ndarray
     process: Process
     config: dict = field(default_factory=dict)
+    folder: Path | None = None
 
     @property
     def n_steps(self):
@@ -92,7 +94,7 @@ def load_series(data_dir):
         arrays[name] = arrays[name].astype(np.int64 if name == "periods" else np.float64)
     config = load_config(data_dir)
     X, states, thetas = (arrays.pop(name) for name in ("X", "states", "thetas"))
-    return Series(X, states, thetas, Process(**arrays, noise_std=config.get("noise_std")), config)
+    return Series(X, states, thetas, Process(**arrays, noise_std=config.get("noise_std")), config, data_dir)
 
 
 def load_config(data_dir):

@@ -53,6 +53,9 @@ class Limits(NamedTuple):
     most: int = 4096  # hypotheses, and at least twice as many as circles have phases
 
 
+WIDER_LIMITS = Limits(drop=300.0, merge=1e-30, most=16384)  # what the usual limits are held against
+
+
 class Circles(NamedTuple):
     """A Process in the form that the kernels read. M: the most revolutions of a visit."""
 
@@ -83,6 +86,7 @@ class Tree(NamedTuple):
     used: np.ndarray  # (2,) nodes and links in use
     circle: np.ndarray  # (nodes,) circle of the revolution
     begin: np.ndarray  # (nodes,) its first step
+    since: np.ndarray  # (nodes,) the first step at which it counts: later for one that a jump led into
     child: np.ndarray  # (links,) node
     parent: np.ndarray  # (links,) node
     log_mass: np.ndarray  # (links,) log of what the child got from the parent
@@ -169,12 +173,12 @@ def smooth_means(means, back):
 
 
 @njit(nogil=True, cache=True)
-def new_node(tree, circle, begin):
+def new_node(tree, circle, begin, since):
     """Enter a revolution into the tree; -1 when no tree is kept."""
     if len(tree.circle) == 0:
         return -1
     node = tree.used[0]
-    tree.circle[node], tree.begin[node] = circle, begin
+    tree.circle[node], tree.begin[node], tree.since[node] = circle, begin, since
     tree.used[0] += 1
     return node
 
@@ -234,7 +238,7 @@ def settle(hyp, tree, account, limits, t, circle, log_mass, law, center, parent,
     hyp.count[0] += 1
     hyp.circle[a], hyp.begin[a], hyp.log_weight[a] = circle, t, log_mass
     hyp.law[a], hyp.center[a] = law, center
-    hyp.node[a] = new_node(tree, circle, t)
+    hyp.node[a] = new_node(tree, circle, t, t)
     link(tree, hyp.node[a], parent, log_mass)
     born[born[-1]] = a
     born[-1] += 1
@@ -327,6 +331,7 @@ def search_anew(circles, hyp, tree, rates, laws, t, center):
 
     The process never jumps. A series that a model generates may, and would be lost for good without this.
     """
+    likeliest = np.argmax(hyp.log_weight[:hyp.count[0]])
     for i in range(len(circles.periods)):
         for j in range(circles.periods[i]):
             h = hyp.count[0]
@@ -334,7 +339,8 @@ def search_anew(circles, hyp, tree, rates, laws, t, center):
                 return
             hyp.circle[h], hyp.begin[h], hyp.log_weight[h] = i, t - j, JUMP + math.log(rates[i])
             hyp.law[h], hyp.center[h] = laws[i], center
-            hyp.node[h] = new_node(tree, i, t - j)
+            hyp.node[h] = new_node(tree, i, t - j, t + 1)
+            link(tree, hyp.node[h], hyp.node[likeliest], hyp.log_weight[h])
             hyp.count[0] += 1
 
 
@@ -391,11 +397,26 @@ def forward(circles, hyp, tree, account, limits, start, y, before, gain, noise_v
 
 
 @njit(nogil=True, cache=True)
-def trace_back(tree, last, log_weight, pad, occupancy):
-    """Fill occupancy[s + pad, i] = P(a revolution of circle i begins at s | all of x), from the last weights.
+def add_span(posterior, phasor, i, period, begin, low, high, probability):
+    """Add to the differences over time of `trace_back` that circle i is visited at the steps [low, high)."""
+    low, high = max(low, 0), min(high, len(posterior) - 1)
+    if low >= high:
+        return
+    turned = 2 * math.pi * (begin % period) / period
+    value = probability * complex(math.cos(turned), -math.sin(turned))
+    posterior[low, i] += probability
+    posterior[high, i] -= probability
+    phasor[low, i] += value
+    phasor[high, i] -= value
+
+
+@njit(nogil=True, cache=True)
+def trace_back(periods, tree, last, log_weight, posterior, phasor):
+    """Add the differences over time of P(circle | all of x) and of its mean phasor to zeros, (n + 1, K) each.
 
     A revolution got its weight from its parents. Where only one could lead to it, all that was learnt about it later
     is true of the parent too; of parents that were merged, each gets its share. last: nodes of the last hypotheses.
+    The phasor of a revolution that began at s is exp(-2πi s / period) as long as it is on.
     """
     n_nodes, n_links = tree.used
     total, probability = np.zeros(n_nodes), np.zeros(n_nodes)
@@ -404,12 +425,18 @@ def trace_back(tree, last, log_weight, pad, occupancy):
     for h in range(len(last)):
         probability[last[h]] += math.exp(log_weight[h])
     for e in range(n_links - 1, -1, -1):  # a node's links to its children come after those to its parents
-        child = tree.child[e]
+        child, parent = tree.child[e], tree.parent[e]
         if probability[child] > 0:
-            probability[tree.parent[e]] += probability[child] * math.exp(tree.log_mass[e]) / total[child]
+            passed = probability[child] * math.exp(tree.log_mass[e]) / total[child]
+            probability[parent] += passed
+            if tree.since[child] > tree.begin[child]:  # a jump, which cut the parent's revolution short
+                i = tree.circle[parent]
+                add_span(posterior, phasor, i, periods[i], tree.begin[parent], tree.since[child],
+                         tree.begin[parent] + periods[i], -passed)
     for node in range(n_nodes):
-        if tree.begin[node] > -pad:
-            occupancy[tree.begin[node] + pad, tree.circle[node]] += probability[node]
+        i = tree.circle[node]
+        add_span(posterior, phasor, i, periods[i], tree.begin[node], tree.since[node], tree.begin[node] + periods[i],
+                 probability[node])
 
 
 # ------------------------------------------------------------------------------------------------- whole series
@@ -419,7 +446,7 @@ class MovingFilter:
     """Filters one series of a Process whose centre walks.
 
     starts, past: (K,) each, as from `optimal_filter.initial_law`; initial_variance: of the centre, per feature, before
-    the first step; reach: the largest horizon; limits: Limits; keep_tree: remember what `occupancy` needs.
+    the first step; reach: the largest horizon; limits: Limits; keep_tree: remember what `state_sums` needs.
     `account` tells what the limits did.
     """
 
@@ -461,6 +488,7 @@ class MovingFilter:
         if len(self.tree.circle):
             self.grow_tree(n)
             self.tree.circle[:n], self.tree.begin[:n], hyp.node[:n] = circle[possible], begin[possible], np.arange(n)
+            self.tree.since[:n] = begin[possible]
             self.tree.used[0] = n
         return hyp
 
@@ -507,20 +535,24 @@ class MovingFilter:
             log_likelihood -= 0.5 * dim * np.log(2 * np.pi * variance)
             yield first, log_likelihood, posterior, phasor, flux, center
 
-    def occupancy(self, n):
-        """P(a revolution of circle i begins at step s | all n steps), after `blocks`: (n + max period, K).
+    @property
+    def n_hypotheses(self):
+        """The sum over the steps so far of the number of hypotheses."""
+        return float(self.account.hypotheses[0])
 
-        The first row is that of s = -max period.
-        """
-        pad = int(self.process.periods.max())
-        occupancy = np.zeros((n + pad, self.process.n_circles))
-        count = self.hypotheses.count[0]
-        trace_back(self.tree, self.hypotheses.node[:count], self.hypotheses.log_weight[:count], pad, occupancy)
-        return occupancy
+    def state_sums(self, n):
+        """P(circle | all n steps) and the mean of exp(iθ) times it, (n, K) each; after `blocks`."""
+        periods, count = self.circles.periods, self.hypotheses.count[0]
+        posterior = np.zeros((n + 1, len(periods)))
+        phasor = np.zeros((n + 1, len(periods)), np.complex128)
+        trace_back(periods, self.tree, self.hypotheses.node[:count], self.hypotheses.log_weight[:count], posterior,
+                   phasor)
+        theta = self.process.entry_angles + 2 * np.pi * (np.arange(n)[:, None] % periods) / periods
+        return posterior.cumsum(axis=0)[:n], phasor.cumsum(axis=0)[:n] * np.exp(1j * theta)
 
 
 def empty_tree(size):
-    return Tree(np.zeros(2, np.int64), *(np.empty(size, np.int64) for _ in range(4)), np.empty(size))
+    return Tree(np.zeros(2, np.int64), *(np.empty(size, np.int64) for _ in range(5)), np.empty(size))
 
 
 def span_of_planes(process):

@@ -23,11 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 import circle_process
 import cli
 import dataset
 import figures
+import floor_cache
 import moving_filter
 from circle_process import entry_rates, survival
 from cli import WINDOW_DEFAULTS
@@ -39,6 +41,7 @@ MOST_REVOLUTIONS = 10_000  # per visit: the work per step grows with it
 MOST_STATES = 1_000_000  # phases times revolutions: the memory grows with it
 LEAST_NOISE = 1e-30  # below, the variance leaves float64
 WIDE = 100.0  # how far the centre may be that nothing is known about, in units of the largest point of a circle
+COST_WINDOWS = 32  # about so many windows tell what a MovingFilter's limits cost
 UNKNOWN = -1.0  # in place of a probability that nobody has asked for yet
 STRETCH = 50_000  # steps, about, that one thread filters of a long series
 FORGOTTEN = 1e-8  # how far two threads may be apart where they meet, absolutely and relatively
@@ -520,6 +523,7 @@ class ExactFilter:
         self.process, self.reach = process, reach
         self.tab, self.state = tables(process), start_state(process, n, starts, past, reach)
         self.evidence = 0.0
+        self.n_hypotheses = 0  # it has every state, and so no number of hypotheses
 
     def blocks(self, X):
         """Filter X (n, feature_dim) block by block.
@@ -541,14 +545,19 @@ class ExactFilter:
             flux /= total[:, None, None]
             yield first, log_likelihood, posterior / total[:, None], phasor, flux, 0.0
 
-    def occupancy(self, n):
-        """P(a revolution of circle i begins at step s | all n steps), after `blocks`: (n + max period, K).
-
-        The first row is that of s = -max period.
-        """
-        occupancy = np.zeros((n + int(self.process.periods.max()), self.process.n_circles))
+    def state_sums(self, n):
+        """P(circle | all n steps) and the mean of exp(iθ) times it, (n, K) each; after `blocks`."""
+        periods = self.process.periods
+        pad = int(periods.max())
+        occupancy = np.zeros((n + pad, len(periods)))
         backward(self.tab, self.state, self.evidence, occupancy)
-        return occupancy
+
+        # A step belongs to the revolution that began at most period - 1 steps before: sums over a sliding window. For
+        # the mean angle, each start at s counts as exp(-i turn(s)); turned on to t, that is the angle run through
+        # since s.
+        turn = 2 * np.pi / periods * (np.arange(-pad, n)[:, None] % periods)
+        phasor = sliding_sum(occupancy * np.exp(-1j * turn), periods)
+        return sliding_sum(occupancy, periods), phasor * np.exp(1j * (self.process.entry_angles + turn[pad:]))
 
 
 def step_log_likelihood(process, evidence, baseline, norm2):
@@ -683,7 +692,7 @@ def filter_stretch(process, X, stretch, horizons, maps, initial, first_step, kee
     found = {name: np.concatenate(parts) for name, parts in rows.items() if parts}
     found.setdefault("center", np.broadcast_to(0.0, (last - first, process.feature_dim)))
     if smoothing:
-        states = states_of(process, filtering.occupancy(end - begin))
+        states = states_of(*filtering.state_sums(end - begin))
         found |= {name: values[first - begin:last - begin]
                   for name, values in zip(("circle", "theta", "smoothed"), states, strict=True)}
     return found
@@ -715,7 +724,7 @@ def predicted(found, horizons):
             "center": found["center"]}
 
 
-def window_floors(process, series, starts, seq_len, horizons=(1,), limits=None):
+def window_floors(process, series, starts, seq_len, horizons=(1,), progress=None):
     """The floors of a model that sees one window at a time: {"mse": {k: …}, "nll": {1: …}}.
 
     "mse" is the filter's mean squared error per horizon, "nll" its negative log-likelihood of the next step in nats
@@ -725,9 +734,24 @@ def window_floors(process, series, starts, seq_len, horizons=(1,), limits=None):
     The filter begins each window X[start : start + seq_len] anew and knows only that it was cut out of a long series
     (stationary prior), and when the centre walks, at which step. The mean is over windows, features, and the positions
     t = 0 … seq_len - 1 - k whose target t + k lies in the window: the targets of the model's own loss. starts: (n,)
-    first steps; limits: moving_filter.Limits.
+    first steps. What was computed before for the same series is read from its folder, see `floor_cache`; progress:
+    called with the number of steps whenever some are done.
     """
     horizons = check_window(series, starts, seq_len, horizons)
+    if series.folder is not None:
+        key = floor_cache.digest(process, series, starts, seq_len, horizons)
+        floors = floor_cache.load(series.folder, key, horizons)
+        if floors is not None:
+            return floors
+    *mse, nll, _ = filter_windows(process, series, starts, seq_len, horizons, progress=progress)
+    floors = {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
+    if series.folder is not None:
+        floor_cache.store(series.folder, key, floors)
+    return floors
+
+
+def filter_windows(process, series, starts, seq_len, horizons, limits=None, progress=None):
+    """Means over windows: the MSE of each horizon, the NLL of the next step, and the hypotheses of a MovingFilter."""
     maps = prediction_map(process, horizons)
 
     def one_window(start):
@@ -741,11 +765,25 @@ def window_floors(process, series, starts, seq_len, horizons=(1,), limits=None):
         errors = [np.mean((X[k:] - prediction[:seq_len - k, h])**2) for h, k in enumerate(horizons)]
         nll = -np.concatenate(log_likelihood)[1:].mean()  # the first step has no past
         dataset.release(X)
-        return [*errors, nll]
+        if progress:
+            progress(seq_len)
+        return [*errors, nll, filtering.n_hypotheses / seq_len]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
-        *mse, nll = np.mean(list(pool.map(one_window, np.asarray(starts).tolist())), axis=0).tolist()
-    return {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
+        return np.mean(list(pool.map(one_window, np.asarray(starts).tolist())), axis=0).tolist()
+
+
+def cost_of_limits(process, series, starts, seq_len, horizons):
+    """What dropping and merging hypotheses costs a MovingFilter, measured on some of the windows: a dict.
+
+    `hypotheses_per_step` with the usual limits and, as `hypotheses_per_step_wider`, with WIDER_LIMITS, which keep
+    more than twice as many; `change_percent`, by how much the MSE then changes, the most of all horizons.
+    """
+    some = np.asarray(starts)[:: max(1, len(starts) // COST_WINDOWS)]
+    *mse, _, usual = filter_windows(process, series, some, seq_len, horizons)
+    *wider_mse, _, wider = filter_windows(process, series, some, seq_len, horizons, moving_filter.WIDER_LIMITS)
+    change = max(abs(a / b - 1) for a, b in zip(mse, wider_mse, strict=True))
+    return {"change_percent": 100 * change, "hypotheses_per_step": usual, "hypotheses_per_step_wider": wider}
 
 
 def check_window(series, starts, seq_len, horizons):
@@ -828,20 +866,12 @@ def smoothed(process, X, found, initial="visit start", first_step=None):
             "distance": circle_process.distance(process, X - center), "center": center}
 
 
-def states_of(process, occupancy):
-    """The likeliest circle (n,), the mean angle on it (n,) and P(circle) (n, K), from a filter's `occupancy`."""
-    pad = int(process.periods.max())
-    n = len(occupancy) - pad
-
-    # A step belongs to the revolution that began at most period - 1 steps before: sums over a sliding window. For the
-    # mean angle, each start at s counts as exp(-i turn(s)); turned on to t, that is the angle run through since s.
-    turn = 2 * np.pi / process.periods * (np.arange(-pad, n)[:, None] % process.periods)
-    posterior, phasor = sliding_sum(occupancy, process.periods), np.exp(-1j * turn)
-    phasor = sliding_sum(occupancy * phasor, process.periods) * np.exp(1j * (process.entry_angles + turn[pad:]))
+def states_of(posterior, phasor):
+    """The likeliest circle (n,), the mean angle on it (n,) and P(circle) (n, K), from a filter's `state_sums`."""
     posterior = np.maximum(posterior, 0)
     posterior /= posterior.sum(axis=1, keepdims=True)
     circle = posterior.argmax(axis=1)
-    return circle, np.angle(phasor[np.arange(n), circle]) % (2 * np.pi), posterior
+    return circle, np.angle(phasor[np.arange(len(circle)), circle]) % (2 * np.pi), posterior
 
 
 def sliding_sum(values, widths):
@@ -856,16 +886,21 @@ def sliding_sum(values, widths):
 
 
 SHOWN_STEPS = 4000  # of the validation part, from its first step on
+FEATURES_SHOWN = 3  # of the centre
 
 
 def measure(args, series, process):
-    """(report, circle_posterior): what optimal_filter.json holds, and P(circle | past) of each step, (n_steps, K)."""
+    """(report, P(circle | past) of each step (n_steps, K), E[centre | past] of each step (n_steps, feature_dim)).
+
+    The report is what optimal_filter.json holds.
+    """
     _, windows, boundary = dataset.split_windows(series.n_steps, args.seq_len, args.stride, args.val_fraction)
-    filtered = predict(process, series.X, args.horizons, keep_predictions=False)
-    smoothed = smooth(process, series.X)
-    in_windows = window_floors(process, series, windows, args.seq_len, args.horizons)
-    right = filtered["circle_posterior"].argmax(axis=1) == series.states
-    right_smoothed = smoothed["circle"] == series.states
+    with tqdm(total=series.n_steps + len(windows) * args.seq_len, unit="step", disable=None, leave=False) as bar:
+        found = filter_series(process, series.X, args.horizons, "visit start", smoothing=True, progress=bar.update)
+        in_windows = window_floors(process, series, windows, args.seq_len, args.horizons, progress=bar.update)
+    filtered = predicted(found, args.horizons)
+    right = found["posterior"].argmax(axis=1) == series.states
+    right_smoothed = found["circle"] == series.states
     report = {
         "noise_floor": process.noise_std**2,
         "planes_recovered": series.process.planes is None,
@@ -876,7 +911,12 @@ def measure(args, series, process):
         "smoothed_circle_accuracy": float(right_smoothed.mean()),
         "log_likelihood_per_step": float(filtered["log_likelihood"].mean()),
     }
-    return report, filtered["circle_posterior"]
+    if process.center_walk_std:
+        for row in report["horizons"]:
+            row["told_mse"] = moving_filter.told_floor(process.center_walk_std, process.noise_std, row["horizon"])
+        report |= {"center_walk_std": process.center_walk_std,
+                   "limits": cost_of_limits(process, series, windows, args.seq_len, args.horizons)}
+    return report, found["posterior"], found["center"]
 
 
 def print_report(report, process, series):
@@ -886,32 +926,46 @@ def print_report(report, process, series):
         print("data.npz has no planes: recovered from the same data, which makes the errors below too low "
               f"by about {too_low:.1e}\n")
     print("mean squared error of the Bayes-optimal prediction")
-    print(cli.table(["horizon", "whole series", "validation", f"windows of {report['seq_len']}"], [
-        [row["horizon"], *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse"))]
-        for row in report["horizons"]], align="rrrr"))
+    columns = {"whole series": "mse", "validation": "val_mse", f"windows of {report['seq_len']}": "val_window_mse"}
+    if process.center_walk_std:
+        columns["circle and phase told"] = "told_mse"
+    print(cli.table(["horizon", *columns], [
+        [row["horizon"], *(f"{row[key]:.4f}" for key in columns.values())] for row in report["horizons"]],
+        align="r" * (1 + len(columns))))
     print(f"\ncircle accuracy: {report['circle_accuracy']:.3%} from the past, "
           f"{report['smoothed_circle_accuracy']:.3%} from the whole series")
     print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats per step\n")
+    if process.center_walk_std:
+        limits = report["limits"]
+        print(f"the centre walks, so hidden paths are merged and dropped: {limits['hypotheses_per_step']:.1f} are kept "
+              f"per step in the windows;\nwith {limits['hypotheses_per_step_wider']:.1f} the errors change by at most "
+              f"{limits['change_percent']:.1g} %\n")
 
 
-def draw_filter(report, posterior, states, start):
+def draw_filter(report, posterior, states, start, centers=None):
     """Circle posterior (n, K) over a stretch of time under the true circles (n,), and the error per horizon: a Figure.
 
-    start: the time step of the first one; report: as `measure` returns it.
+    start: the time step of the first one; report: as `measure` returns it; centers: when the centre walks, what
+    `center_paths` returns, which gets a panel of its own.
     """
-    K = posterior.shape[1]
-    fig, axes = figures.new_figure(3, 1, panel=(9.0, 2.4), title="Bayes-optimal filter",
-                                   gridspec_kw={"height_ratios": [0.12, 1, 1]})
-    strip, heat, curve = axes[:, 0]
+    K, panels = posterior.shape[1], [0.12, 1] + ([] if centers is None else [1]) + [1]
+    fig, axes = figures.new_figure(len(panels), 1, panel=(9.0, 2.4), title="Bayes-optimal filter",
+                                   gridspec_kw={"height_ratios": panels})
+    strip, heat, *center, curve = axes[:, 0]
     figures.state_strip(strip, states, K, start=start, label="true circle")
     figures.heatmap_panel(fig, heat, posterior, start=start, ylabel="circle", unit="P(circle | past)",
                           cmap="Greys", limits=(0, 1))
     heat.set_xlabel("time step")
+    if centers is not None:
+        center_panel(center[0], *centers, start)
     figures.circle_legend(fig, K)
     horizons = [row["horizon"] for row in report["horizons"]]
     for key, label, marker in (("mse", "whole series", "o"), ("val_mse", "validation part", "s"),
                                ("val_window_mse", f"windows of {report['seq_len']} steps", "^")):
         curve.plot(horizons, [row[key] for row in report["horizons"]], marker=marker, markersize=4, label=label)
+    if centers is not None:
+        curve.plot(horizons, [row["told_mse"] for row in report["horizons"]], color="0.4", linestyle=":",
+                   label="circle and phase told")
     curve.axhline(report["noise_floor"], color="0.4", linestyle="--", label="noise floor")
     curve.set_xscale("log", base=2)
     curve.set_xticks(horizons, [str(k) for k in horizons])
@@ -921,17 +975,45 @@ def draw_filter(report, posterior, states, start):
     return fig
 
 
+def center_panel(ax, reference, label, inferred, start):
+    """The path of the centre in its first FEATURES_SHOWN features: the true one and the one inferred from the past."""
+    steps = np.arange(start, start + len(inferred))
+    for c in range(min(FEATURES_SHOWN, inferred.shape[1])):
+        color = ("0.0", "0.4", "0.65")[c]
+        ax.plot(steps, reference[:, c], color=color, linewidth=2.5, alpha=0.35, label=label if c == 0 else None)
+        ax.plot(steps, inferred[:, c], color=color, linewidth=0.8, label="inferred from the past" if c == 0 else None)
+    ax.set(xlabel="time step", ylabel=f"centre, features 0…{c}\n(data units)", xlim=(steps[0], steps[-1] + 1))
+    ax.legend()
+
+
+def center_paths(series, process, shown, inferred):
+    """The centre (n, feature_dim) over the slice `shown`, what it is called, and `inferred` over the same steps.
+
+    The true path is drawn again from the seed in config.json. If it isn't that of this series, an observer's takes its
+    place who is told circle and phase and sees the whole series.
+    """
+    X, states, thetas = (values[:shown.stop] for values in (series.X, series.states, series.thetas))
+    on_circle = X - circle_process.points(process, states, thetas)
+    true = circle_process.centers_again(series.config, len(X), process.feature_dim)
+    if true is not None and abs(np.std((on_circle - true)[shown]) / process.noise_std - 1) < 0.1:
+        return true[shown], "true", inferred[shown]
+    _, told = moving_filter.follow_walk(on_circle, process.center_walk_std, process.noise_std)
+    return told[shown], "circle and phase told", inferred[shown]
+
+
 def main(args):
     save_dir = cli.output_folder(args.save_dir)
     series = dataset.load_series(args.data_dir)
     process = process_from_series(series)
-    report, posterior = measure(args, series, process)
+    report, posterior, center = measure(args, series, process)
     print_report(report, process, series)
     cli.write_text(save_dir / "optimal_filter.json", json.dumps(report, indent=2) + "\n")
     print(f"wrote {save_dir / 'optimal_filter.json'}")
     start = report["first_validation_step"]
-    shown = slice(start, start + SHOWN_STEPS)
-    figures.save(draw_filter(report, posterior[shown], series.states[shown], start), save_dir / "optimal_filter.png")
+    shown = slice(start, min(start + SHOWN_STEPS, series.n_steps))
+    centers = center_paths(series, process, shown, center) if process.center_walk_std else None
+    fig = draw_filter(report, posterior[shown], series.states[shown], start, centers)
+    figures.save(fig, save_dir / "optimal_filter.png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""Floors that were computed before: DATA_DIR/floors.json, so that the next run on the same data doesn't compute them.
+
+An entry is found by a digest of all that the floor depends on: the values of the series (their CRC-32), the numbers of
+the process, and the windows and horizons. A file that is damaged, an entry whose own CRC is wrong and one of another
+series are as good as none. Where the folder can't be written to, nothing is kept.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import zlib
+
+import numpy as np
+
+import cli
+import dataset
+
+VERSION = 1  # raise it when the filter computes something else
+MOST_ENTRIES = 100  # the oldest go
+
+
+def digest(process, series, starts, seq_len, horizons):
+    """A text that differs when the floor of these windows might."""
+    numbers = [process.radii, process.entry_angles, process.periods, process.transition_matrix, process.planes,
+               process.dwell_law, np.array([process.noise_std, process.center_walk_std])]
+    windows = [np.asarray(starts, np.int64), np.array([seq_len, *horizons], np.int64)]
+    text = hashlib.sha256(f"{VERSION} {dataset.crc32(series.X)} {series.X.shape}".encode())
+    for array in (*numbers, *windows):
+        text.update(f"{array.shape} {array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
+    return text.hexdigest()
+
+
+def entry_crc(floors):
+    return zlib.crc32(json.dumps(floors, sort_keys=True).encode())
+
+
+def read(folder):
+    """The entries of floors.json that are whole: {digest: {"floors": …, "crc": …}}, oldest first."""
+    try:
+        entries = json.loads((folder / "floors.json").read_text(encoding="utf-8"))
+        return {key: entry for key, entry in entries.items() if entry["crc"] == entry_crc(entry["floors"])}
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
+        return {}
+
+
+def load(folder, key, horizons):
+    """The floors under this digest as `optimal_filter.window_floors` returns them, or None."""
+    try:
+        floors = read(folder)[key]["floors"]
+        mse = {k: floors["mse"][str(k)] for k in horizons}
+        nll = floors["nll"]["1"]
+    except (KeyError, TypeError):
+        return None
+    if not all(isinstance(value, float) and math.isfinite(value) for value in (*mse.values(), nll)):
+        return None
+    return {"mse": mse, "nll": {1: nll}}
+
+
+def store(folder, key, floors):
+    """Keep floors under this digest."""
+    floors = {name: {str(k): value for k, value in values.items()} for name, values in floors.items()}
+    entries = read(folder) | {key: {"floors": floors, "crc": entry_crc(floors)}}
+    entries = dict(list(entries.items())[-MOST_ENTRIES:])
+    with contextlib.suppress(cli.UserError):  # a folder that can't be written to
+        cli.write_text(folder / "floors.json", json.dumps(entries, indent=1) + "\n")
