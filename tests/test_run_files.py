@@ -247,6 +247,37 @@ def test_only_rank_0_keeps_totals_that_were_summed_already():
     assert totals[0].tolist() == [3, 4, 5] and totals[1].tolist() == [0, 0, 5]
 
 
+@pytest.fixture
+def other_rank(monkeypatch):
+    """`other_rank(tensor, …)`: what a second rank brings along to the exchanges that follow, one after the other."""
+    import torch.distributed
+
+    brought = []
+
+    def all_reduce(tensor, op=torch.distributed.ReduceOp.SUM):
+        combine = {torch.distributed.ReduceOp.SUM: torch.add, torch.distributed.ReduceOp.MIN: torch.minimum,
+                   torch.distributed.ReduceOp.MAX: torch.maximum}[op]
+        tensor.copy_(combine(tensor, brought.pop(0)))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return lambda *tensors: brought.extend(tensors)
+
+
+@pytest.mark.parametrize("here, there", [(5.0, 3.0), (3.0, 5.0)])
+def test_totals_are_summed_and_a_step_is_finite_only_if_it_was_on_all_ranks(other_rank, here, there):
+    totals = torch.tensor([1.0, 2.0, here])
+    other_rank(torch.tensor([10.0, 20.0, there]), torch.tensor([there]))
+    ranks.Ranks(CPU, None, 0, 2).sum_totals(totals)
+    assert totals.tolist() == [11, 22, 3]
+
+
+@pytest.mark.parametrize("here, there", [(False, False), (True, False), (False, True), (True, True)])
+def test_all_ranks_stop_when_one_was_asked_to(other_rank, here, there):
+    other_rank(torch.tensor(float(there)))
+    two = ranks.Ranks(CPU, SimpleNamespace(signal=2 if here else None), 0, 2)
+    assert two.should_stop(1) == (here or there)
+
+
 def test_gpus_ask_each_other_only_now_and_then():
     """Between those steps not even a question is sent: this process has no group that could answer."""
     two = ranks.Ranks(torch.device("cuda"), SimpleNamespace(signal=2), 0, 2)

@@ -393,6 +393,29 @@ def test_divergence_after_resuming_in_mid_epoch(script, refused, shared_data, tm
     assert "at step 6 (epoch 2" in line and str(tmp_path / "a.pt") in line
 
 
+def test_divergence_before_the_first_epoch_ends_names_the_state_that_was_saved(script, refused, shared_data, tmp_path,
+                                                                               monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"))
+    monkeypatch.undo()
+    original = training.set_lr
+    monkeypatch.setattr(training, "set_lr", lambda optimizer, lr: original(optimizer, math.inf))
+    line = refused("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt")
+    assert f"the last good checkpoint is {tmp_path / 'a_last.pt'} (the state after step 2)" in line
+
+
+def test_a_resumed_run_replaces_its_best_weights_only_by_better_ones(script, shared_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "finish", lambda *_: None)
+    script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--lr", "0.01"))
+    before = (tmp_path / "a.pt").read_bytes()
+    original = training.set_lr
+    monkeypatch.setattr(training, "set_lr", lambda optimizer, lr: original(optimizer, 0.3))
+    resume = ("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt", "--epochs", "5")
+    assert script(*resume).code == 0
+    log = [float(row["val_loss"]) for row in rows(tmp_path / "a_log.csv")]
+    assert len(log) == 5 and min(log) == min(log[:3]) and (tmp_path / "a.pt").read_bytes() == before
+
+
 def test_the_count_of_good_steps_ends_at_the_first_bad_one():
     """Even when a later loss is finite again."""
     parameter = torch.nn.Parameter(torch.ones(()))
