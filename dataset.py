@@ -11,12 +11,13 @@ import math
 import mmap
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from circle_process import LARGEST_VALUE, LONGEST_PERIOD, Process
+from circle_process import LARGEST_VALUE, LONGEST_PERIOD, Process, draw_series
 from cli import WINDOW_DEFAULTS, UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
@@ -345,6 +346,41 @@ def epoch_batches(starts, last, seq_len, stride, batch_size, seed, epoch):
     return jittered(order, last, seq_len, stride, generator).view(steps, size)
 
 
+def check_drawable(series, windows, n_steps, n_epochs):
+    """Say how many steps a run with a new series per epoch will see. Raises UserError when none can be drawn."""
+    unknown = [name for name in ("dwell_mean", "dwell_std", "noise_std") if name not in series.config]
+    if unknown or series.process is None or series.process.planes is None:
+        raise UserError("--fresh draws new series of the process, and these data don't say what it is "
+                        f"({', '.join(unknown) or 'planes'} missing); leave --fresh out")
+    if not windows.on_device:
+        raise UserError("--fresh needs room for the series on the device; use a shorter series or leave --fresh out")
+    print(f"each epoch has a new series of {n_steps:,} steps: {n_steps * n_epochs:,} different steps in all")
+
+
+class FreshParts:
+    """A newly drawn series of n_steps steps per epoch, of the process that made `series`.
+
+    The next epoch's is drawn in the background, so that training doesn't wait. An epoch's series depends on the seed
+    and the epoch alone: a resumed run, and each of several ranks, sees the same one.
+    """
+
+    def __init__(self, series, n_steps, seed, n_epochs):
+        self.series, self.n_steps, self.seed, self.n_epochs = series, n_steps, seed, n_epochs
+        self.pool, self.drawn = ThreadPoolExecutor(1), {}
+
+    def draw(self, epoch):
+        # Three numbers: no series that the generator draws from its one seed is among these.
+        seed = [self.seed, epoch, self.n_steps]
+        return draw_series(self.series.process, self.series.config, self.n_steps, seed)[0]
+
+    def part(self, epoch):
+        """The series of an epoch, X (n_steps, feature_dim) float32."""
+        for wanted in (epoch, epoch + 1):
+            if wanted < self.n_epochs and wanted not in self.drawn:
+                self.drawn[wanted] = self.pool.submit(self.draw, wanted)
+        return self.drawn.pop(epoch).result()
+
+
 def gather(X, starts, seq_len):
     """The windows X[start : start + seq_len]: a tensor (n, seq_len, feature_dim).
 
@@ -407,6 +443,12 @@ class Windows:
     def at(self, starts):
         """The windows that begin at the steps `starts`, (n,) int64 on `starts_device`: (n, seq_len, feature_dim)."""
         return self.cut(starts).to(self.device)
+
+    def put(self, X):
+        """Replace the first steps of the series, which is on the device, by those of X (n, feature_dim), an array."""
+        import torch
+
+        self.X[:len(X)].copy_(torch.from_numpy(X))  # in place: a captured CUDA graph reads from these addresses
 
     def loader(self, batches, num_workers):
         """Yields the windows of each batch in order, on the device, cut out by `num_workers` other processes (0: by

@@ -25,8 +25,8 @@ from ranks import is_first, joined, parse_command_line, run, unwrapped
 
 # What makes a run an ablation: a run without --checkpoint carries those that are set in its name, so that two
 # ablations started side by side never meet in one file.
-ABLATION_FLAGS = ("mixture", "gate_lr_factor", "freeze_A", "max_horizon", "slowness_lambda", "contrastive_lambda",
-                  "aug_noise", "aug_rotate", "aug_scale")
+ABLATION_FLAGS = ("fresh", "mixture", "gate_lr_factor", "freeze_A", "max_horizon", "slowness_lambda",
+                  "contrastive_lambda", "aug_noise", "aug_rotate", "aug_scale")
 
 
 def build_parser():
@@ -39,6 +39,8 @@ def build_parser():
                       help="steps between window starts; training starts are jittered by up to one stride")
     data.add_argument("--val-fraction", type=cli.fraction, default=cli.WINDOW_DEFAULTS["val_fraction"], metavar="F",
                       help="share of the series, at its end, that is validation")
+    data.add_argument("--fresh", action="store_true",
+                      help="train each epoch on a newly drawn series of the same process and length")
     data.add_argument("--num-workers", type=cli.non_negative_int, default=0, metavar="N",
                       help="loader processes for a series that is read from its file (--uncompressed) or does not "
                            "fit on the device; unused otherwise")
@@ -161,7 +163,6 @@ WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
 CONTRASTIVE_ANCHORS = 1024  # per layer and step: enough for a steady InfoNCE, few enough to cost nothing
 SAVE_EVERY_SECONDS = 20  # between two saves of the last and the best state; also saved at every kind of end
-STEPS_FOR_SCALE = 100_000  # at most, from which the data's mean and scale are taken
 STEPS_SHOWN = 512  # at most, in the figure of a window
 
 
@@ -248,9 +249,7 @@ def build_model(args, feature_dim, X=None):
     model = CausalTimeSeriesMamba(feature_dim, args.d_model, args.n_layers, args.d_state, args.d_conv, args.expand,
                                   args.d_ff, args.dropout, args.max_horizon, args.mixture)
     if args.mixture and X is not None:
-        sample = X[:STEPS_FOR_SCALE].astype(np.float64)
-        for head in model.output_heads.values():
-            mixture_head.initialise(head[-1].bias, sample.mean(axis=0), math.sqrt(sample.var(axis=0).mean()))
+        mixture_head.start_at_data(model.output_heads.values(), X)
     return model
 
 
@@ -383,7 +382,7 @@ class Runner(NamedTuple):
     evaluate: callable
 
 
-def make_runner(args, state, plan, windows, ranks):
+def make_runner(args, state, plan, series, windows, ranks):
     """What the device does in a run: eager, compiled, over several ranks, or as CUDA graphs; its user can't tell which.
 
     batches(epoch, first) yields what train_step takes, from step `first` of the epoch on: window starts where the
@@ -405,7 +404,11 @@ def make_runner(args, state, plan, windows, ranks):
     def measure(starts):
         return validation_errors(state.averaged, windows, starts, args.batch_size, not args.no_amp)
 
+    fresh = dataset.FreshParts(series, plan.boundary, args.seed, args.epochs) if args.fresh else None
+
     def batches(epoch, first):
+        if fresh is not None:
+            windows.put(fresh.part(epoch))
         starts = plan.batches(epoch)[first:, share]
         return starts.to(device) if windows.on_device else windows.loader(starts.tolist(), args.num_workers)
 
@@ -527,7 +530,9 @@ def prepare(args, files, ranks):
     if plan.batch_size < ranks.world:
         raise cli.UserError(f"more processes ({ranks.world}) than windows in a step ({plan.batch_size}); start fewer, "
                             "or use a larger --batch-size or more data")
-    windows = dataset.Windows(series.X, args.seq_len, ranks.device)
+    windows = dataset.Windows(series.X.copy() if args.fresh else series.X, args.seq_len, ranks.device)
+    if args.fresh:
+        dataset.check_drawable(series, windows, plan.boundary, args.epochs)
     if args.num_workers and windows.on_device:
         print(f"--num-workers {args.num_workers} is not used: the series fits on {ranks.device}")
     state = open_state(args, saved, files["last"], series, plan, ranks.device)
@@ -541,7 +546,7 @@ def train(args, ranks):
     files = run_files.files_of(args.checkpoint)
     with ranks.together():
         args, series, windows, plan, state = prepare(args, files, ranks)
-    runner = make_runner(args, state, plan, windows, ranks)
+    runner = make_runner(args, state, plan, series, windows, ranks)
     saver = run_files.Saver(state, plan, files, ranks)
     print(f"{args.checkpoint}: {sum(p.numel() for p in state.model.parameters()):,} parameters on {ranks.device}"
           + (f", {ranks.world} processes" if ranks.world > 1 else ""))
@@ -617,8 +622,9 @@ def end_of_epoch(state, plan, runner, floor, ranks):
     trained_by = val_errors[-len(model.horizons):]
     state.val_loss = sum(trained_by) / len(trained_by)
     state.totals.zero_()
-    row = {"epoch": state.epoch, "step": state.step, "lr": plan.lr(state.step - 1), "train_loss": state.train_loss,
-           "val_loss": state.val_loss, "train_eval_mse": train_eval[0] if train_eval else None}
+    row = {"epoch": state.epoch, "step": state.step, "steps_seen": state.epoch * plan.boundary,
+           "lr": plan.lr(state.step - 1), "train_loss": state.train_loss, "val_loss": state.val_loss,
+           "train_eval_mse": train_eval[0] if train_eval else None}
     return row | run_files.error_cells(model, train_errors, val_errors, floor), finite_steps
 
 

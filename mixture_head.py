@@ -22,6 +22,7 @@ from torch import distributions
 # Unbounded, a component could collapse onto a single data point, where the likelihood has no maximum (Bishop 2006,
 # Pattern Recognition and Machine Learning, section 9.2.1).
 SCALE_RANGE = 20.0
+STEPS_FOR_SCALE = 100_000  # enough for the mean and the scale of the data
 
 
 def n_outputs(n_components, feature_dim):
@@ -88,6 +89,13 @@ def draw(logits, log_scales, means, temperature, uniform, normal):
     chosen = chosen.clamp(max=logits.shape[-1] - 1)               # (…, 1)
     scale = log_scales.gather(-1, chosen).exp() * math.sqrt(temperature)
     return means.take_along_dim(chosen.unsqueeze(-1), -2).squeeze(-2) + scale * normal
+
+
+def start_at_data(heads, X):
+    """`initialise` the heads of a model by the first STEPS_FOR_SCALE steps of X (n_steps, feature_dim), an array."""
+    sample = X[:STEPS_FOR_SCALE].astype("float64")
+    for head in heads:
+        initialise(head[-1].bias, sample.mean(axis=0), math.sqrt(sample.var(axis=0).mean()))
 
 
 @torch.no_grad()

@@ -56,9 +56,10 @@ def refuse_taken(files):
 
 # ---- Log: one row per epoch -----------------------------------------------------------------------------------
 
-def log_columns(model, train_eval):
-    """The columns of NAME_log.csv; train_eval: whether the training windows are evaluated after each epoch."""
-    columns = ["epoch", "step", "lr", "seconds", "train_loss", "val_loss"]
+def log_columns(model, train_eval, fresh=False):
+    """The columns of NAME_log.csv; train_eval: whether the training windows are evaluated after each epoch; fresh:
+    whether each epoch has a series of its own, so that "steps_seen" counts time steps that are all different."""
+    columns = ["epoch", "step", *(["steps_seen"] if fresh else []), "lr", "seconds", "train_loss", "val_loss"]
     for measure in model.measures:
         for kind in (f"train_{measure}", f"val_{measure}", f"floor_{measure}", MEASURES[measure][1]):
             columns += [f"{kind}_{k}" for k in model.horizons]
@@ -113,7 +114,7 @@ def read_log(path, columns, last_epoch):
         for row in csv.DictReader(text[:text.rfind("\n") + 1].splitlines(), strict=True):
             numbers = {name: float(cell) if cell else None for name, cell in row.items()}
             numbers |= {name: float(row[name]) for name in required}
-            numbers |= {name: int(row[name]) for name in ("epoch", "step")}
+            numbers |= {name: int(row[name]) for name in ("epoch", "step", "steps_seen") if name in row}
             if numbers["epoch"] <= last_epoch:
                 rows.append(numbers)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
@@ -143,7 +144,7 @@ class EpochLog:
 
     def __init__(self, args, files, state, plan, ranks):
         self.path, self.epochs, self.first, self.horizons = files["log"], args.epochs, ranks.first, state.model.horizons
-        self.columns = log_columns(state.model, not args.no_train_eval)
+        self.columns = log_columns(state.model, not args.no_train_eval, args.fresh)
         self.rows, self.writer = [], None
         if args.resume:
             self.rows = read_log(self.path, self.columns, state.epoch)
