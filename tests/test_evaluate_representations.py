@@ -140,6 +140,15 @@ def test_only_the_wanted_levels_are_computed():
     assert calls == [0]
 
 
+def test_errors_are_measured_without_reduced_precision(monkeypatch):
+    asked, measure = [], mamba_model.validation_errors
+    monkeypatch.setattr(mamba_model, "validation_errors",
+                        lambda *given, amp: asked.append(amp) or measure(*given, amp=amp))
+    series = SimpleNamespace(X=np.zeros((400, 6), np.float32), n_steps=400)
+    ev.prediction_errors(tiny_model(), series, (40, 25, 0.3), NoFilter())
+    assert asked == [False]
+
+
 class NoFilter:
     def window_floors(self, starts, seq_len, horizons):
         return {}
@@ -328,7 +337,8 @@ def made_report(name="m", n_layers=3, shift=0.0, depths=None, best=2, umap=True,
         level["dimension"] = {k: 5 + shift + 0.3 * i - 0.07 * depth for i, k in enumerate((10, 30, 100))}
         levels.append(level if umap else {key: value for key, value in level.items() if "umap" not in key})
     errors = [{"horizon": k, "val_mse": 8.5 + k + shift, "optimal_mse": 8.1 + k, "excess_percent": 4.9 - k + shift,
-               "val_nll": 49.3 + k + shift, "optimal_nll": 49.2 + k, "excess_nats": 0.1 + shift} for k in (1, 2, 4)]
+               "val_nll": 51.3 + k + shift, "optimal_nll": 50.2 + k, "excess_nats": 1.13 - k + shift}
+              for k in (1, 2, 4)]
     return {"name": name, "n_layers": n_layers, "levels": levels, "errors": errors, "filter_circle_accuracy": 0.957,
             "trained_with": {"seed": 1, "lr": 0.1}, **more}
 
@@ -412,11 +422,15 @@ def test_a_comparison_leaves_out_columns_that_nobody_fills_and_marks_empty_cells
     full, bare = made_report("a", umap=False), made_report("b", umap=False, depths=[0, 4], errors=[])
     for level in bare["levels"]:
         level["dimension"] = None
+    for error in full["errors"]:  # a point head has no likelihood
+        for key in ("val_nll", "optimal_nll", "excess_nats"):
+            del error[key]
     rows = [ev.comparison_row(report) for report in (full, bare)]
     header, table = cells(ev.comparison_table(rows))
-    assert header == [title for title, _, _ in WANTED_COMPARISON.values() if not title.startswith("UMAP")]
+    assert header == [title for key, (title, _, _) in WANTED_COMPARISON.items()
+                      if key not in ("val_nll", "optimal_nll", "excess_nats") and "umap" not in key]
     peak = f"{max(m['silhouette'] for m in bare['levels']):.3f}"
-    assert table[1] == ["b", *["–"] * 14, peak]
+    assert table[1] == ["b", *["–"] * 11, peak]
     assert ev.comparison_csv(rows).split("\n")[2] == f"b{',' * 15}{rows[1]['peak_silhouette']},,"
 
 
@@ -839,10 +853,10 @@ def test_device_and_scan_are_those_asked_for(run, monkeypatch, quick_measures, s
 def test_measures_in_the_umap_are_those_of_each_levels_own_umap(run, shared_data, tmp_path, monkeypatch, saved):
     monkeypatch.setattr(measures, "circle_probe", lambda *_: 0.5)
     monkeypatch.setattr(measures, "umap_embedding", lambda points, graph, seed: 3 * points[:, 1:3])
-    run("--umap-points", 200, "--no-lb", "--velocity", "--layers", "input,output", "--seed", 2, "--device", "cpu")
+    run("--umap-points", 1500, "--no-lb", "--velocity", "--layers", "input,output", "--seed", 2, "--device", "cpu")
     series = dataset.load_series(shared_data)
     change, states = np.diff(series.X, axis=0), series.states[1:]
-    rows = np.random.default_rng(2).permutation(2999)[:200]
+    rows = np.random.default_rng(2).permutation(2999)[:1500]
     level = report_of(tmp_path, "tiny_velocity")["levels"][0]
     embedding = 3 * change[rows][:, 1:3]
     labels = KMeans(4, n_init=4, random_state=2).fit(embedding).labels_[cdist(change, change[rows]).argmin(axis=1)]
@@ -850,7 +864,7 @@ def test_measures_in_the_umap_are_those_of_each_levels_own_umap(run, shared_data
         assert level[key] == pytest.approx(value, abs=2e-3), key
     assert level["umap_silhouette"] == pytest.approx(silhouette_score(embedding, states[rows]), rel=1e-4)
     fig = saved["tiny_velocity_umap.png"]
-    assert fig.get_suptitle() == "tiny: UMAP of 200 steps, change since the step before"
+    assert fig.get_suptitle() == "tiny: UMAP of 1,500 steps, change since the step before"
     np.testing.assert_allclose(fig.axes[0].collections[0].get_offsets(), embedding, atol=1e-5)
     assert [ax.get_title().split("\n")[0] for ax in fig.axes] == ["input", "output"]
     assert f"silhouette here {level['umap_silhouette']:.2f}" in fig.axes[0].get_title()
@@ -858,6 +872,7 @@ def test_measures_in_the_umap_are_those_of_each_levels_own_umap(run, shared_data
 
 def test_figures_per_level_show_that_level(run, shared_data, quick_measures, saved):
     run("--umap-points", 80, "--no-lb", "--per-layer", "--pca", 3, "--layers", "1,output", "--device", "cpu")
+    shown = dataset.load_series(shared_data).states[np.random.default_rng(42).permutation(3000)[:80]]
     names = {"tiny_pca3_umap_layer1.png": "layer 1", "tiny_pca3_umap_output.png": "output"}
     assert set(saved) == {*names, "tiny_pca3_summary.png"}
     for (name, level), points in zip(names.items(), quick_measures["points"], strict=True):
@@ -865,6 +880,7 @@ def test_figures_per_level_show_that_level(run, shared_data, quick_measures, sav
         assert ax.get_title() == f"{level}\nsilhouette here 0.20"
         assert saved[name].get_suptitle() == "tiny: UMAP of 80 steps, up to 3 principal components"
         np.testing.assert_array_equal(ax.collections[0].get_offsets(), points[:, :2])
+        np.testing.assert_allclose(ax.collections[0].get_facecolors()[:, :3], figures.circle_colors(4)[shown])
     assert saved["tiny_pca3_summary.png"].get_suptitle() == (
         "tiny: measures against depth, up to 3 principal components")
 
