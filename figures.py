@@ -42,6 +42,7 @@ matplotlib.rcParams.update(STYLE)
 # Ten hues that stay apart in a scatter of small dots, on a projector and for most colour-blind readers.
 TEN_COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
               "#8c564b", "#f564c3", "#4d4d4d", "#c9b400", "#17becf"]
+OFF, OFF_COLOR = -1, "#dddddd"  # in place of a circle: a step that is on none
 
 
 def circle_colors(n_circles):
@@ -129,13 +130,17 @@ def hide_unused(axes, used):
         ax.axis("off")
 
 
+def strip_colors(states, n_circles):
+    """The colours (…, 3) of states (…) int: that of the circle, or OFF_COLOR where it is OFF."""
+    return np.vstack([circle_colors(n_circles), to_rgb(OFF_COLOR)])[np.asarray(states)]  # index -1: the last row
+
+
 def state_strip(ax, states, n_circles, start=0, label="circle"):
     """The state sequence as one strip of circle colours; a single image, so that a long sequence is drawn quickly.
 
-    states: (n_steps,) int; start: the time step of states[0].
+    states: (n_steps,) int, OFF where a step is on no circle; start: the time step of states[0].
     """
-    colors = circle_colors(n_circles)
-    ax.imshow(colors[np.asarray(states)][None], aspect="auto", interpolation="nearest",
+    ax.imshow(strip_colors(states, n_circles)[None], aspect="auto", interpolation="nearest",
               extent=(start - 0.5, start + len(states) - 0.5, 0, 1))
     ax.set_yticks([])
     ax.set_ylabel(label, rotation=0, ha="right", va="center")
@@ -189,12 +194,11 @@ def scatter_panel(ax, points, colors=None, values=None, cmap="viridis", title=""
 def circle_legend(target, n_circles, present=None, **where):
     """A legend of the circles in `present` (default: all) on a Figure (outside its panels) or an Axes.
 
-    where: loc and other arguments of matplotlib's legend.
+    present may hold OFF, which comes last. where: loc and other arguments of matplotlib's legend.
     """
-    circles = range(n_circles) if present is None else present
-    colors = circle_colors(n_circles)
-    handles = [Line2D([], [], linestyle="", marker="o", markersize=7, color=colors[i], label=str(i))
-               for i in circles]
+    circles = sorted(range(n_circles) if present is None else present, key=lambda i: (i == OFF, i))
+    handles = [Line2D([], [], linestyle="", marker="o", markersize=7, color=strip_colors(i, n_circles),
+                      label="off" if i == OFF else str(i)) for i in circles]
     where = {"loc": "outside right upper", **where} if isinstance(target, Figure) else where
     return target.legend(handles=handles, title="circle", ncols=1 + (len(handles) - 1) // 15, **where)
 

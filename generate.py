@@ -4,23 +4,30 @@ A song is a series that the model generates. Reads NAME.pt and DATA_DIR/data.npz
 --seed-len real steps and goes on for --gen-len steps by the one-step recurrence, whose cost per step does not depend
 on how many steps came before.
 
-Temperature T adds Gaussian noise of standard deviation T * noise_std (config.json) to each prediction; the sum is the
-next step of the song, and the model reads it as such: T = 1 draws from the process as the model knows it, T = 0 is
-greedy. Bursts come every --perturb-interval steps (the first one after that many) and last --perturb-duration steps.
-During a burst, Gaussian noise of standard deviation --perturb-scale is added to what the model reads, or, with
+Of a mixture model, temperature 1 draws each step from the predicted density. Temperature 0 plays its mean. Other
+temperatures T sharpen or flatten the mixture as in sketch-rnn (Ha & Eck 2017, arXiv 1704.03477, section 3.3): weights
+softmax(logits / T), scales times sqrt(T). The limit of a small T is the mean of the likeliest component; it is not the
+mean of the mixture, which 0 plays. Of a point model, temperature T adds Gaussian noise of standard deviation
+T * noise_std (config.json) to each prediction, and 0 is greedy. What is drawn is the next step of the song, and the
+model reads it as such.
+
+Bursts come every --perturb-interval steps (the first one after that many) and last --perturb-duration steps. During a
+burst, Gaussian noise of standard deviation --perturb-scale is added to what the model reads, or, with
 --perturb-hidden, to the outputs of its layers. Burst noise acts on the model only; it is not part of the song.
 
-The exact filter's smoother then labels each generated step with a circle and an angle. Reported are transitions, dwell
-times, the circles visited, the share of predictions near no circle, and how long a song stays on the process.
+The exact filter's smoother then labels each generated step with a circle and an angle, and a step is on the process
+when the song keeps to these as well as a real series does (all but 1 in 100,000 steps of which count as on). Reported
+are the share of steps on the process and how long the song stays there, circles, transitions and dwell times where it
+is on the process, and its log-likelihood under the process, beside those of the real series. songs.py says how.
 
 Writes to SAVE_DIR, VARIANT naming every setting that isn't the default:
   NAME_generated[_VARIANT].npz        generated, predictions (samples, steps, features), seed, seed_starts, perturbed,
-                                      and, of the smoother, labels, thetas, nearest_distance, path_distance
+                                      and, of the smoother, labels, thetas, deviation, on, log_likelihood, visits
   NAME_generated[_VARIANT]_seed.png   seed and continuation
   NAME_generated[_VARIANT]_truth.png  continuation against the true one, and the error
-  NAME_generated[_VARIANT]_song.png   transition matrix, dwell times, distance to the process
-  NAME_compare[_VARIANT].png, .json   with --compare: greedy, temperature, output and hidden bursts side by side,
-                                      beside the real series where it is long enough
+  NAME_generated[_VARIANT]_song.png   transition matrix, dwell times, deviation from the process
+  NAME_compare[_VARIANT].png, .json   with --compare: greedy, temperature, output and hidden bursts side by side, of a
+                                      mixture its mean with noise too, beside the real series where it is long enough
 
 Examples:
   python generate.py --checkpoint model_next.pt --seed-len 64 --gen-len 512
@@ -32,7 +39,6 @@ Examples:
 
 import argparse
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +61,11 @@ def parse_args(argv=None):
     song.add_argument("--seed-len", type=cli.positive_int, default=512, metavar="N",
                       help="real steps before it sings")
     song.add_argument("--gen-len", type=cli.positive_int, default=512, metavar="N", help="steps to generate")
-    song.add_argument("--temperature", type=cli.non_negative_float, default=0.0, metavar="T",
-                      help="noise on each prediction, in units of the data's noise_std")
+    # None until the checkpoint says which head it has.
+    song.add_argument("--temperature", type=cli.non_negative_float, metavar="T",
+                      help="of a mixture model: 1 draws from the predicted density, 0 plays its mean, and other values "
+                           "sharpen or flatten it: softmax(logits / T) and scales * sqrt(T) (default: 1); of a point "
+                           "model: noise on each prediction, in units of the data's noise_std (default: 0)")
     song.add_argument("--n-samples", type=cli.positive_int, default=3, metavar="N",
                       help="songs, generated as one batch, from seeds spread evenly behind the first")
     # Left out of the namespace unless given: their defaults depend on other flags.
@@ -85,8 +94,10 @@ def parse_args(argv=None):
     problem = find_problem(args)
     if problem:
         parser.error(problem)
+    args.default_temperature = None
     if args.compare:
         args.temperature = args.temperature or COMPARE_TEMPERATURE
+        args.default_temperature = COMPARE_TEMPERATURE
         args.perturb_interval = args.perturb_interval or COMPARE_INTERVAL
     flags = vars(args)
     flags.setdefault("seed_offset", None)
@@ -125,11 +136,13 @@ import dataset
 import figures
 import mixture_head
 import optimal_filter
+import songs
 from mamba_model import open_model, stem
 
 BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: bounds the extra memory
 LEAST_TEMPERATURE = 1e-30  # of a mixture: float32 can't divide by much less
 SHOWN_STEPS, SHOWN_SAMPLES = 4096, 3  # more than that can't be told apart in a figure
+SAMPLE_STYLES = [{"color": "black"}, {"color": "0.5"}, {"color": "0.7"}]  # circles own the colours
 MOST_NAMED_CIRCLES = 20  # beyond, a transition matrix has room for every fifth number only, and for no text beside it
 
 
@@ -320,163 +333,53 @@ def seed_windows(n_steps, seed_len, gen_len, n_samples, offset):
 
 # ------------------------------------------------------------------------------------------------- is it a song?
 
-
-def transition_counts(label_rows, n_circles):
-    """How often each circle follows each other one: (K, K) int, row: from, column: to."""
-    counts = np.zeros((n_circles, n_circles), dtype=np.int64)
-    for labels in label_rows:
-        circles, _, _ = dataset.visits(labels)
-        np.add.at(counts, (circles[:-1], circles[1:]), 1)
-    return counts
+SUMMARY_HEADER = ["", "on the process", "until off", "circles", "transitions", "TV", "95 % by chance", "mean dwell",
+                  "p of dwells", "nats per step"]
 
 
-def total_variation(counts, P):
-    """Total variation distance of each row of observed transitions from that of P: (K,), NaN for rows never left."""
-    left = counts.sum(axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(left > 0, np.abs(counts / left[:, None] - P).sum(axis=1) / 2, np.nan)
-
-
-def chance_total_variation(left, P):
-    """The mean total variation that the true process itself shows when row i is left left[i] times: (K,).
-
-    Half the sum of mean absolute deviations of binomial frequencies, by de Moivre's formula
-    E|X - np| = 2 (m + 1) C(n, m + 1) p^(m + 1) (1 - p)^(n - m), m = floor(np).
-    """
-    out = np.full(len(P), np.nan)
-    for i, n in enumerate(np.asarray(left).tolist()):
-        if n:
-            out[i] = sum(mean_absolute_deviation(n, p) for p in P[i].tolist()) / (2 * n)
-    return out
-
-
-def mean_absolute_deviation(n, p):
-    """E|X - np| of a binomial X."""
-    if p <= 0 or p >= 1:
-        return 0.0
-    m = min(math.floor(n * p), n - 1)
-    log_choose = math.lgamma(n + 1) - math.lgamma(m + 2) - math.lgamma(n - m)
-    return 2 * (m + 1) * math.exp(log_choose + (m + 1) * math.log(p) + (n - m) * math.log1p(-p))
-
-
-def completed_dwells(label_rows):
-    """Circles and lengths (steps) of the visits whose first and last step were both seen."""
-    visits = [dataset.visits(labels) for labels in label_rows]
-    return (np.concatenate([circles[1:-1] for circles, _, _ in visits]),
-            np.concatenate([lengths[1:-1] for _, _, lengths in visits]))
-
-
-def dwell_time_law(process, circles):
-    """The true law of the dwell times of visits to `circles`: possible lengths (steps) and their probabilities."""
-    revolutions = np.arange(1, process.dwell_law.shape[1] + 1)
-    lengths = process.periods[circles][:, None] * revolutions
-    values, index = np.unique(lengths, return_inverse=True)
-    total = np.bincount(index.ravel(), process.dwell_law[circles].ravel(), len(values))
-    return values, total / max(len(circles), 1)
-
-
-def steps_on(off, patience):
-    """Steps before the first `patience` consecutive ones that are off (n,) bool; all of them if there are none."""
-    in_a_row = 0
-    for t, is_off in enumerate(off):
-        in_a_row = in_a_row + 1 if is_off else 0
-        if in_a_row == patience:
-            return t + 1 - patience
-    return len(off)
-
-
-def off_distance(process):
-    """A prediction farther than this from a point of the process is off it: half the smallest radius.
-
-    Predictions have no noise, so distance alone can judge them. A prediction that hedges between circles or shrinks to
-    the common centre, one radius from all of them, is off; one that is merely blurred is not.
-    """
-    return process.radii.min() / 2
-
-
-def analyse(process, seeds, generated, predictions):
-    """What the exact smoother makes of a generation; arrays as `generate` takes and returns them. Returns a dict.
-
-    labels, thetas (n, n_steps): circle and angle of each generated step, given seed and continuation.
-    nearest_distance (n, n_steps): from each prediction to the nearest point of any circle.
-    path_distance (n, n_steps): from each prediction to the point at the smoother's circle and angle, which moves as the
-    process moves. A song that freezes, or stays on a circle longer than any visit lasts, is near a circle but not on
-    the path. When the centre walks, both are distances from circles around the centre that the smoother finds.
-    steps_on_process (n,): steps before the path distance stays above `off_distance` for half the shortest revolution.
-    """
-    seed_len = seeds.shape[1]
-    smoothed = [optimal_filter.smooth(process, np.concatenate(pair), initial="stationary")
-                for pair in zip(seeds, generated, strict=True)]
-    labels, thetas, centers = (np.stack([s[name][seed_len:] for s in smoothed])
-                               for name in ("circle", "theta", "center"))
-    around_center = predictions - centers
-    path = np.linalg.norm(around_center - circle_process.points(process, labels, thetas), axis=-1)
-    nearest = np.stack([circle_process.distance(process, rows) for rows in around_center])
-    patience = max(int(process.periods.min()) // 2, 1)
-    return {"labels": labels, "thetas": thetas, "nearest_distance": nearest, "path_distance": path,
-            "steps_on_process": np.array([steps_on(row > off_distance(process), patience) for row in path])}
-
-
-def summarise(process, song):
-    """The numbers of a song, over all its samples, as a dict of plain values; None for what was never seen."""
-    P = process.transition_matrix
-    counts = transition_counts(song["labels"], process.n_circles)
-    left = counts.sum(axis=1)
-    distances, chance = total_variation(counts, P), chance_total_variation(left, P)
-    share = left / max(left.sum(), 1)  # each row of the matrix counts by how often its circle was left
-    _, dwells = completed_dwells(song["labels"])
-    return {
-        "steps": int(song["labels"].shape[1]),
-        "steps_on_process": song["steps_on_process"].tolist(),
-        "near_no_circle": float((song["nearest_distance"] > off_distance(process)).mean()),
-        "circles_visited": len(np.unique(song["labels"])),
-        "transitions": int(left.sum()),
-        "total_variation": float(np.nansum(distances * share)) if left.sum() else None,
-        "total_variation_by_chance": float(np.nansum(chance * share)) if left.sum() else None,
-        "transitions_a_row": left.tolist(),
-        "total_variation_a_row": [None if math.isnan(d) else float(d) for d in distances],
-        "completed_visits": len(dwells),
-        "mean_dwell": float(dwells.mean()) if len(dwells) else None,
-    }
-
-
-SUMMARY_HEADER = ["", "steps on the process", "near no circle", "circles", "transitions", "TV", "TV by chance",
-                  "mean dwell"]
+def number(value, form):
+    return "–" if value is None else format(value, form)
 
 
 def summary_row(name, summary):
-    """The cells of one line under SUMMARY_HEADER; summary: as `summarise` returns it."""
-    def number(key, digits):
-        return "–" if summary[key] is None else f"{summary[key]:.{digits}f}"
+    """The cells of one line under SUMMARY_HEADER; summary: as `songs.summarise` returns it."""
+    until_off = summary["steps_on_process"]
+    if len(until_off) > SHOWN_SAMPLES:
+        until_off = [f"{min(until_off)} to {max(until_off)}"]
+    low, high = summary["total_variation_band"]
+    error = summary["log_likelihood_error"]
+    return [name, f"{summary['share_on_process']:.2%}", ", ".join(map(str, until_off)), summary["circles_visited"],
+            summary["transitions"], number(summary["total_variation"], ".3f"),
+            "–" if low is None else f"{low:.3f} to {high:.3f}", number(summary["mean_dwell"], ".0f"),
+            number(summary["dwell_p_value"], ".3f"),
+            f"{summary['log_likelihood']:.3f}" + ("" if error is None else f" ± {error:.3f}")]
 
-    return [name, ", ".join(map(str, summary["steps_on_process"])), f"{summary['near_no_circle']:.1%}",
-            summary["circles_visited"], summary["transitions"], number("total_variation", 3),
-            number("total_variation_by_chance", 3), number("mean_dwell", 0)]
+
+def print_summaries(process, summaries):
+    """Print a table of summaries, {name: summary}, and what the process itself gives in the long run."""
+    rate, error = optimal_filter.entropy_rate(process)
+    mean_dwell = songs.mean_dwell_of_law(process)
+    law = ["process", f"{1 - songs.FALSE_ALARM:.3%}", *"–––––", f"{mean_dwell:.0f}", "–", f"{-rate:.3f} ± {error:.1g}"]
+    print()
+    print(cli.table(SUMMARY_HEADER, [*(summary_row(name, summary) for name, summary in summaries.items()), law]))
+    print()
 
 
-def transition_table(process, labels):
+def transition_table(summary):
     """For each circle that was left: how often, and how far from the true transitions, in fact and by chance."""
-    P = process.transition_matrix
-    counts = transition_counts(labels, process.n_circles)
-    left = counts.sum(axis=1)
-    distances, chance = total_variation(counts, P), chance_total_variation(left, P)
-    return cli.table(["from circle", "left", "TV", "TV by chance"], [
-        [i, left[i], f"{distances[i]:.3f}", f"{chance[i]:.3f}"] for i in np.flatnonzero(left)])
+    rows = zip(summary["transitions_per_circle"], summary["total_variation_per_circle"],
+               summary["total_variation_band_per_circle"], strict=True)
+    return cli.table(["from circle", "left", "TV", "95 % by chance"], [
+        [i, left, f"{distance:.3f}", f"{band[0]:.3f} to {band[1]:.3f}"]
+        for i, (left, distance, band) in enumerate(rows) if left])
 
 
 def reference_song(process, series, starts, seed_len, n_steps):
-    """The same analysis of the true continuations of the seeds, or None where the series ends too early.
-
-    The exact filter takes the model's place: it predicts each step from the true ones before it.
-    """
+    """The same analysis of the true continuations of the seeds, or None where the series ends too early."""
     if max(starts) + seed_len + n_steps > series.n_steps:
         return None
     windows = np.stack([series.X[start:start + seed_len + n_steps] for start in starts])
-    predictions = []
-    for X in windows:
-        one_ahead = optimal_filter.predict(process, X, initial="stationary")["prediction"][1]
-        predictions.append(one_ahead[seed_len - 1:-1])  # row t predicts step t + 1
-    return analyse(process, windows[:, :seed_len], windows[:, seed_len:], np.stack(predictions))
+    return songs.analyse(process, windows[:, :seed_len], windows[:, seed_len:])
 
 
 def rms_error(generated, truth):
@@ -495,27 +398,38 @@ def burst_marks(ax, in_burst):
               transform=ax.get_xaxis_transform())
 
 
+SIGNED = {"unit": "data units", "cmap": "RdBu_r"}  # how heatmaps show the series, around white for 0
+
+
+def signed_limits(values):
+    """Limits of a diverging colour map, symmetric about 0, for values of any shape: nearly all lie within."""
+    largest = np.percentile(np.abs(values), 99)
+    return -largest, largest
+
+
 def draw_seed(title, windows, seed_states, labels, seed_starts, in_burst, n_circles):
     """Seed and continuation of each sample, a strip of circles above a heatmap of the features: a Figure.
 
-    windows (n, seed_len + steps, features); seed_states (n, seed_len); labels (n, steps) or None without a filter.
+    windows (n, seed_len + steps, features); seed_states (n, seed_len); labels (n, steps), figures.OFF where the song is
+    off the process, or None without a filter.
     """
-    seed_len = seed_states.shape[1]
+    seed_len, shown = seed_states.shape[1], []
     fig, axes = figures.new_figure(2 * len(windows), 1, panel=(11.0, 1.5), title=title,
                                    gridspec_kw={"height_ratios": [0.12, 1] * len(windows)})
-    limits = np.percentile(windows, [1, 99])
     for i, window in enumerate(windows):
         strip, heat = axes[2 * i:2 * i + 2, 0]
         circles = seed_states[i] if labels is None else np.concatenate([seed_states[i], labels[i]])
         figures.state_strip(strip, circles, n_circles, start=-seed_len)
         strip.set_xlim(-seed_len - 0.5, window.shape[0] - seed_len - 0.5)
-        figures.heatmap_panel(fig, heat, window, start=-seed_len, ylabel="feature", limits=limits)
+        shown.append(circles)
+        figures.heatmap_panel(fig, heat, window, start=-seed_len, ylabel="feature", limits=signed_limits(windows),
+                              **SIGNED)
         strip.set_title(f"seed from time step {seed_starts[i]}", loc="left")
-        heat.axvline(-0.5, color="white", linestyle="--")
+        heat.axvline(-0.5, color="black", linestyle="--", linewidth=1.0)
         burst_marks(strip, in_burst)
     axes[-1, 0].set_xlabel("generated step (before 0: the seed; black bars: bursts)" if in_burst.any()
                            else "generated step (before 0: the seed)")
-    figures.circle_legend(fig, n_circles)
+    figures.circle_legend(fig, n_circles, np.unique(np.concatenate(shown)))
     return fig
 
 
@@ -529,21 +443,23 @@ def draw_truth(title, generated, labels, truths, states, start, noise_std, in_bu
     fig, axes = figures.new_figure(6, 1, panel=(11.0, 1.45), title=title,
                                    gridspec_kw={"height_ratios": [0.14, 1, 0.14, 1, 1, 1]})
     true_strip, true_heat, strip, heat, difference, curve = axes[:, 0]
-    limits = np.percentile(truth, [1, 99])
+    limits = signed_limits(truth)
     figures.state_strip(true_strip, states, n_circles)
-    true_strip.set_title(f"true series, from time step {start}", loc="left")
-    figures.heatmap_panel(fig, true_heat, truth, ylabel="feature", limits=limits)
-    strip.set_title("generated", loc="left")
+    which = " of sample 0" if len(truths) > 1 else ""
+    true_strip.set_title(f"true series{which}, from time step {start}", loc="left")
+    figures.heatmap_panel(fig, true_heat, truth, ylabel="feature", limits=limits, **SIGNED)
+    strip.set_title(f"generated{', sample 0' * (len(truths) > 1)}", loc="left")
     if labels is None:
         strip.axis("off")
     else:
         figures.state_strip(strip, labels[0, :steps], n_circles)
-    figures.heatmap_panel(fig, heat, generated[0, :steps], ylabel="feature", limits=limits)
+    figures.heatmap_panel(fig, heat, generated[0, :steps], ylabel="feature", limits=limits, **SIGNED)
     figures.heatmap_panel(fig, difference, generated[0, :steps] - truth, ylabel="feature", title="generated − true",
-                          cmap="RdBu_r", symmetric=True)
+                          symmetric=True, **SIGNED)
     error_curves(curve, generated, truths, noise_std)
     burst_marks(strip, in_burst[:steps])
-    figures.circle_legend(fig, n_circles)
+    present = np.unique(states) if labels is None else np.union1d(states, labels[0, :steps])
+    figures.circle_legend(fig, n_circles, present)
     return fig
 
 
@@ -558,92 +474,101 @@ def error_curves(ax, generated, truths, noise_std):
     if noise_std:
         ax.axhline(noise_std, color="0.3", linestyle="--", linewidth=1.0, label="noise_std")
     ax.axhline(spread, color="0.3", linestyle=":", linewidth=1.0, label="std of the true series")
-    ax.set(xlim=(-0.5, len(truths[0]) - 0.5), ylim=(0, 1.35 * top), ylabel="RMS error", xlabel="generated step")
+    ax.set(xlim=(-0.5, len(truths[0]) - 0.5), ylim=(0, 1.35 * top), ylabel="RMS error\n(data units)",
+           xlabel="generated step")
     ax.legend(loc="upper left", ncols=5, fontsize=8)  # above the curves: there is room for it
 
 
-def draw_song(title, process, song, in_burst):
-    """Transitions and dwell times beside the true ones, and the distance to the process over time: a Figure."""
+def draw_song(title, process, song, summary, in_burst):
+    """Transitions and dwell times beside the true ones, and the deviation from the path over time: a Figure."""
     fig, axes = figures.new_figure(2, 2, panel=(5.6, 3.9), title=title)
-    transition_panels(fig, axes[0], process.transition_matrix, transition_counts(song["labels"], process.n_circles))
-    dwell_histogram(axes[1, 0], process, *completed_dwells(song["labels"]))
-    distance_curves(axes[1, 1], song["path_distance"][:SHOWN_SAMPLES, :SHOWN_STEPS], off_distance(process),
-                    in_burst[:SHOWN_STEPS])
+    transition_panels(fig, axes[0], process.transition_matrix, summary)
+    dwell_histogram(axes[1, 0], process, *songs.completed_dwells(song["visits"]), summary["dwell_p_value"])
+    ax = axes[1, 1]
+    deviation_curves(ax, process, song["deviation"][:SHOWN_SAMPLES, :SHOWN_STEPS], in_burst[:SHOWN_STEPS])
+    ax.set(xlabel="generated step", ylabel="RMS deviation (data units)")
+    ax.set_title("generated series to the path", pad=12)  # clear of the burst marks
+    ax.legend(loc="upper left", fontsize=8, ncols=2)
     return fig
 
 
-def transition_panels(fig, axes, P, counts):
-    """The true transition matrix P (K, K) and the shares of counts (K, K), with each row's distance beside it."""
-    K, left = len(P), counts.sum(axis=1)
+def transition_panels(fig, axes, P, summary):
+    """The true transition matrix P (K, K) and the shares that were seen, with each row's distance beside it.
+
+    What is impossible, or was never seen, is white. A circle that was never left has no shares: its row is hatched.
+    """
+    K, counts = len(P), np.array(summary["transition_counts"])
+    left = counts.sum(axis=1)
     shares = counts / np.maximum(left, 1)[:, None]
     ticks = range(K) if K <= MOST_NAMED_CIRCLES else range(0, K, 5)
     for ax, matrix, name in zip(axes, (P, shares), ("true transitions", "generated transitions"), strict=True):
-        image = ax.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
+        image = ax.imshow(np.ma.masked_equal(matrix, 0), cmap="viridis", vmin=0, vmax=1)
         ax.set(title=name, xlabel="to circle", ylabel="from circle", xticks=ticks, yticks=ticks)
     fig.colorbar(image, ax=axes.tolist(), label="probability", fraction=0.03, pad=0.01)
-    if K <= MOST_NAMED_CIRCLES:
-        for i, (distance, n) in enumerate(zip(total_variation(counts, P), left, strict=True)):
-            text = f"TV {'–' if math.isnan(distance) else f'{distance:.2f}'}  n {n}"
-            axes[1].text(K - 0.3, i, text, va="center", fontsize=8)
+    for i in np.flatnonzero(left == 0):
+        axes[1].axhspan(i - 0.5, i + 0.5, facecolor="0.95", edgecolor="0.75", hatch="////", linewidth=0)
+    if K > MOST_NAMED_CIRCLES:
+        return
+    for i, (distance, n) in enumerate(zip(summary["total_variation_per_circle"], left, strict=True)):
+        axes[1].text(K - 0.3, i, f"TV {distance:.2f}  n {n}" if n else "never left", va="center", fontsize=8)
 
 
-def dwell_histogram(ax, process, circles, dwells):
+def dwell_histogram(ax, process, circles, dwells, p_value):
     """The lengths of visits, dwells (n,) steps on circles (n,), over the law that the process gives them."""
-    ax.set_title("dwell times")
+    ax.set_title("dwell times" if p_value is None else f"dwell times (p = {p_value:.3f})")
     if len(dwells) == 0:
         ax.text(0.5, 0.5, "no visit was seen from\nits first to its last step", ha="center", va="center",
                 transform=ax.transAxes)
         figures.bare(ax)
         return
-    lengths, law = dwell_time_law(process, circles)
+    lengths, law = songs.dwell_time_law(process, circles)
     nearly_all = lengths[np.searchsorted(np.cumsum(law), 0.999).clip(max=len(lengths) - 1)]
     bins = np.linspace(0, 1.02 * max(dwells.max(), nearly_all), 41)
     ax.hist(lengths, bins, weights=law, color="0.75", label="true law")
-    ax.hist(dwells, bins, weights=np.full(len(dwells), 1 / len(dwells)), histtype="step", color="#1f77b4",
+    ax.hist(dwells, bins, weights=np.full(len(dwells), 1 / len(dwells)), histtype="step", color="black",
             linewidth=1.5, label=f"generated ({len(dwells)} visits)")
     ax.set(xlabel="dwell time (steps)", ylabel="share of visits")
     ax.legend()
 
 
-def distance_curves(ax, distances, threshold, in_burst):
-    """The distance of each sample's prediction to the process, (n, steps), and where it counts as off."""
-    for i, row in enumerate(distances):
-        ax.plot(row, linewidth=0.8, label=f"sample {i}")
-    ax.axhline(threshold, color="black", linestyle="--", linewidth=1.0, label="off the process")
-    ax.set(xlabel="generated step", ylabel="distance", ylim=(0, None), xlim=(-0.5, distances.shape[1] - 0.5))
-    ax.set_title("prediction to the process", pad=12)  # clear of the burst marks
+def deviation_curves(ax, process, deviations, in_burst):
+    """The deviation of each sample, (n, steps), from its path, as songs.analyse gives it, and where it is off."""
+    threshold = songs.largest_deviation(process, songs.window_length(process))
+    for i, (row, style) in enumerate(zip(deviations, SAMPLE_STYLES, strict=False)):
+        ax.plot(row, linewidth=0.8, label=f"sample {i}", **style)
+    ax.axhline(threshold, color="crimson", linestyle="--", linewidth=1.0, label="above: off the process")
+    top = max(1.05 * deviations.max(), 1.5 * threshold)
+    ax.set(xlim=(-0.5, deviations.shape[1] - 0.5), ylim=(0, 1.25 * top))  # room for the legend
     burst_marks(ax, in_burst)
-    ax.legend(loc="upper right", fontsize=8)
 
 
-def draw_compare(title, songs, summaries, in_burst, threshold, n_circles):
-    """The circles of each song's samples as strips, white where a step is off the process, and its distances: a Figure.
+def draw_compare(title, process, compared, summaries, in_burst):
+    """The circles of each song's samples as strips, grey where a step is off the process, and its deviations: a Figure.
 
-    songs, summaries, in_burst: dicts with the same names as keys, of what `analyse`, `summarise` and `burst_steps`
-    return.
+    compared, summaries, in_burst: dicts with the same names as keys, of what `songs.analyse`, `songs.summarise` and
+    `burst_steps` return.
     """
-    fig, axes = figures.new_figure(len(songs), 2, panel=(6.5, 1.6), title=title, sharex=True,
+    n_circles = process.n_circles
+    fig, axes = figures.new_figure(len(compared), 2, panel=(6.5, 1.6), title=title, sharex=True,
                                    gridspec_kw={"width_ratios": [1.3, 1]})
-    colors = figures.circle_colors(n_circles)
-    for (name, song), (strip, curve) in zip(songs.items(), axes, strict=True):
-        labels, distances = song["labels"][:SHOWN_SAMPLES], song["path_distance"][:SHOWN_SAMPLES]
+    present = set()
+    for (name, song), (strip, curve) in zip(compared.items(), axes, strict=True):
+        labels = shown_labels(song)[:SHOWN_SAMPLES]
+        present.update(np.unique(labels).tolist())
         n, steps = labels.shape
-        off = distances > threshold
-        strip.imshow(np.where(off[..., None], 1.0, colors[labels]), aspect="auto", interpolation="nearest",
+        strip.imshow(figures.strip_colors(labels, n_circles), aspect="auto", interpolation="nearest",
                      extent=(-0.5, steps - 0.5, n - 0.5, -0.5))
         strip.set(yticks=range(n), ylabel="sample")
         summary = summaries[name]
-        strip.set_title(f"{name}: {summary['circles_visited']} circles, {summary['near_no_circle']:.1%} near none",
-                        loc="left")
-        curve.plot(distances.T, linewidth=0.7)
-        curve.axhline(threshold, color="black", linestyle="--", linewidth=1.0)
-        curve.set(ylabel="distance", ylim=(0, None), xlim=(-0.5, steps - 0.5))
-        for ax in (strip, curve):
-            burst_marks(ax, in_burst[name])
+        strip.set_title(f"{name}: {summary['share_on_process']:.1%} on the process, {summary['circles_visited']} "
+                        f"circles, {summary['transitions']} transitions", loc="left")
+        deviation_curves(curve, process, song["deviation"][:SHOWN_SAMPLES], in_burst[name])
+        curve.set(ylabel="data units")
+        burst_marks(strip, in_burst[name])
     for ax in axes[-1]:
         ax.set_xlabel("generated step")
-    axes[0, 1].set_title("prediction to the process", loc="left")
-    figures.circle_legend(fig, n_circles)
+    axes[0, 1].set_title("RMS deviation from the path (dashed: off above)", loc="left")
+    figures.circle_legend(fig, n_circles, present)
     return fig
 
 
@@ -666,13 +591,14 @@ class Inputs:
 def load_inputs(args):
     """Load and check what the flags name: an Inputs. Raises cli.UserError when something doesn't fit."""
     model, trained_with, series = open_model(args.checkpoint, args.data_dir, cli.pick_device(args.device), args.scan)
+    settle_temperature(args, model.mixture)
     if args.perturb_layers:
         layers_to_perturb(args, model.n_layers)
     process = optimal_filter.process_or_none(series, without="no exact filter, so no song analysis")
     if args.compare and process is None:
         raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
     noise_std = series.config.get("noise_std")
-    if args.temperature and noise_std is None:
+    if args.temperature and noise_std is None and not model.mixture:
         raise cli.UserError(f"--temperature is in units of noise_std, which {args.data_dir}/config.json doesn't give; "
                             "use --temperature 0")
     offset = args.seed_offset
@@ -684,6 +610,18 @@ def load_inputs(args):
     seeds = np.stack([series.X[start:start + args.seed_len] for start in starts])
     print(f"seeds of {args.seed_len} steps from time steps {', '.join(map(str, starts))}")
     return Inputs(model, series, process, starts, seeds, noise_std or 0.0)
+
+
+def settle_temperature(args, mixture):
+    """Give --temperature its value where the head decides: 1 for a mixture, 0 for a point; note if it is the default.
+
+    Names of files tell of the temperature when it isn't.
+    """
+    default = args.default_temperature
+    if default is None:
+        default = 1.0 if mixture else 0.0
+    args.temperature = default if args.temperature is None else args.temperature
+    args.default_temperature = default
 
 
 def layers_to_perturb(args, n_layers):
@@ -704,8 +642,10 @@ def variant(args, defaults):
     def changed(*names):
         return any(getattr(args, name) != getattr(defaults, name) for name in names)
 
-    letters = {"seed_len": "s", "gen_len": "g", "n_samples": "n", "seed_offset": "o", "seed": "r", "temperature": "T"}
+    letters = {"seed_len": "s", "gen_len": "g", "n_samples": "n", "seed_offset": "o", "seed": "r"}
     words = [letter + plain(getattr(args, name)) for name, letter in letters.items() if changed(name)]
+    if args.temperature not in (None, args.default_temperature):
+        words.append("T" + plain(args.temperature))
     if changed("perturb_interval", "perturb_scale", "perturb_duration"):
         where = "bursts" if args.compare else "hidden" if args.perturb_hidden else "output"
         words.append(f"{where}{args.perturb_interval}x{plain(args.perturb_scale)}x{args.perturb_duration}")
@@ -726,10 +666,11 @@ def beside(args, ending):
     return args.save_dir / f"{file_prefix(args)}{ending}"
 
 
-def timed_generation(args, inputs, noise_std, bursts):
+def timed_generation(args, inputs, noise_std, bursts, temperature):
     """`generate`, with the time it took on stdout. Raises cli.UserError when the series leaves the finite numbers."""
     begin = time.perf_counter()
-    generated, predictions = generate(inputs.model, inputs.seeds, args.gen_len, noise_std, bursts, args.seed)
+    generated, predictions = generate(inputs.model, inputs.seeds, args.gen_len, noise_std, bursts, args.seed,
+                                      temperature)
     seconds = time.perf_counter() - begin
     print(f"generated {len(inputs.seeds)} x {args.gen_len} steps in {seconds:.2f} s, start-up included")
     broken = ~np.isfinite(generated).all(axis=(0, 2))
@@ -739,34 +680,47 @@ def timed_generation(args, inputs, noise_std, bursts):
     return generated, predictions
 
 
+def shown_labels(song):
+    """The circles of a song's steps, (n, n_steps) int, figures.OFF where it is off the process."""
+    return np.where(song["on"], song["labels"], figures.OFF)
+
+
+def compared_settings(args, inputs):
+    """What --compare plays: {name: (standard deviation of the noise on each prediction, temperature of the mixture,
+    bursts)}."""
+    timing = (args.perturb_interval, args.perturb_duration, args.perturb_scale)
+    noise_std, degree = args.temperature * inputs.noise_std, f"{args.temperature:g}"
+    if inputs.model.mixture:
+        temperature = {f"noise {degree}": (noise_std, 0.0, None),
+                       f"temperature {degree}": (0.0, args.temperature, None)}
+    else:
+        temperature = {f"temperature {degree}": (noise_std, 0.0, None)}
+    return {
+        "greedy": (0.0, 0.0, None),
+        **temperature,
+        "output bursts": (0.0, 0.0, Bursts(*timing)),
+        "hidden bursts": (0.0, 0.0, Bursts(*timing, layers_to_perturb(args, inputs.model.n_layers))),
+    }
+
+
 def compare(args, inputs):
     """Greedy, temperature, output bursts and hidden bursts, side by side with the real series."""
-    process, timing = inputs.process, (args.perturb_interval, args.perturb_duration, args.perturb_scale)
-    settings = {  # name: the standard deviation of the temperature noise, and the bursts
-        "greedy": (0.0, None),
-        f"temperature {args.temperature:g}": (args.temperature * inputs.noise_std, None),
-        "output bursts": (0.0, Bursts(*timing)),
-        "hidden bursts": (0.0, Bursts(*timing, layers_to_perturb(args, inputs.model.n_layers))),
-    }
-    songs, in_burst = {}, {}
+    process, compared, in_burst = inputs.process, {}, {}
     real = reference_song(process, inputs.series, inputs.starts, args.seed_len, args.gen_len)
     if real:
-        songs["real series"], in_burst["real series"] = real, burst_steps(args.gen_len, None)
-    for name, (noise_std, bursts) in settings.items():
-        generated, predictions = timed_generation(args, inputs, noise_std, bursts)
-        songs[name] = analyse(process, inputs.seeds, generated, predictions)
+        compared["real series"], in_burst["real series"] = real, burst_steps(args.gen_len, None)
+    for name, (noise_std, temperature, bursts) in compared_settings(args, inputs).items():
+        generated, _ = timed_generation(args, inputs, noise_std, bursts, temperature)
+        compared[name] = songs.analyse(process, inputs.seeds, generated)
         in_burst[name] = burst_steps(args.gen_len, bursts)
 
-    summaries = {name: summarise(process, song) for name, song in songs.items()}
-    print()
-    print(cli.table(SUMMARY_HEADER, [summary_row(name, summary) for name, summary in summaries.items()]))
-    print()
+    summaries = {name: songs.summarise(process, song) for name, song in compared.items()}
+    print_summaries(process, summaries)
     cli.write_text(beside(args, ".json"), json.dumps(summaries, indent=2) + "\n")
     print(f"wrote {beside(args, '.json')}")
     title = (f"{stem(args.checkpoint)}: bursts of std {args.perturb_scale:g}, {args.perturb_duration} of every "
              f"{args.perturb_interval} steps")
-    fig = draw_compare(title, songs, summaries, in_burst, off_distance(process), process.n_circles)
-    figures.save(fig, beside(args, ".png"))
+    figures.save(draw_compare(title, process, compared, summaries, in_burst), beside(args, ".png"))
 
 
 def sing(args, inputs):
@@ -776,14 +730,17 @@ def sing(args, inputs):
         layers = layers_to_perturb(args, inputs.model.n_layers) if args.perturb_hidden else None
         bursts = Bursts(args.perturb_interval, args.perturb_duration, args.perturb_scale, layers)
     in_burst = burst_steps(args.gen_len, bursts)
-    generated, predictions = timed_generation(args, inputs, args.temperature * inputs.noise_std, bursts)
-    song = None if inputs.process is None else analyse(inputs.process, inputs.seeds, generated, predictions)
+    noise_std, temperature = args.temperature * inputs.noise_std, 0.0
+    if inputs.model.mixture:
+        noise_std, temperature = 0.0, args.temperature
+    generated, predictions = timed_generation(args, inputs, noise_std, bursts, temperature)
+    song = None if inputs.process is None else songs.analyse(inputs.process, inputs.seeds, generated)
 
     with cli.writing(beside(args, ".npz")) as part:
         np.savez_compressed(part, generated=generated, predictions=predictions, seed=inputs.seeds,
                             seed_starts=inputs.starts, perturbed=in_burst, **(song or {}))
     print(f"wrote {beside(args, '.npz')}")
-    save_continuations(args, inputs, generated, None if song is None else song["labels"], in_burst)
+    save_continuations(args, inputs, generated, None if song is None else shown_labels(song), in_burst)
     if song is not None:
         report(args, inputs, song, in_burst)
 
@@ -817,21 +774,18 @@ def save_continuations(args, inputs, generated, labels, in_burst):
 def report(args, inputs, song, in_burst):
     """The song's numbers as tables, beside those of the true continuations, and its figure."""
     process, name = inputs.process, stem(args.checkpoint)
-    summary = summarise(process, song)
-    rows = [summary_row("generated", summary)]
+    summary = songs.summarise(process, song)
+    summaries = {"generated": summary}
     real = reference_song(process, inputs.series, inputs.starts, args.seed_len, args.gen_len)
     if real:
-        rows.append(summary_row("real series", summarise(process, real)))
-    print()
-    print(cli.table(SUMMARY_HEADER, rows))
-    print()
+        summaries["real series"] = songs.summarise(process, real)
+    print_summaries(process, summaries)
     if summary["transitions"]:
-        print(transition_table(process, song["labels"]))
+        print(transition_table(summary))
         print()
-    on_process = ", ".join(map(str, summary["steps_on_process"]))
-    title = (f"{name}: on the process for {on_process} of {args.gen_len} steps; "
-             f"{summary['near_no_circle']:.1%} of steps near no circle; {summary['circles_visited']} circles")
-    figures.save(draw_song(title, process, song, in_burst), beside(args, "_song.png"))
+    title = (f"{name}: {summary['share_on_process']:.1%} of {args.gen_len} steps on the process; "
+             f"{summary['circles_visited']} circles, {summary['transitions']} transitions")
+    figures.save(draw_song(title, process, song, summary, in_burst), beside(args, "_song.png"))
 
 
 def main(args):
