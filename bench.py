@@ -109,6 +109,7 @@ SIZES = {
 }
 SMALL_BATCHES = (1, 2, 4, 8)
 SAMPLES = 3
+COMPONENTS = 16  # of the mixture head beside the point head
 
 
 # ---- Timing --------------------------------------------------------------------------------------------------
@@ -796,12 +797,17 @@ def measure_generate(bench):
     seed_on_device = torch.from_numpy(seed).to(device)
     recurrence, prefix = generate.generate(model, seed, 8)[1], generate_by_prefix(peer, seed_on_device, 8)[0]
     error = np.linalg.norm(recurrence - prefix.cpu().numpy()) / np.linalg.norm(recurrence)
+    mixture = CausalTimeSeriesMamba(**size["model"], mixture=COMPONENTS).to(device).eval()
+    generate.generate(mixture, seed, 8, temperature=1.0)  # compiles
     found = interleaved({
         "ours": timed(lambda: generate.generate(model, seed, n_steps), device, n_steps),
+        "mixture": timed(lambda: generate.generate(mixture, seed, n_steps, temperature=1.0), device, n_steps),
         "prefix": lambda: generate_by_prefix(peer, seed_on_device, n_steps, every)[1] / n_steps}, bench.repeats)
     limit = generation_limit(bench.limits, model, SAMPLES)
     lines = [compared(f"one of {n_steps} steps", found["ours"], f"prefix re-run, {blocks}", found["prefix"],
-                      limit=limit)]
+                      limit=limit),
+             compared(f"the same, mixture of {COMPONENTS}", found["mixture"], "point head", found["ours"],
+                      limit=generation_limit(bench.limits, mixture, SAMPLES))]
     long, seconds = size["long"], []
     memory, short_memory = (peak_memory(lambda n=n: seconds.append(timed(
         lambda: generate.generate(model, seed, n), device)()), device) for n in (long, n_steps))

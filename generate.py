@@ -466,14 +466,14 @@ def draw_truth(title, generated, labels, truths, states, start, noise_std, in_bu
 def error_curves(ax, generated, truths, noise_std):
     """The RMS error of each sample over time, beside the noise and the spread of the first true continuation."""
     top = spread = truths[0].std()
-    for i, (sample, truth) in enumerate(zip(generated, truths, strict=True)):
+    for i, (sample, truth, style) in enumerate(zip(generated, truths, SAMPLE_STYLES, strict=False)):
         if len(truth):
             error = rms_error(sample[:len(truth)], truth)
             top = max(top, error.max())
-            ax.plot(error, linewidth=1.0, label=f"sample {i}")
+            ax.plot(error, linewidth=1.0, label=f"sample {i}", **style)
     if noise_std:
-        ax.axhline(noise_std, color="0.3", linestyle="--", linewidth=1.0, label="noise_std")
-    ax.axhline(spread, color="0.3", linestyle=":", linewidth=1.0, label="std of the true series")
+        ax.axhline(noise_std, color="crimson", linestyle="--", linewidth=1.0, label="noise_std")
+    ax.axhline(spread, color="crimson", linestyle=":", linewidth=1.0, label="std of the true series")
     ax.set(xlim=(-0.5, len(truths[0]) - 0.5), ylim=(0, 1.35 * top), ylabel="RMS error\n(data units)",
            xlabel="generated step")
     ax.legend(loc="upper left", ncols=5, fontsize=8)  # above the curves: there is room for it
@@ -487,7 +487,7 @@ def draw_song(title, process, song, summary, in_burst):
     ax = axes[1, 1]
     deviation_curves(ax, process, song["deviation"][:SHOWN_SAMPLES, :SHOWN_STEPS], in_burst[:SHOWN_STEPS])
     ax.set(xlabel="generated step", ylabel="RMS deviation (data units)")
-    ax.set_title("generated series to the path", pad=12)  # clear of the burst marks
+    ax.set_title("deviation of the song from its path", pad=12)  # clear of the burst marks
     ax.legend(loc="upper left", fontsize=8, ncols=2)
     return fig
 
@@ -537,8 +537,8 @@ def deviation_curves(ax, process, deviations, in_burst):
     for i, (row, style) in enumerate(zip(deviations, SAMPLE_STYLES, strict=False)):
         ax.plot(row, linewidth=0.8, label=f"sample {i}", **style)
     ax.axhline(threshold, color="crimson", linestyle="--", linewidth=1.0, label="above: off the process")
-    top = max(1.05 * deviations.max(), 1.5 * threshold)
-    ax.set(xlim=(-0.5, deviations.shape[1] - 0.5), ylim=(0, 1.25 * top))  # room for the legend
+    top = max(deviations.max(), threshold)
+    ax.set(xlim=(-0.5, deviations.shape[1] - 0.5), ylim=(0, 1.35 * top))  # room for the legend
     burst_marks(ax, in_burst)
 
 

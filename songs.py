@@ -140,12 +140,10 @@ def chance_total_variation(left, P, seed=0):
     last, of all rows together, each counting by how often it was left.
     """
     left, rng = np.asarray(left), np.random.default_rng(seed)
-    P = P / P.sum(axis=1, keepdims=True)
-    distances = np.empty((BAND_DRAWS, len(P) + 1))
-    for draw in distances:
-        counts = rng.multinomial(left, P)
-        off = np.abs(counts - left[:, None] * P).sum(axis=1) / 2
-        draw[:-1], draw[-1] = off, off.sum()
+    distances = np.empty((BAND_DRAWS, len(P) + 1))  # times how often the row was left
+    for i, (n, row) in enumerate(zip(left, P / P.sum(axis=1, keepdims=True), strict=True)):
+        distances[:, i] = np.abs(rng.multinomial(n, row, BAND_DRAWS) - n * row).sum(axis=1) / 2
+    distances[:, -1] = distances[:, :-1].sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         distances /= np.append(left, left.sum())
     return np.column_stack([distances.mean(axis=0), *np.quantile(distances, (0.025, 0.975), axis=0)])

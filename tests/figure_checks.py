@@ -10,7 +10,8 @@ import figures
 def check_strip(ax, states, start=0, n_circles=4, label="circle"):
     """A strip of circles that begins at time step `start`."""
     (image,) = ax.images
-    np.testing.assert_array_equal(image.get_array(), figures.circle_colors(n_circles)[states][None])
+    colors = [to_rgb(figures.OFF_COLOR) if i == figures.OFF else figures.circle_colors(n_circles)[i] for i in states]
+    np.testing.assert_array_equal(image.get_array(), [colors])
     assert list(image.get_extent()) == [start - 0.5, start + len(states) - 0.5, 0, 1]
     assert ax.get_ylabel() == label
 
@@ -30,9 +31,10 @@ def check_heatmap(ax, values, start=0, limits=None, cmap=None):
 def check_circle_legend(target, circles, n_circles=4):
     """A legend of a Figure or of Axes, with these circles in their colours."""
     (legend,) = target.legends if isinstance(target, Figure) else [target.get_legend()]
-    assert [text.get_text() for text in legend.get_texts()] == [str(i) for i in circles]
+    assert [text.get_text() for text in legend.get_texts()] == ["off" if i == figures.OFF else str(i) for i in circles]
     for handle, i in zip(legend.legend_handles, circles, strict=True):
-        np.testing.assert_allclose(to_rgb(handle.get_color()), figures.circle_colors(n_circles)[i])
+        color = to_rgb(figures.OFF_COLOR) if i == figures.OFF else figures.circle_colors(n_circles)[i]
+        np.testing.assert_allclose(to_rgb(handle.get_color()), color)
     assert legend.get_title().get_text() == "circle"
 
 

@@ -455,9 +455,10 @@ def test_lines_of_the_row_epoch(monkeypatch, tiny_bench):
 def test_lines_of_the_row_generate(monkeypatch, tiny_bench):
     now = [0.0]
 
-    def known_generate(model, seed, n_steps):
+    def known_generate(model, seed, n_steps, temperature=0.0):
         assert seed.shape == (3, 8, 20)
-        now[0] += n_steps / 32
+        assert (model.mixture, temperature) in ((0, 0.0), (16, 1.0))
+        now[0] += n_steps / (25 if temperature else 32)
         return seed, np.ones((3, n_steps, 20), np.float32)
 
     def known_prefix(model, seed, n_steps, every=1):
@@ -467,7 +468,7 @@ def test_lines_of_the_row_generate(monkeypatch, tiny_bench):
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(bench.generate, "generate", known_generate)
     monkeypatch.setattr(bench, "generate_by_prefix", known_prefix)
-    monkeypatch.setattr(bench, "generation_limit", lambda limits, model, n: 0.001 * n)
+    monkeypatch.setattr(bench, "generation_limit", lambda limits, model, n: (0.002 if model.mixture else 0.001) * n)
 
     def peak_memory(function, device):
         before = bench.time.perf_counter()
@@ -479,6 +480,7 @@ def test_lines_of_the_row_generate(monkeypatch, tiny_bench):
     assert title == "generate: 3 samples, 2 layers, d_model 16"
     assert as_tuples(lines) == [
         ("one of 16 steps", 1 / 32, "s", "prefix re-run, our scan", 0.5, 16.0, 0.003),
+        ("the same, mixture of 16", pytest.approx(1 / 25), "s", "point head", 1 / 32, pytest.approx(25 / 32), 0.006),
         ("all 64 steps", 2.0, "s", "", None, None, 0.003 * 64),
         ("memory, 64 steps", 2000.0, "B", "ours, 16 steps", 500.0, 0.25, None)]
     assert "both ways agree to 5.0e-01 over the first 8 steps" in notes

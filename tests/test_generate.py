@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import arrays_of
 from figure_checks import (
@@ -21,14 +22,15 @@ from figure_checks import (
     colour_bars,
     left_title,
     lines,
-    text_rows,
 )
+from matplotlib.colors import to_rgb
 
 import circle_process
 import cli
 import figures
 import generate
 import optimal_filter
+import songs
 from kernels import step_cpu
 from mamba_model import CausalTimeSeriesMamba, load_checkpoint, save_checkpoint
 
@@ -366,51 +368,6 @@ def test_runs_with_different_settings_have_different_names():
         == "m_generated_g2048_hidden200x50x10"
 
 
-# ---- song analysis ---------------------------------------------------------------------------------------------
-
-
-def random_labels(K=4, n=300):
-    rng = np.random.default_rng(3)
-    return np.repeat(rng.integers(0, K, n), rng.integers(1, 6, n))
-
-
-def test_visits_and_transitions_by_brute_force():
-    rows = [random_labels(), random_labels(n=7), np.array([2, 2, 2])]
-    counts = np.zeros((4, 4), dtype=int)
-    for labels in rows:
-        for a, b in itertools.pairwise(labels):
-            counts[a, b] += a != b
-    np.testing.assert_array_equal(generate.transition_counts(rows, 4), counts)
-    circles, lengths = generate.completed_dwells(rows)
-    expected = []
-    for labels in rows:
-        expected += [(k, len(list(run))) for k, run in itertools.groupby(labels)][1:-1]
-    assert list(zip(circles, lengths, strict=True)) == expected
-
-
-def test_total_variation():
-    P = np.array([[0, 0.5, 0.5], [1, 0, 0], [0.25, 0.75, 0]])
-    counts = np.array([[0, 3, 1], [2, 0, 2], [0, 0, 0]])
-    np.testing.assert_allclose(generate.total_variation(counts, P), [0.25, 0.5, np.nan])
-
-
-def test_chance_total_variation_is_the_mean_over_draws():
-    P = np.array([[0, 0.7, 0.2, 0.1], [1, 0, 0, 0], [0.3, 0.3, 0, 0.4], [0.5, 0.5, 0, 0]])
-    left, rng = np.array([7, 3, 1, 0]), np.random.default_rng(0)
-    draws = [generate.total_variation(np.stack([rng.multinomial(n, p) for n, p in zip(left, P, strict=True)]), P)
-             for _ in range(4000)]
-    chance = generate.chance_total_variation(left, P)
-    np.testing.assert_allclose(chance[:3], np.mean(draws, axis=0)[:3], atol=0.01)
-    assert np.isnan(chance[3])
-
-
-@pytest.mark.parametrize("off, patience, expected", [
-    ("0000", 2, 4), ("1111", 2, 0), ("0101011", 2, 5), ("0101", 2, 4), ("0011", 3, 4), ("01", 1, 1),
-])
-def test_steps_on(off, patience, expected):
-    assert generate.steps_on([c == "1" for c in off], patience) == expected
-
-
 def toy_series(n_steps=3000, seed=0, noise_std=0.5):
     """A small series of the process, written out step by step, as a dataset.Series."""
     import dataset
@@ -435,62 +392,8 @@ def toy_series(n_steps=3000, seed=0, noise_std=0.5):
 
 @pytest.fixture(scope="module")
 def toy():
-    import optimal_filter
-
     series = toy_series()
     return series, optimal_filter.process_from_series(series)
-
-
-def clean_points(series):
-    plane = series.process.planes[series.states]
-    return series.process.radii[series.states, None] * (np.cos(series.thetas)[:, None] * plane[:, 0]
-                                                + np.sin(series.thetas)[:, None] * plane[:, 1])
-
-
-def test_nearest_distance_by_brute_force(toy):
-    _, process = toy
-    X = np.random.default_rng(5).standard_normal((20, process.feature_dim)) * 4
-    angles = np.linspace(0, 2 * np.pi, 4001)
-    circles = [r * (np.cos(angles)[:, None] * p[0] + np.sin(angles)[:, None] * p[1])
-               for r, p in zip(process.radii, process.planes, strict=True)]
-    brute = [min(np.linalg.norm(circle - x, axis=1).min() for circle in circles) for x in X]
-    np.testing.assert_allclose(circle_process.distance(process, X), brute, atol=1e-4)
-
-
-def test_the_process_itself_is_a_song(toy):
-    series, process = toy
-    points = clean_points(series)[None]
-    song = generate.analyse(process, series.X[None, :100], series.X[None, 100:], points[:, 100:])
-    assert (song["labels"][0] == series.states[100:]).mean() > 0.99
-    assert song["steps_on_process"].tolist() == [2900]
-    summary = generate.summarise(process, song)
-    assert summary["near_no_circle"] == 0
-    assert summary["circles_visited"] == 3
-    assert summary["total_variation"] < summary["total_variation_by_chance"] + 0.1
-    assert summary["mean_dwell"] == pytest.approx(40, rel=0.1)
-
-
-def test_freezing_or_shrinking_to_the_centre_leaves_the_process(toy):
-    series, process = toy
-    points = clean_points(series)[None]
-    frozen = points.copy()
-    frozen[:, 500:] = frozen[:, 500]
-    song = generate.analyse(process, points[:, :100], frozen[:, 100:], frozen[:, 100:])
-    assert 395 <= song["steps_on_process"][0] <= 430
-    assert song["nearest_distance"].max() < 1e-6
-    dying = points * np.where(np.arange(3000) < 500, 1, 0.05)[:, None]
-    song = generate.analyse(process, points[:, :100], dying[:, 100:], dying[:, 100:])
-    assert song["steps_on_process"].tolist() == [400]
-    assert generate.summarise(process, song)["near_no_circle"] == pytest.approx(2500 / 2900)
-
-
-def test_dwell_law_is_the_law_of_the_visits(toy):
-    _, process = toy
-    lengths, law = generate.dwell_time_law(process, np.array([0, 0, 2]))
-    assert law.sum() == pytest.approx(1)
-    rng = np.random.default_rng(0)
-    draws = [p * np.maximum(1, np.round(rng.normal(40, 8, 20000) / p)) for p in process.periods[[0, 0, 2]]]
-    assert lengths @ law == pytest.approx(np.mean(draws), rel=0.01)
 
 
 # ---- end to end ------------------------------------------------------------------------------------------------
@@ -527,7 +430,7 @@ def test_end_to_end(script, inputs, toy, tmp_path):
                   "--temperature", 0.5, "--perturb-interval", 30, "--perturb-hidden", "--perturb-layers", 2)
     assert done.code == 0, done.err
     prefix = "m_generated_s40_g90_T0.5_hidden30x20x10_L2"
-    assert "TV by chance" in done.out
+    assert "95 % by chance" in done.out
     assert names_in(tmp_path) == {f"{prefix}{end}" for end in (".npz", "_seed.png", "_truth.png", "_song.png")}
     with np.load(tmp_path / f"{prefix}.npz", allow_pickle=False) as arrays:
         assert arrays["generated"].shape == arrays["predictions"].shape == (3, 90, 6)
@@ -535,7 +438,7 @@ def test_end_to_end(script, inputs, toy, tmp_path):
         for start, seed in zip(arrays["seed_starts"], arrays["seed"], strict=True):
             np.testing.assert_array_equal(seed, series.X[start:start + 40])
         np.testing.assert_array_equal(np.flatnonzero(arrays["perturbed"]), [*range(30, 40), *range(60, 70)])
-        assert arrays["labels"].shape == arrays["path_distance"].shape == (3, 90)
+        assert arrays["labels"].shape == arrays["deviation"].shape == (3, 90)
 
 
 def test_compare_end_to_end(script, inputs, tmp_path):
@@ -580,7 +483,7 @@ def song_step_by_step(model, seeds, n_steps, noise_std, bursts, random_seed):
     """What the model sings, one call of `model.step` after the other."""
     generated, predictions = np.zeros((2, len(seeds), n_steps, 6))
     for i, seed in enumerate(seeds):
-        own, of_bursts = (np.random.default_rng([random_seed, i, k]) for k in (0, 1))
+        own, of_bursts, _ = (np.random.default_rng([random_seed, i, k]) for k in range(3))
         prediction, states = model.prefill(torch.as_tensor(seed[None]))
         for t in range(n_steps):
             predictions[i, t] = prediction["1"][0]
@@ -601,50 +504,66 @@ def song_step_by_step(model, seeds, n_steps, noise_std, bursts, random_seed):
     return generated, predictions
 
 
-def song_numbers(process, labels, path, nearest):
+WINDOW, ALLOWED = 4, scipy.stats.chi2.isf(1e-5, 4 * 6) * NOISE_STD**2 / (4 * 6)  # half of 8 steps; 6 features
+
+
+def judged(process, seeds, generated):
+    """What the analysis finds of songs, one sample and step at a time: [labels, thetas, log-likelihood, deviation, on],
+    (n, n_steps) each, and the visits, a list of (sample, circle, first, end, entered, left)."""
+    found, visits = [], []
+    for sample, (seed, song) in enumerate(zip(seeds, generated, strict=True)):
+        X = np.concatenate([seed, song]).astype(float)
+        smoothed = optimal_filter.smooth(process, X, "stationary")
+        squared = [((x - process.radii[i] * (np.cos(a) * process.planes[i, 0] + np.sin(a) * process.planes[i, 1]))**2
+                    ).sum() for x, i, a in zip(X, smoothed["circle"], smoothed["theta"], strict=True)]
+        means = []
+        for t in range(len(X)):
+            first = min(max(t - WINDOW // 2, 0), len(X) - WINDOW)
+            means.append(sum(squared[first:first + WINDOW]) / WINDOW / 6)
+        on = np.array(means) <= ALLOWED
+        values = (smoothed["circle"], smoothed["theta"], smoothed["log_likelihood"], np.sqrt(means), on)
+        found.append([value[len(seed):] for value in values])
+        groups, t = [], -len(seed)
+        for circle, steps in itertools.groupby(np.where(on, smoothed["circle"], -1).tolist()):
+            n = len(list(steps))
+            groups.append((circle, t, t + n))
+            t += n
+        for (before, *_), (circle, first, end), (after, *_) in zip([(-1,), *groups], groups, [*groups[1:], (-1,)],
+                                                                   strict=False):
+            if circle >= 0 and end > 0:
+                visits.append((sample, circle, first, end, int(before >= 0), int(after >= 0)))
+    return [np.array(value) for value in zip(*found, strict=True)], visits
+
+
+def song_numbers(process, found, visits):
     """The row of a song in the JSON and in the table, counted one step at a time."""
-    K, P, off = process.n_circles, process.transition_matrix, process.radii.min() / 2
-    counts, dwells = np.zeros((K, K), int), []
-    for row in labels:
-        visits = [(k, len(list(steps))) for k, steps in itertools.groupby(row.tolist())]
-        for (a, _), (b, _) in itertools.pairwise(visits):
-            counts[a, b] += 1
-        dwells += [length for _, length in visits[1:-1]]
+    K, P, (labels, _, log_likelihood, _, on) = process.n_circles, process.transition_matrix, found
+    counts = np.zeros((K, K), int)
+    for before, after in itertools.pairwise(visits):
+        if before[5]:
+            counts[before[1], after[1]] += 1
+    dwells = [end - first for _, _, first, end, entered, left in visits if entered and left and first >= 0]
     left = counts.sum(axis=1)
     distances = [abs(counts[i] / left[i] - P[i]).sum() / 2 if left[i] else None for i in range(K)]
-    chance = generate.chance_total_variation(left, P)
-    steps_on = []
-    for row in path > off:
-        stays_off = [t for t in range(len(row)) if row[t:t + 4].all() and t + 4 <= len(row)]  # half of 8 steps
-        steps_on.append(stays_off[0] if stays_off else len(row))
-    total = left.sum()
-    return {"steps": labels.shape[1], "steps_on_process": steps_on,
-            "near_no_circle": pytest.approx((nearest > off).mean()), "circles_visited": len(set(labels.ravel())),
-            "transitions": total,
+    chance = songs.chance_total_variation(left, P)
+    stays = []
+    for row in ~on:
+        stays_off = [t for t in range(len(row)) if row[t:t + WINDOW].all() and t + WINDOW <= len(row)]
+        stays.append(stays_off[0] if stays_off else len(row))
+    total, mean = left.sum(), log_likelihood.mean()
+    batches = [(row[t:t + 100] - mean).sum() for row in log_likelihood for t in range(0, len(row), 100)]
+    error = np.sqrt(np.sum(np.square(batches)) * len(batches) / (len(batches) - 1)) / log_likelihood.size
+    plain = [[None if np.isnan(end) else pytest.approx(end) for end in row] for row in chance]
+    return {"steps": labels.shape[1], "share_on_process": pytest.approx(on.mean()), "steps_on_process": stays,
+            "log_likelihood": pytest.approx(mean), "log_likelihood_error": pytest.approx(error),
+            "circles_visited": len({visit[1] for visit in visits}), "transitions": total,
             "total_variation": pytest.approx(sum(d * n for d, n in zip(distances, left, strict=True) if n) / total),
-            "total_variation_by_chance": pytest.approx(sum(c * n for c, n in zip(chance, left, strict=True) if n)
-                                                       / total),
-            "transitions_a_row": left.tolist(),
-            "total_variation_a_row": [None if d is None else pytest.approx(d) for d in distances],
-            "completed_visits": len(dwells), "mean_dwell": pytest.approx(np.mean(dwells))}
-
-
-def judged(process, seeds, generated, predictions):
-    """Labels, thetas, nearest and path distance of each generated step, one sample and step at a time."""
-    labels, thetas, nearest, path = [], [], [], []
-    angles = np.linspace(0, 2 * np.pi, 1001)
-    waves = np.stack([np.cos(angles), np.sin(angles)])
-    circles = np.concatenate([(r * plane.T @ waves).T for r, plane in
-                              zip(process.radii, process.planes, strict=True)])
-    for seed, song, predicted in zip(seeds, generated, predictions, strict=True):
-        smoothed = optimal_filter.smooth(process, np.concatenate([seed, song]), "stationary")
-        labels.append(smoothed["circle"][len(seed):])
-        thetas.append(smoothed["theta"][len(seed):])
-        nearest.append([np.linalg.norm(circles - x, axis=1).min() for x in predicted])
-        on_path = [process.radii[i] * (np.cos(a) * process.planes[i, 0] + np.sin(a) * process.planes[i, 1])
-                   for i, a in zip(labels[-1], thetas[-1], strict=True)]
-        path.append(np.linalg.norm(predicted - np.array(on_path), axis=1))
-    return [np.array(values) for values in (labels, thetas, nearest, path)]
+            "total_variation_by_chance": plain[-1][0], "total_variation_band": plain[-1][1:],
+            "transition_counts": counts.tolist(), "transitions_per_circle": left.tolist(),
+            "total_variation_per_circle": [None if d is None else pytest.approx(d) for d in distances],
+            "total_variation_band_per_circle": [row[1:] for row in plain[:-1]],
+            "completed_visits": len(dwells), "mean_dwell": pytest.approx(np.mean(dwells)),
+            "dwell_p_value": songs.dwell_p_value(process, np.array(visits))}
 
 
 def table_cells(summary):
@@ -652,23 +571,16 @@ def table_cells(summary):
         value = summary[key]
         return f"{getattr(value, 'expected', value):.{digits}f}"
 
-    steps_on = [f"{n}," for n in summary["steps_on_process"][:-1]] + [str(summary["steps_on_process"][-1])]
-    return [*steps_on, f"{100 * summary['near_no_circle'].expected:.1f}%", str(summary["circles_visited"]),
-            str(summary["transitions"]), number("total_variation", 3), number("total_variation_by_chance", 3),
-            number("mean_dwell", 0)]
+    low, high = (end.expected for end in summary["total_variation_band"])
+    return [f"{100 * summary['share_on_process'].expected:.2f}%", ", ".join(map(str, summary["steps_on_process"])),
+            str(summary["circles_visited"]), str(summary["transitions"]), number("total_variation", 3),
+            f"{low:.3f} to {high:.3f}", number("mean_dwell", 0), number("dwell_p_value", 3),
+            f"{number('log_likelihood', 3)} ± {number('log_likelihood_error', 3)}"]
 
 
-def real_song(process, series, starts, seed_len, gen_len):
-    """What the table's row "real series" is computed from: labels, path and nearest distance."""
-    seeds, songs, predictions = [], [], []
-    for start in starts:
-        X = series.X[start:start + seed_len + gen_len]
-        seeds.append(X[:seed_len])
-        songs.append(X[seed_len:])
-        ahead = optimal_filter.predict(process, X, initial="stationary")["prediction"][1]
-        predictions.append([ahead[t - 1] for t in range(seed_len, seed_len + gen_len)])
-    labels, _, nearest, path = judged(process, seeds, songs, np.array(predictions))
-    return labels, path, nearest
+def table_rows(text):
+    """The lines of a table under its rule, as cells."""
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines()[2:]]
 
 
 @pytest.fixture
@@ -699,6 +611,19 @@ def sung(script, inputs, toy, tmp_path, caught, one_thread):
     return run
 
 
+@pytest.fixture
+def played(toy, monkeypatch):
+    """In place of the model's song: the process's own, on another noise, silent for a while in its middle."""
+    series, _ = toy
+
+    def play(model, seeds, n_steps, *_):
+        songs = np.stack([series.X[1200 + 400 * i:][:n_steps] for i in range(len(seeds))]).copy()
+        songs[0, 60:90] = 0
+        return songs, songs + 1
+
+    monkeypatch.setattr(generate, "generate", play)
+
+
 BURSTS = ["--perturb-interval", 25, "--perturb-duration", 4, "--perturb-scale", 3]
 
 
@@ -718,7 +643,7 @@ def test_each_array_of_the_npz(sung, toy, model_of, flags, noise_std, bursts, ra
     seeds = np.stack([series.X[start:start + 50] for start in starts])
     generated, predictions = song_step_by_step(model_of, seeds, 60, noise_std, bursts, random_seed)
     assert set(found) == {"generated", "predictions", "seed", "seed_starts", "perturbed", "labels", "thetas",
-                          "nearest_distance", "path_distance", "steps_on_process"}
+                          "log_likelihood", "deviation", "on", "visits"}
     assert found["seed_starts"].tolist() == starts
     np.testing.assert_array_equal(found["seed"], seeds)
     np.testing.assert_allclose(found["generated"], generated, atol=2e-4)
@@ -726,42 +651,51 @@ def test_each_array_of_the_npz(sung, toy, model_of, flags, noise_std, bursts, ra
     assert (bursts is None) == (not found["perturbed"].any())
     if bursts:
         assert np.flatnonzero(found["perturbed"]).tolist() == [*range(25, 29), *range(50, 54)]
-    labels, thetas, nearest, path = judged(process, seeds, found["generated"], found["predictions"])
+    check_analysis(process, found)
+
+
+def check_analysis(process, found):
+    (labels, thetas, log_likelihood, deviation, on), visits = judged(process, found["seed"], found["generated"])
     np.testing.assert_array_equal(found["labels"], labels)
     np.testing.assert_allclose(found["thetas"], thetas)
-    np.testing.assert_allclose(found["nearest_distance"], nearest, atol=0.02)
-    np.testing.assert_allclose(found["path_distance"], path, rtol=1e-5, atol=1e-5)
-    off = (path > process.radii.min() / 2).tolist()
-    assert found["steps_on_process"].tolist() == [
-        next((t for t in range(57) if all(row[t:t + 4])), 60) for row in off]
+    np.testing.assert_allclose(found["log_likelihood"], log_likelihood, atol=1e-6)
+    np.testing.assert_allclose(found["deviation"], deviation, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found["on"], on)
+    assert [tuple(row) for row in found["visits"].tolist()] == visits
 
 
-def test_each_number_that_is_printed_of_a_song(sung, toy):
+def test_each_number_that_is_printed_of_a_song(sung, toy, played):
     series, process = toy
-    flags = ["--gen-len", 200, "--seed-len", 60, "--seed-offset", 300, "--n-samples", 2, "--temperature", 3]
-    result = sung(*flags)
+    result = sung("--gen-len", 220, "--seed-len", 60, "--seed-offset", 300, "--n-samples", 2)
     found, lines = result.arrays, result.out.splitlines()
-    starts = [300, 300 + (3000 - 60 - 200 - 300) // 2]
+    check_analysis(process, found)
+    starts = [300, 300 + (3000 - 60 - 220 - 300) // 2]
     assert f"seeds of 60 steps from time steps {starts[0]}, {starts[1]}" in lines
-    assert any(line.startswith("generated 2 x 200 steps in ") for line in lines)
-    summary = song_numbers(process, found["labels"], found["path_distance"], found["nearest_distance"])
-    real = song_numbers(process, *real_song(process, series, starts, 60, 200))
-    head = lines.index(next(line for line in lines if "steps on the process" in line))
+    assert any(line.startswith("generated 2 x 220 steps in ") for line in lines)
+    summary = song_numbers(process, *judged(process, found["seed"], found["generated"]))
+    real = [series.X[start + 60:start + 280] for start in starts]
+    real = song_numbers(process, *judged(process, found["seed"], real))
+    assert summary["transitions"] and summary["completed_visits"] and summary["share_on_process"].expected < 0.95
+    head = lines.index(next(line for line in lines if "on the process" in line))
     assert re.split(r" {2,}", lines[head].strip()) == [
-        "steps on the process", "near no circle", "circles", "transitions", "TV", "TV by chance", "mean dwell"]
-    assert lines[head + 2].split() == ["generated", *table_cells(summary)]
-    assert lines[head + 3].split() == ["real", "series", *table_cells(real)]
+        "on the process", "until off", "circles", "transitions", "TV", "95 % by chance", "mean dwell", "p of dwells",
+        "nats per step"]
+    rate, error = optimal_filter.entropy_rate(process)
+    rows = table_rows("\n".join(lines[head:head + 5]))
+    assert rows[0] == ["generated", *table_cells(summary)]
+    assert rows[1] == ["real series", *table_cells(real)]
+    visits = circle_process.entry_rates(process)  # per step
+    assert rows[2] == ["process", "99.999%", *"–––––", f"{1 / visits.sum():.0f}", "–", f"{-rate:.3f} ± {error:.1g}"]
     head = lines.index(next(line for line in lines if line.startswith("from circle")))
-    assert re.split(r" {2,}", lines[head]) == ["from circle", "left", "TV", "TV by chance"]
-    left = summary["transitions_a_row"]
-    chance = generate.chance_total_variation(left, process.transition_matrix)
-    assert [line.split() for line in lines[head + 2:head + 2 + np.count_nonzero(left)]] == [
-        [str(i), str(n), f"{summary['total_variation_a_row'][i].expected:.3f}", f"{chance[i]:.3f}"]
-        for i, n in enumerate(left) if n]
+    assert re.split(r" {2,}", lines[head]) == ["from circle", "left", "TV", "95 % by chance"]
+    left, bands = summary["transitions_per_circle"], summary["total_variation_band_per_circle"]
+    assert table_rows("\n".join(lines[head:head + 2 + np.count_nonzero(left)])) == [
+        [str(i), str(n), f"{summary['total_variation_per_circle'][i].expected:.3f}",
+         f"{bands[i][0].expected:.3f} to {bands[i][1].expected:.3f}"] for i, n in enumerate(left) if n]
 
 
 @pytest.mark.parametrize("flags", [[], [*BURSTS, "--seed-offset", 2800]])
-def test_each_panel_of_seed_and_truth(sung, toy, monkeypatch, flags):
+def test_each_panel_of_seed_and_truth(sung, toy, monkeypatch, played, flags):
     monkeypatch.setattr(generate, "SHOWN_STEPS", 70)
     monkeypatch.setattr(generate, "SHOWN_SAMPLES", 2)
     series, _ = toy
@@ -771,38 +705,44 @@ def test_each_panel_of_seed_and_truth(sung, toy, monkeypatch, flags):
     starts, shown = found["seed_starts"], found["generated"][:2, :70]
     marks = [[24.5, 28.5], [49.5, 53.5]] if flags else []
 
+    labels = np.where(found["on"], found["labels"], figures.OFF)
+    assert {figures.OFF, 0, 1, 2} == set(labels[:, :70].ravel())
     windows = np.concatenate([found["seed"][:2], shown], axis=1)
-    limits = np.percentile(windows, [1, 99])
+    limits = np.percentile(abs(windows), 99) * np.array([-1, 1])
     assert fig.get_suptitle() == f"m: seed and continuation, first 70 of {gen_len} steps"
     assert len([ax for ax in fig.axes if ax.images]) == 4
     for i in range(2):
         strip, heat = fig.axes[2 * i:2 * i + 2]
-        states = np.concatenate([series.states[starts[i]:starts[i] + 40], found["labels"][i, :70]])
+        states = np.concatenate([series.states[starts[i]:starts[i] + 40], labels[i, :70]])
         check_strip(strip, states, -40, 3)
-        check_heatmap(heat, windows[i], -40, limits)
+        check_heatmap(heat, windows[i], -40, limits, "RdBu_r")
         assert strip.get_xlim() == (-40.5, 69.5) and left_title(strip) == f"seed from time step {starts[i]}"
         assert heat.get_ylabel() == "feature" and list(heat.lines[0].get_xdata()) == [-0.5, -0.5]
         assert bursts_marked(strip) == marks
     assert heat.get_xlabel().startswith("generated step (before 0: the seed")
     assert ("black bars: bursts" in heat.get_xlabel()) == bool(flags)
-    check_circle_legend(fig, [0, 1, 2], 3)
+    check_circle_legend(fig, [0, 1, 2, figures.OFF], 3)
+    assert colour_bars(fig) == ["data units"] * 2
 
     fig = result.figures["truth"]
     end = starts[0] + 40
     truth = series.X[end:end + 70]
     true_strip, true_heat, strip, heat, difference, curve = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
     assert fig.get_suptitle() == f"m: continuation and truth, first 70 of {gen_len} steps"
-    limits = np.percentile(truth, [1, 99])
+    limits = np.percentile(abs(truth), 99) * np.array([-1, 1])
     check_strip(true_strip, series.states[end:end + 70], 0, 3)
-    assert left_title(true_strip) == f"true series, from time step {end}" and left_title(strip) == "generated"
-    check_heatmap(true_heat, truth, 0, limits)
-    check_strip(strip, found["labels"][0, :70], 0, 3)
-    check_heatmap(heat, shown[0], 0, limits)
+    assert left_title(true_strip) == f"true series of sample 0, from time step {end}"
+    assert left_title(strip) == "generated, sample 0"
+    check_heatmap(true_heat, truth, 0, limits, "RdBu_r")
+    check_strip(strip, labels[0, :70], 0, 3)
+    check_heatmap(heat, shown[0], 0, limits, "RdBu_r")
+    assert colour_bars(fig) == ["data units"] * 3
     gap = shown[0] - truth
     limit = max(abs(np.percentile(gap, [1, 99])))
     check_heatmap(difference, gap, 0, (-limit, limit), "RdBu_r")
     assert left_title(difference) == "generated − true"
-    assert [ax.get_ylabel() for ax in (true_heat, heat, difference, curve)] == ["feature"] * 3 + ["RMS error"]
+    assert [ax.get_ylabel() for ax in (true_heat, heat, difference)] == ["feature"] * 3
+    assert curve.get_ylabel() == "RMS error\n(data units)"
     assert curve.get_xlabel() == "generated step" and curve.get_xlim() == (-0.5, 69.5)
     drawn = lines(curve)
     assert list(drawn) == ["sample 0", "sample 1", "noise_std", "std of the true series"]
@@ -816,33 +756,33 @@ def test_each_panel_of_seed_and_truth(sung, toy, monkeypatch, flags):
     np.testing.assert_allclose(drawn["std of the true series"][1], truth.std())
     np.testing.assert_allclose(curve.get_ylim(), (0, 1.35 * highest), rtol=1e-5)
     assert bursts_marked(strip) == marks
-    check_circle_legend(fig, [0, 1, 2], 3)
+    check_circle_legend(fig, [*sorted({*series.states[end:end + 70], *labels[0, :70]} - {figures.OFF}), figures.OFF], 3)
 
 
-def test_each_panel_of_the_song(sung, toy, monkeypatch):
+def test_each_panel_of_the_song(sung, toy, monkeypatch, played):
     monkeypatch.setattr(generate, "SHOWN_STEPS", 120)
     monkeypatch.setattr(generate, "SHOWN_SAMPLES", 2)
     _, process = toy
-    result = sung("--gen-len", 200, "--seed-len", 40, "--temperature", 3, *BURSTS)
+    result = sung("--gen-len", 200, "--seed-len", 40, *BURSTS, "--n-samples", 2)
     found, fig = result.arrays, result.figures["song"]
     true, generated, histogram, distance = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
-    counts, dwells, on = np.zeros((3, 3)), [], []
-    for row in found["labels"]:
-        visits = [(k, len(list(steps))) for k, steps in itertools.groupby(row.tolist())]
-        for (a, _), (b, _) in itertools.pairwise(visits):
-            counts[a, b] += 1
-        dwells += [length for _, length in visits[1:-1]]
-        on += [k for k, _ in visits[1:-1]]
-    left, P = counts.sum(axis=1).astype(int), process.transition_matrix
+    _, visits = judged(process, found["seed"], found["generated"])
+    summary = song_numbers(process, *judged(process, found["seed"], found["generated"]))
+    counts, left = np.array(summary["transition_counts"]), summary["transitions_per_circle"]
+    whole = [visit for visit in visits if visit[4] and visit[5] and visit[2] >= 0]
+    on, dwells = [visit[1] for visit in whole], [visit[3] - visit[2] for visit in whole]
+    P = process.transition_matrix
     shares = np.array([row / n if n else row for row, n in zip(counts, left, strict=True)])
     for ax, matrix, title in ((true, P, "true transitions"), (generated, shares, "generated transitions")):
         (image,) = ax.images
-        np.testing.assert_allclose(image.get_array(), matrix)
+        np.testing.assert_allclose(image.get_array().filled(0), matrix)
+        np.testing.assert_array_equal(image.get_array().mask, matrix == 0)  # white
         assert image.origin == "upper" and image.get_clim() == (0, 1)
         assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == (title, "to circle", "from circle")
         assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [0, 1, 2]
     assert [(text.get_position()[1], text.get_text()) for text in generated.texts] == [
-        (i, f"TV {abs(shares[i] - P[i]).sum() / 2:.2f}  n {n}" if n else "TV –  n 0") for i, n in enumerate(left)]
+        (i, f"TV {abs(shares[i] - P[i]).sum() / 2:.2f}  n {n}" if n else "never left") for i, n in enumerate(left)]
+    assert not true.patches and len(generated.patches) == left.count(0)
     assert not true.texts and colour_bars(fig) == ["probability"]
 
     law, song = histogram.patches[:40], histogram.patches[40:]
@@ -861,91 +801,146 @@ def test_each_panel_of_the_song(sung, toy, monkeypatch):
     assert (histogram.get_xlabel(), histogram.get_ylabel()) == ("dwell time (steps)", "share of visits")
     assert [text.get_text() for text in histogram.get_legend().get_texts()] == [
         "true law", f"generated ({len(dwells)} visits)"]
-    assert histogram.get_title() == "dwell times"
+    assert histogram.get_title() == f"dwell times (p = {summary['dwell_p_value']:.3f})"
 
     drawn = lines(distance)
-    assert list(drawn) == ["sample 0", "sample 1", "off the process"]
+    assert list(drawn) == ["sample 0", "sample 1", "above: off the process"]
     for i in range(2):
-        np.testing.assert_array_equal(drawn[f"sample {i}"][1], found["path_distance"][i, :120])
-    np.testing.assert_allclose(drawn["off the process"][1], process.radii.min() / 2)
-    assert (distance.get_xlabel(), distance.get_ylabel()) == ("generated step", "distance")
+        np.testing.assert_array_equal(drawn[f"sample {i}"][1], found["deviation"][i, :120])
+    np.testing.assert_allclose(drawn["above: off the process"][1], ALLOWED**0.5)
+    assert (distance.get_xlabel(), distance.get_ylabel()) == ("generated step", "RMS deviation (data units)")
     assert distance.get_xlim() == (-0.5, 119.5) and distance.get_ylim()[0] == 0
-    assert distance.get_title() == "prediction to the process"
+    assert distance.get_title() == "deviation of the song from its path"
     assert bursts_marked(distance) == [[first - 0.5, first + 3.5] for first in (25, 50, 75, 100)]
-    steps_on = ", ".join(map(str, found["steps_on_process"]))
-    near_none = (found["nearest_distance"] > process.radii.min() / 2).mean()
-    assert fig.get_suptitle() == (f"m: on the process for {steps_on} of 200 steps; {100 * near_none:.1f}% of steps "
-                                  f"near no circle; {len(set(found['labels'].ravel()))} circles")
+    assert fig.get_suptitle() == (f"m: {100 * found['on'].mean():.1f}% of 200 steps on the process; "
+                                  f"{summary['circles_visited']} circles, {summary['transitions']} transitions")
 
 
 def test_a_song_without_a_whole_visit_and_a_matrix_with_many_rows(toy):
-    _, process = toy
-    song = {"labels": np.zeros((1, 30), int), "path_distance": np.zeros((1, 30))}
-    fig = generate.draw_song("quiet", process, song, np.zeros(30, bool))
-    assert "no visit was seen" in fig.axes[2].texts[0].get_text() and not fig.axes[2].patches
+    series, process = toy
+    silent = np.zeros((1, 30, 6))
+    song = songs.analyse(process, series.X[None, :40], silent)
+    fig = generate.draw_song("quiet", process, song, songs.summarise(process, song), np.zeros(30, bool))
+    true, generated, histogram = fig.axes[:3]
+    assert "no visit was seen" in histogram.texts[0].get_text() and not histogram.patches
+    assert histogram.get_title() == "dwell times" and not true.patches
+    assert [(patch.get_y(), patch.get_height(), patch.get_hatch()) for patch in generated.patches] == [
+        (i - 0.5, 1.0, "////") for i in range(3)]
+    assert [text.get_text() for text in generated.texts] == ["never left"] * 3
     fig, axes = figures.new_figure(1, 2)
-    generate.transition_panels(fig, axes[0], np.full((21, 21), 1 / 21), np.zeros((21, 21), int))
+    summary = {"transition_counts": np.zeros((21, 21), int), "total_variation_per_circle": [None] * 21}
+    generate.transition_panels(fig, axes[0], np.full((21, 21), 1 / 21), summary)
     assert axes[0, 1].get_xticks().tolist() == [0, 5, 10, 15, 20] and not axes[0, 1].texts
+
+
+def compared(script, flags, monkeypatch, tmp_path):
+    """Run --compare; what it asked `generate` for, its numbers, its table."""
+    asked, real_generate = [], generate.generate
+
+    def record(model, seeds, n_steps, noise_std, bursts, random_seed, temperature):
+        result = real_generate(model, seeds, n_steps, noise_std, bursts, random_seed, temperature)
+        asked.append(SimpleNamespace(seeds=seeds, n_steps=n_steps, noise_std=noise_std, bursts=bursts,
+                                     random_seed=random_seed, temperature=temperature, generated=result[0]))
+        return result
+
+    monkeypatch.setattr(generate, "generate", record)
+    done = script("generate", *flags, "--compare", "--save-dir", tmp_path)
+    assert done.code == 0, done.err
+    return asked, json.loads(next(tmp_path.glob("*.json")).read_text()), done.out.partition("\n\n")[2]
 
 
 def test_compare_runs_what_its_rows_say(script, inputs, toy, tmp_path, monkeypatch, caught, one_thread):
     series, process = toy
-    asked, real_generate = [], generate.generate
-
-    def record(model, seeds, n_steps, noise_std, bursts, random_seed):
-        result = real_generate(model, seeds, n_steps, noise_std, bursts, random_seed)
-        asked.append(SimpleNamespace(seeds=seeds, n_steps=n_steps, noise_std=noise_std, bursts=bursts,
-                                     random_seed=random_seed, generated=result[0], predictions=result[1]))
-        return result
-
-    monkeypatch.setattr(generate, "generate", record)
-    monkeypatch.setattr(generate, "SHOWN_SAMPLES", 1)
-    done = script("generate", *inputs, "--save-dir", tmp_path, "--gen-len", 150, "--seed-len", 60, "--n-samples", 2,
-                  "--compare", "--temperature", 3, "--perturb-interval", 40, "--perturb-duration", 7,
-                  "--perturb-scale", 2.5, "--perturb-layers", 2, "--seed", 11)
-    assert done.code == 0, done.err
-    assert [(run.noise_std, run.bursts) for run in asked] == [
-        (0.0, None), (3 * NOISE_STD, None), (0.0, generate.Bursts(40, 7, 2.5, None)),
-        (0.0, generate.Bursts(40, 7, 2.5, (1,)))]
+    monkeypatch.setattr(generate, "SHOWN_SAMPLES", 2)
+    asked, numbers, table = compared(script, [
+        *inputs, "--gen-len", 150, "--seed-len", 60, "--n-samples", 2, "--temperature", 3, "--perturb-interval", 40,
+        "--perturb-duration", 7, "--perturb-scale", 2.5, "--perturb-layers", 2, "--seed", 11], monkeypatch, tmp_path)
+    assert [(run.noise_std, run.bursts, run.temperature) for run in asked] == [
+        (0.0, None, 0), (3 * NOISE_STD, None, 0), (0.0, generate.Bursts(40, 7, 2.5, None), 0),
+        (0.0, generate.Bursts(40, 7, 2.5, (1,)), 0)]
     starts = [1500, 1500 + (3000 - 60 - 150 - 1500) // 2]
     for run in asked:
         assert run.n_steps == 150 and run.random_seed == 11
         np.testing.assert_array_equal(run.seeds, np.stack([series.X[start:start + 60] for start in starts]))
 
-    numbers = json.loads(next(tmp_path.glob("*.json")).read_text())
     names = ["real series", "greedy", "temperature 3", "output bursts", "hidden bursts"]
     assert list(numbers) == names
-    labels, path, nearest = real_song(process, series, starts, 60, 150)
-    songs = [(labels, path, nearest)]
-    for run in asked:
-        labels, _, nearest, path = judged(process, run.seeds, run.generated, run.predictions)
-        songs.append((labels, path, nearest))
-    rows = text_rows(done.out.partition("\n\n")[2].partition("\n\n")[0])
-    fig = caught["L2"]
-    panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
-    off = process.radii.min() / 2
-    for i, (name, song) in enumerate(zip(names, songs, strict=True)):
-        if len(set(song[0].ravel())) > 1 and numbers[name]["completed_visits"]:
-            expected = song_numbers(process, *song)
+    real = np.stack([series.X[start + 60:start + 210] for start in starts])
+    rows = table_rows(table.partition("\n\n")[0])
+    panels = [ax for ax in caught["L2"].axes if ax.get_label() != "<colorbar>"]
+    for i, (name, song) in enumerate(zip(names, [real, *(run.generated for run in asked)], strict=True)):
+        found, visits = judged(process, asked[0].seeds, song)
+        labels, _, log_likelihood, deviation, on = found
+        assert numbers[name]["share_on_process"] == pytest.approx(on.mean())
+        assert numbers[name]["log_likelihood"] == pytest.approx(log_likelihood.mean())
+        assert rows[i][0] == name and rows[i][1] == f"{100 * on.mean():.2f}%"
+        if name == "real series":
+            expected = song_numbers(process, found, visits)
             assert numbers[name] == expected
-            assert rows[i] == [*name.split(), *table_cells(expected)]
+            assert rows[i] == [name, *table_cells(expected)]
         strip, curve = panels[2 * i:2 * i + 2]
         (image,) = strip.images
-        colors = figures.circle_colors(3)[song[0][:1]]
-        np.testing.assert_allclose(image.get_array(), np.where((song[1][:1] > off)[..., None], 1.0, colors))
-        assert list(image.get_extent()) == [-0.5, 149.5, 0.5, -0.5] and strip.get_ylabel() == "sample"
+        colors = np.where(on[..., None], figures.circle_colors(3)[labels], to_rgb(figures.OFF_COLOR))
+        np.testing.assert_allclose(image.get_array(), colors)
+        assert list(image.get_extent()) == [-0.5, 149.5, 1.5, -0.5] and strip.get_ylabel() == "sample"
         summary = numbers[name]
-        assert left_title(strip) == (f"{name}: {summary['circles_visited']} circles, "
-                                     f"{100 * summary['near_no_circle']:.1f}% near none")
-        np.testing.assert_allclose(curve.lines[0].get_ydata(), song[1][0], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(curve.lines[1].get_ydata(), off)
-        assert len(curve.lines) == 2 and curve.get_ylabel() == "distance" and curve.get_ylim()[0] == 0
+        assert left_title(strip) == (f"{name}: {100 * on.mean():.1f}% on the process, {summary['circles_visited']} "
+                                     f"circles, {summary['transitions']} transitions")
+        for line, row in zip(curve.lines, deviation, strict=False):
+            np.testing.assert_allclose(line.get_ydata(), row, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(curve.lines[2].get_ydata(), ALLOWED**0.5)
+        assert len(curve.lines) == 3 and curve.get_ylabel() == "data units" and curve.get_ylim()[0] == 0
         bursts = [[39.5, 46.5], [79.5, 86.5], [119.5, 126.5]] if "bursts" in name else []
         assert bursts_marked(strip) == bursts_marked(curve) == bursts
     assert panels[-1].get_xlabel() == panels[-2].get_xlabel() == "generated step"
-    assert left_title(panels[1]) == "prediction to the process"
-    assert fig.get_suptitle() == "m: bursts of std 2.5, 7 of every 40 steps"
-    check_circle_legend(fig, [0, 1, 2], 3)
+    assert left_title(panels[1]) == "RMS deviation from the path (dashed: off above)"
+    assert caught["L2"].get_suptitle() == "m: bursts of std 2.5, 7 of every 40 steps"
+    check_circle_legend(caught["L2"], [0, 1, 2, figures.OFF], 3)
+
+
+@pytest.fixture(scope="module")
+def mixture(inputs):
+    """Flags that name a checkpoint with a mixture head and its data."""
+    model = make_model(torch.float32, feature_dim=6, d_model=16, n_layers=2, d_state=4, d_ff=32, mixture=3)
+    path = inputs[3] / "mix.pt"
+    save_checkpoint(path, 1, model.state_dict(), {}, 1.0, 1.0, {"val_fraction": 0.5})
+    return ["--checkpoint", path, *inputs[2:]]
+
+
+def test_compare_of_a_mixture_has_its_mean_its_mean_with_noise_and_its_draws(
+        script, mixture, tmp_path, monkeypatch, caught, one_thread):
+    asked, numbers, _ = compared(script, [*mixture, "--gen-len", 30, "--seed-len", 30, "--n-samples", 1], monkeypatch,
+                                 tmp_path)
+    assert list(numbers) == ["real series", "greedy", "noise 1", "temperature 1", "output bursts", "hidden bursts"]
+    assert [(run.noise_std, run.temperature) for run in asked] == [(0, 0), (NOISE_STD, 0), (0, 1), (0, 0), (0, 0)]
+
+
+def test_the_head_decides_what_the_temperature_is_and_what_names_tell_of_it(script, inputs, mixture, tmp_path, caught):
+    def asked(flags, *more):
+        args = generate.parse_args([str(word) for word in [*flags, "--device", "cpu", *more]])
+        generate.load_inputs(args)
+        return args.temperature, generate.file_prefix(args)
+
+    assert asked(inputs) == (0.0, "m_generated")
+    assert asked(inputs, "--temperature", 0) == (0.0, "m_generated")
+    assert asked(inputs, "--temperature", 1) == (1.0, "m_generated_T1")
+    assert asked(mixture) == asked(mixture, "--temperature", 1) == (1.0, "mix_generated")
+    assert asked(mixture, "--temperature", 0) == (0.0, "mix_generated_T0")
+    assert asked(mixture, "--compare") == (1.0, "mix_compare")
+    # a mixture needs no noise_std
+    write_series(tmp_path, toy_series(), {})
+    done = script("generate", *mixture[:2], "--data-dir", tmp_path, "--save-dir", tmp_path / "plots", "--gen-len", 9)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize("flags, temperature", [([], 1.0), (["--temperature", 0.3], 0.3), (["--temperature", 0], 0.0)])
+def test_a_mixture_is_played_at_its_temperature(sung, mixture, inputs, monkeypatch, flags, temperature):
+    result = sung(*mixture, "--gen-len", 25, "--seed-len", 20, "--n-samples", 2, *flags).arrays
+    model = load_checkpoint(mixture[1], "cpu")[0].use_scan("reference", "cpu")
+    generated, predictions = generate.generate(model, result["seed"], 25, temperature=temperature)
+    np.testing.assert_array_equal(result["generated"], generated)
+    np.testing.assert_array_equal(result["predictions"], predictions)
+    assert (temperature == 0) == np.array_equal(generated, predictions)
 
 
 def test_the_first_seed_starts_with_validation_or_where_it_is_told(inputs, toy):
@@ -983,7 +978,7 @@ def test_flags_reach_what_loads_the_inputs(inputs, toy, monkeypatch):
 
 def test_defaults():
     args = parse()
-    assert (args.seed_len, args.gen_len, args.n_samples, args.temperature) == (512, 512, 3, 0.0)
+    assert (args.seed_len, args.gen_len, args.n_samples, args.temperature) == (512, 512, 3, None)
     assert (args.seed, args.seed_offset, args.perturb_layers, args.perturb_hidden) == (42, None, None, False)
     assert (args.perturb_interval, args.perturb_scale, args.perturb_duration) == (0, 20.0, 10)
     assert (args.save_dir, args.data_dir) == (Path("plots"), Path("data"))
