@@ -266,7 +266,7 @@ def test_cuda_graph_is_the_plain_loop(monkeypatch, shape, n, bursts, mixture, te
 
 
 def test_temperature_1_draws_from_the_predicted_mixture_and_feeds_the_draw_back():
-    model = make_model(mixture=3)
+    model = make_model(scan="cpu", mixture=3)
     seed = make_seed(model, 2)
     generated, predictions = generate.generate(model, seed, 1500, temperature=1.0)
     series = torch.as_tensor(np.concatenate([seed, generated], axis=1))
