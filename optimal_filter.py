@@ -5,6 +5,9 @@ exactly. No predictor that sees the same past can have a lower expected mean squ
 DATA_DIR/data.npz and config.json; prints the noise floor noise_std², the mean squared error of the filter per horizon,
 and how often it names the true circle; writes SAVE_DIR/optimal_filter.json and optimal_filter.png.
 
+When the centre walks, the filter of moving_filter.py takes its place, which merges and drops hidden paths; the report
+tells by how much the errors change when more are kept, and the error of an observer who is told circle and phase.
+
 The error is given three times: over the whole series; over its validation part; and over windows of --seq-len steps
 in the validation part, where the filter starts each window without any past. The last is the floor of a model that
 sees one window at a time, averaged over the same targets as the model's validation loss.
@@ -599,9 +602,14 @@ def center_variance(process, initial, first_step):
 
 def predictions_of(process, maps, phasor, flux, center):
     """E[x_{t+k}] for the horizons of `maps`, as from `prediction_map`: (b, H, feature_dim)."""
-    b, dim = len(phasor), process.feature_dim
-    prediction = phasor.reshape(b, -1) @ maps[0] + flux.reshape(b, -1) @ maps[1]
-    return prediction.reshape(b, -1, dim) + (center if np.ndim(center) == 0 else center[:, None])
+    b, K, reach = flux.shape
+    prediction = phasor.reshape(b, -1) @ maps[0]
+    if reach:
+        by_circle = maps[1].reshape(K, reach, -1)
+        for i in range(K):  # at most steps all but one or two circles are out of the question, and their rows zero
+            rows = np.flatnonzero(flux[:, i].any(axis=1))
+            prediction[rows] += flux[rows, i] @ by_circle[i]
+    return prediction.reshape(b, -1, process.feature_dim) + (center if np.ndim(center) == 0 else center[:, None])
 
 
 class Stretch(NamedTuple):
