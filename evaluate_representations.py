@@ -546,7 +546,7 @@ def draw_summary(reports, title):
     With more than three models only the first line of each panel is drawn. Models that differ in depth share a relative
     depth axis.
     """
-    colors = figures.circle_colors(max(len(reports), 2))[:len(reports)]
+    colors = figures.run_colors(len(reports))
     fig, axes = figures.new_figure(2, 4, panel=(3.7, 3.0), title=title)
     for ax, (name, lines) in zip(axes.ravel(), PANELS, strict=False):
         depth_panel(ax, reports, colors, name, lines)

@@ -39,26 +39,30 @@ STYLE = {
 }
 matplotlib.rcParams.update(STYLE)
 
-# Ten hues that stay apart in a scatter of small dots, on a projector and for most colour-blind readers.
-TEN_COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
-              "#8c564b", "#f564c3", "#4d4d4d", "#c9b400", "#17becf"]
+# matplotlib's petroff10 (Petroff 2021, arXiv 2107.02270): ten colours that readers with a colour deficiency tell apart.
+TEN_COLORS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
+              "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 OFF, OFF_COLOR = -1, "#dddddd"  # in place of a circle: a step that is on none
 
 
 def circle_colors(n_circles):
-    """RGB colours (n_circles, 3), one per circle: hand-picked for up to ten circles, hues around the wheel for more."""
+    """RGB colours (n_circles, 3), one per circle.
+
+    Up to ten circles have a colour each. No palette keeps more of them apart, so that more than ten are coloured by
+    their number, from dark to light, which doesn't pretend that each can be told from all others.
+    """
     if n_circles <= len(TEN_COLORS):
         return np.array([to_rgb(c) for c in TEN_COLORS[:n_circles]])
-    hues = np.arange(n_circles) / n_circles
-    # Neighbouring hues get different brightness: adjacent numbers stay distinguishable.
-    value = np.where(np.arange(n_circles) % 2 == 0, 0.95, 0.6)
-    return matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(n_circles, 0.85), value], axis=1))
+    return matplotlib.colormaps["viridis"](np.linspace(0, 1, n_circles))[:, :3]
 
 
 def run_colors(n_runs):
-    """RGB colours (n_runs, 3) for training runs, none of them a circle's: Okabe & Ito's palette, which most readers
-    with a colour deficiency tell apart, then greys."""
-    palette = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
+    """RGB colours (n_runs, 3) for training runs, or for one run's horizons.
+
+    None of them resembles a circle's colour, and readers with a colour deficiency tell the first seven apart. Greys
+    follow.
+    """
+    palette = ["#4848d9", "#d9486c", "#6c4800", "#00b5d9", "#b5b500", "#240000", "#002448"]
     greys = np.linspace(0.3, 0.8, max(n_runs - len(palette), 1))
     return np.array([to_rgb(color) for color in palette] + [(grey,) * 3 for grey in greys])[:n_runs]
 
@@ -200,7 +204,8 @@ def circle_legend(target, n_circles, present=None, **where):
     handles = [Line2D([], [], linestyle="", marker="o", markersize=7, color=strip_colors(i, n_circles),
                       label="off" if i == OFF else str(i)) for i in circles]
     where = {"loc": "outside right upper", **where} if isinstance(target, Figure) else where
-    return target.legend(handles=handles, title="circle", ncols=1 + (len(handles) - 1) // 15, **where)
+    title = "circle" if n_circles <= len(TEN_COLORS) else "circle,\nby number"
+    return target.legend(handles=handles, title=title, ncols=1 + (len(handles) - 1) // 15, **where)
 
 
 def draw_umaps(embeddings, titles, states, n_circles, title):

@@ -452,7 +452,7 @@ def draw_loss(rows, horizons, title):
 
 def error_curves(ax, rows, horizons, measure):
     epochs = [row["epoch"] for row in rows]
-    for k, color in zip(horizons, figures.circle_colors(max(len(horizons), 2)), strict=False):
+    for k, color in zip(horizons, figures.run_colors(len(horizons)), strict=True):
         name = f"horizon {k}, " if len(horizons) > 1 else ""
         ax.plot(epochs, [row[f"train_{measure}_{k}"] for row in rows], color=color, alpha=0.4, label=f"{name}training")
         ax.plot(epochs, [row[f"val_{measure}_{k}"] for row in rows], color=color, label=f"{name}validation")
@@ -466,7 +466,7 @@ def error_curves(ax, rows, horizons, measure):
 def excess_curves(ax, rows, horizons, measure):
     _, column, unit, ylabel = MEASURES[measure]
     epochs = [row["epoch"] for row in rows]
-    for k, color in zip(horizons, figures.circle_colors(max(len(horizons), 2)), strict=False):
+    for k, color in zip(horizons, figures.run_colors(len(horizons)), strict=True):
         excess = [row[f"{column}_{k}"] for row in rows]
         if None in excess:  # the filter's likelihood is known one step ahead only
             continue

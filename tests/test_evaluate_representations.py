@@ -495,7 +495,7 @@ def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
     reports = [made_report("first"), made_report("second", shift=0.3)]
     fig = ev.draw_summary(reports, "measures against depth")
     assert fig.get_suptitle() == "measures against depth" and len(fig.axes) == 8
-    colors = figures.circle_colors(2)
+    colors = figures.run_colors(2)
     for ax, (title, lines) in zip(fig.axes, PANEL_LINES, strict=False):
         assert ax.get_title() == title
         drawn = iter(ax.get_lines())

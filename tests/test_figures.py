@@ -1,6 +1,5 @@
 """Figures: what is drawn, where it lies, and what is written. Colours are read off the rendered pixels."""
 
-import colorsys
 import itertools
 
 import matplotlib
@@ -37,15 +36,85 @@ def texts(legend):
 def test_up_to_ten_circles_have_colours_of_their_own_that_do_not_depend_on_how_many_there_are():
     ten = figures.circle_colors(10)
     assert ten.shape == (10, 3) and len({tuple(color) for color in ten}) == 10
-    assert [to_hex(color) for color in ten[:4]] == ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"]
+    assert [to_hex(color) for color in ten[:4]] == ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2"]
     for n in range(1, 10):
         np.testing.assert_array_equal(figures.circle_colors(n), ten[:n])
 
 
-def test_more_circles_walk_around_the_hues_bright_and_dark_in_turn():
-    colors = figures.circle_colors(13)
-    wanted = [colorsys.hsv_to_rgb(i / 13, 0.85, 0.6 if i % 2 else 0.95) for i in range(13)]
-    np.testing.assert_allclose(colors, wanted, atol=1e-12)
+def linear(rgb):
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+# Machado, Oliveira & Fernandes 2009, severity 1: linear RGB as readers with these eyes see it.
+EYES = {
+    "most": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(rgb, eyes="most"):
+    """CIELAB (n, 3) of sRGB colours (n, 3) as these eyes see them."""
+    to_xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+                       [0.0193339, 0.1191920, 0.9503041]])
+    seen = np.clip(linear(np.asarray(rgb)) @ np.transpose(EYES[eyes]), 0, 1)
+    x, y, z = (np.where(v > (6 / 29) ** 3, np.cbrt(v), v * 29 ** 2 / 108 + 4 / 29)
+               for v in (seen @ to_xyz.T / [0.95047, 1, 1.08883]).T)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+def ciede2000(one, other):
+    """The difference of two colours in CIELAB (Sharma, Wu & Dalal 2005)."""
+    (L1, a1, b1), (L2, a2, b2) = one, other
+    C7 = ((np.hypot(a1, b1) + np.hypot(a2, b2)) / 2) ** 7
+    stretch = 1.5 - 0.5 * np.sqrt(C7 / (C7 + 25 ** 7))
+    C1, C2 = np.hypot(stretch * a1, b1), np.hypot(stretch * a2, b2)
+    h1, h2 = (np.degrees(np.arctan2(b, stretch * a)) % 360 for a, b in ((a1, b1), (a2, b2)))
+    turn = (h2 - h1 + 180) % 360 - 180
+    L, C, h = (L1 + L2) / 2 - 50, (C1 + C2) / 2, h1 + turn / 2
+    T = (1 - 0.17 * np.cos(np.radians(h - 30)) + 0.24 * np.cos(np.radians(2 * h))
+         + 0.32 * np.cos(np.radians(3 * h + 6)) - 0.2 * np.cos(np.radians(4 * h - 63)))
+    lightness = (L2 - L1) / (1 + 0.015 * L ** 2 / np.sqrt(20 + L ** 2))
+    chroma = (C2 - C1) / (1 + 0.045 * C)
+    hue = 2 * np.sqrt(C1 * C2) * np.sin(np.radians(turn / 2)) / (1 + 0.015 * C * T)
+    rotation = (-2 * np.sqrt(C ** 7 / (C ** 7 + 25 ** 7))
+                * np.sin(np.radians(60 * np.exp(-(((h % 360) - 275) / 25) ** 2))))
+    return np.sqrt(lightness ** 2 + chroma ** 2 + hue ** 2 + rotation * chroma * hue)
+
+
+def test_the_difference_of_colours_is_that_of_the_published_examples():
+    for one, other, wanted in (((50, 2.6772, -79.7751), (50, 0, -82.7485), 2.0425),
+                               ((60.2574, -34.0099, 36.2677), (60.4626, -34.1751, 39.4387), 1.2644),
+                               ((50, 2.5, 0), (58, 24, 15), 19.4535)):
+        assert ciede2000(one, other) == pytest.approx(wanted, abs=1e-4)
+
+
+def smallest_difference(colors, eyes):
+    return min(ciede2000(one, other) for one, other in itertools.combinations(lab(colors, eyes), 2))
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_ten_circles_can_be_told_apart_by_readers_with_a_colour_deficiency(eyes):
+    assert smallest_difference(figures.circle_colors(10), eyes) >= 11.9
+
+
+@pytest.mark.parametrize("eyes", EYES)
+def test_runs_can_be_told_apart_and_from_circles(eyes):
+    runs = figures.run_colors(7)
+    assert smallest_difference(runs, eyes) >= 20
+    assert min(ciede2000(one, other) for one in lab(runs) for other in lab(figures.circle_colors(10))) >= 10
+    assert len({tuple(color) for color in figures.run_colors(20)}) == 20
+    np.testing.assert_array_equal(figures.run_colors(3), runs[:3])
+
+
+def test_more_than_ten_circles_are_coloured_by_their_number_from_dark_to_light():
+    fig, _ = figures.new_figure()
+    for n in (11, 13, 40):
+        colors = figures.circle_colors(n)
+        assert colors.shape == (n, 3) and (np.diff(lab(colors)[:, 0]) > 0).all()
+    assert figures.circle_legend(fig, 11).get_title().get_text() == "circle,\nby number"
+    assert figures.circle_legend(fig, 10).get_title().get_text() == "circle"
 
 
 def test_a_figure_has_its_panels_in_rows_and_columns_and_the_size_of_all_of_them():

@@ -532,7 +532,7 @@ def test_the_loss_figure(watched_run):
         "Loss", "epoch", "mean squared error (data units²)", "log")
     assert (right.get_title(), right.get_xlabel(), right.get_ylabel(), right.get_yscale()) == (
         "Excess over the optimal filter", "epoch", "validation MSE over the filter's − 1 (%)", "log")
-    colors = figures.circle_colors(3)
+    colors = figures.run_colors(3)
     for i, k in enumerate(HORIZONS):
         column = {kind: [float(row[f"{kind}_{k}"]) for row in run.log]
                   for kind in ("train_mse", "val_mse", "floor_mse", "excess_percent")}
