@@ -404,6 +404,17 @@ def test_divergence_before_the_first_epoch_ends_names_the_state_that_was_saved(s
     assert f"the last good checkpoint is {tmp_path / 'a_last.pt'} (the state after step 2)" in line
 
 
+def test_a_run_resumed_and_stopped_before_its_epoch_ends_keeps_its_losses(script, shared_data, tmp_path, monkeypatch):
+    resume = ["--resume", "--checkpoint", tmp_path / "a.pt"]
+    for steps, more in ((4, flags(shared_data, tmp_path / "a.pt")), (1, resume)):
+        interrupt_after(monkeypatch, steps)
+        assert script("masked_model_gpu_mamba_next", *more).code == 130
+        monkeypatch.undo()
+    last, (row,) = torch.load(tmp_path / "a_last.pt", weights_only=True), rows(tmp_path / "a_log.csv")
+    assert last["step"] == 5 and last["best_loss"] == float(row["val_loss"])
+    assert (last["train_loss"], last["val_loss"]) == (float(row["train_loss"]), float(row["val_loss"]))
+
+
 def test_a_resumed_run_replaces_its_best_weights_only_by_better_ones(script, shared_data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "finish", lambda *_: None)
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--lr", "0.01"))

@@ -246,6 +246,17 @@ def test_a_step_is_adamw_on_clipped_gradients():
     assert clipped == [True, False, True]
 
 
+@pytest.mark.parametrize("share, world", [(1.0, 1), (4 / 7, 2), (3 / 7, 2)])
+def test_a_share_of_a_step_counts_by_its_windows(share, world):
+    """The ranks' gradients are averaged: this rank's must be its share of the whole, times the number of ranks."""
+    parameter, totals = torch.nn.Parameter(torch.zeros(())), torch.zeros(3)
+    step = training.make_step(None, lambda model, x: (0.25 * parameter + 3, torch.full((1,), 5.0)),
+                              torch.optim.SGD([parameter], 1.0), totals, share, world)
+    step(None)
+    assert parameter.item() == pytest.approx(-0.25 * share * world)
+    assert totals.tolist() == pytest.approx([3 * share, 5 * share, 1])
+
+
 def test_the_weight_of_the_newest_parameters_in_their_average():
     assert [training.averaging_weight(step, 0.9) for step in (0, 1, 8, 80, 10**6)] == pytest.approx(
         [9 / 10, 9 / 11, 9 / 18, 0.1, 0.1])
@@ -456,6 +467,9 @@ def test_every_number_of_the_log(watched_run):
             assert float(row[f"floor_mse_{k}"]) == pytest.approx(floor["mse"][k], rel=1e-9)
             assert float(row[f"excess_percent_{k}"]) == pytest.approx(
                 100 * (float(row[f"val_mse_{k}"]) / floor["mse"][k] - 1), rel=1e-6)
+    for s, step in enumerate(run.steps[:9]):  # the last epoch's are the fixture's
+        assert step.rates[0][0] == pytest.approx(0.01 * (s + 1) / 3 if s < 3 else
+                                                 0.005 * (1 + math.cos(math.pi * (s - 3) / 9)))
     seconds = [float(row["seconds"]) for row in run.log]
     assert seconds[0] > 0 and sorted(seconds) == seconds and seconds[-1] <= run.seconds
     # The best epoch's weights are in run.pt, the last one's in run_last.pt: both give what the log says of them.
