@@ -429,24 +429,27 @@ MEASURES = {
 
 def draw_loss(rows, horizons, title):
     """Per measure of the log and per horizon against the epoch: training and validation error, and the validation
-    error's excess over the optimal filter where that is known."""
+    error's excess over the optimal filter where that is known; the learning rate; and the best epoch in all panels."""
     measures = [measure for measure in MEASURES if f"val_{measure}_{horizons[0]}" in rows[-1]]
     has_floor = rows[-1].get(f"floor_mse_{horizons[0]}") is not None
-    fig, axes = figures.new_figure(len(measures), 2 if has_floor else 1, (5.5, 4), title)
+    fig, axes = figures.new_figure(len(measures), 2 if has_floor else 1, (5.2, 4), title)
+    best = min(rows, key=lambda row: row["val_loss"])["epoch"]
     for measure, panels in zip(measures, axes, strict=True):
         error_curves(panels[0], rows, horizons, measure)
         if has_floor:
             excess_curves(panels[1], rows, horizons, measure)
         for ax in panels:
-            ax.set(xlabel="epoch")
-            ax.xaxis.get_major_locator().set_params(integer=True)
-            ax.legend(fontsize=7 if len(horizons) > 2 else 9)
+            ax.axvline(best, color="0.6", linestyle="--", linewidth=1, zorder=0, label=f"best epoch ({best:,})")
+            epoch_axis(ax, rows[0]["epoch"], rows[-1]["epoch"])
             if ax.get_yscale() == "log":
                 low, high = ax.get_ylim()
                 figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
             if len(rows) == 1:
                 for line in ax.get_lines():
-                    line.set_marker("o")
+                    line.set_marker("o" if len(line.get_xdata()) == 1 else "")
+    learning_rate(axes[0, 0], rows)
+    fig.legend(handles=loss_handles(rows, horizons, measures, best, has_floor), loc="outside right upper",
+               fontsize=8, ncols=1 + (len(horizons) - 1) // 12)
     return fig
 
 
@@ -464,16 +467,54 @@ def error_curves(ax, rows, horizons, measure):
 
 
 def excess_curves(ax, rows, horizons, measure):
-    _, column, unit, ylabel = MEASURES[measure]
+    _, column, _, ylabel = MEASURES[measure]
     epochs = [row["epoch"] for row in rows]
     for k, color in zip(horizons, figures.run_colors(len(horizons)), strict=True):
         excess = [row[f"{column}_{k}"] for row in rows]
-        if None in excess:  # the filter's likelihood is known one step ahead only
-            continue
-        name, digits = f"horizon {k}, " if len(horizons) > 1 else "", 2 if measure == "mse" else 4
-        label = f"{name}best {min(excess):.{digits}f}{unit}, {excess[-1]:.{digits}f}{unit} at the end"
-        ax.plot(epochs, excess, color=color, label=label)
+        if None not in excess:  # the filter's likelihood is known one step ahead only
+            ax.plot(epochs, excess, color=color, label=f"horizon {k}")
     ax.set(ylabel=f"validation {ylabel}", yscale="log", title="Excess over the optimal filter")
+
+
+def epoch_axis(ax, first, last):
+    """An axis of epochs from the first to the last, with ticks at the first one and at round numbers."""
+    step = next(round_number * 10**power for power in range(10) for round_number in (1, 2, 5)
+                if last - first < 9 * round_number * 10**power)
+    ax.set(xlabel="epoch", xlim=(first, last) if last > first else (first - 0.5, first + 0.5),
+           xticks=[first, *(tick for tick in range(step, last + 1, step) if tick - first >= step / 2)])
+
+
+def learning_rate(ax, rows):
+    """The learning rate at the end of each epoch, in grey behind the curves of `ax`, on an axis at its right."""
+    right = ax.twinx()
+    right.plot([row["epoch"] for row in rows], [row["lr"] for row in rows], color="0.6", linewidth=0.8,
+               marker="o" if len(rows) == 1 else None)
+    right.set(ylim=(0, None))
+    right.set_ylabel("learning rate", color="0.5")
+    right.tick_params(axis="y", colors="0.5")
+    right.ticklabel_format(axis="y", scilimits=(-2, 2))
+    right.set_zorder(ax.get_zorder() - 1)
+    ax.patch.set_visible(False)
+
+
+def loss_handles(rows, horizons, measures, best, has_floor):
+    """The entries of the loss figure's legend: each horizon with its excess, then what the kinds of lines mean."""
+    line = figures.Line2D
+    handles = []
+    for k, color in zip(horizons, figures.run_colors(len(horizons)), strict=True):
+        label = f"horizon {k}"
+        for measure in measures:
+            _, column, unit, _ = MEASURES[measure]
+            excess = [row.get(f"{column}_{k}") for row in rows]
+            if None not in excess:
+                digits = 2 if measure == "mse" else 4
+                label += f"\n{min(excess):.{digits}f}{unit} at best, {excess[-1]:.{digits}f}{unit} at the end"
+        handles.append(line([], [], color=color, label=label))
+    handles += [line([], [], color="0.3", alpha=0.4, label="training"), line([], [], color="0.3", label="validation")]
+    if has_floor:
+        handles.append(line([], [], color="0.3", linestyle=":", label="optimal filter"))
+    return [*handles, line([], [], color="0.6", linestyle="--", linewidth=1, label=f"best epoch ({best:,})"),
+            line([], [], color="0.6", linewidth=0.8, label="learning rate")]
 
 
 def draw_prediction(window, prediction, states, n_circles, start, title):

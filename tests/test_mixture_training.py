@@ -130,7 +130,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(trained, shared_data
 
 
 def test_the_loss_figure_has_a_row_of_panels_per_measure():
-    rows = [{"epoch": i, **{f"{kind}_{k}": 10.0 * k + i + j for j, kind in enumerate(
+    rows = [{"epoch": i, "lr": 1e-3, "val_loss": i, **{f"{kind}_{k}": 10.0 * k + i + j for j, kind in enumerate(
         ("train_mse", "val_mse", "floor_mse", "excess_percent", "train_nll", "val_nll"))
         for k in (1, 2)}, "floor_nll_1": 40.0, "excess_nats_1": 0.5 + i, "floor_nll_2": None, "excess_nats_2": None}
         for i in (1, 2, 3)]
@@ -141,8 +141,11 @@ def test_the_loss_figure_has_a_row_of_panels_per_measure():
     assert lines["horizon 1, training"] == [row["train_nll_1"] for row in rows]
     assert lines["horizon 2, validation"] == [row["val_nll_2"] for row in rows]
     assert lines["horizon 1, optimal filter"] == [40.0, 40.0] and "horizon 2, optimal filter" not in lines
-    assert [list(line.get_ydata()) for line in excess.get_lines()] == [[1.5, 2.5, 3.5]]
-    assert "1.5000 nats" in excess.get_lines()[0].get_label() and "nats per step" in excess.get_ylabel()
+    curve, best = excess.get_lines()
+    assert list(curve.get_ydata()) == [1.5, 2.5, 3.5] and list(best.get_xdata()) == [1, 1]
+    assert "nats per step" in excess.get_ylabel()
+    first, second = (text.get_text() for text in fig.legends[0].get_texts()[:2])
+    assert first.endswith("\n1.5000 nats at best, 3.5000 nats at the end") and "nats" not in second
 
 
 def test_a_mixture_starts_from_the_scale_of_the_training_steps():

@@ -539,14 +539,14 @@ def test_the_table_of_eval(script, shared_data, watched_run):
 def test_the_loss_figure(watched_run):
     run = watched_run
     fig = run.figs["run_loss.png"]
-    left, right = fig.axes
+    left, right, rate = fig.axes
     epochs = list(range(1, EPOCHS + 1))
     assert fig._suptitle.get_text() == "run"
     assert (left.get_title(), left.get_xlabel(), left.get_ylabel(), left.get_yscale()) == (
         "Loss", "epoch", "mean squared error (data units²)", "log")
     assert (right.get_title(), right.get_xlabel(), right.get_ylabel(), right.get_yscale()) == (
         "Excess over the optimal filter", "epoch", "validation MSE over the filter's − 1 (%)", "log")
-    colors = figures.run_colors(3)
+    colors, entries = figures.run_colors(3), []
     for i, k in enumerate(HORIZONS):
         column = {kind: [float(row[f"{kind}_{k}"]) for row in run.log]
                   for kind in ("train_mse", "val_mse", "floor_mse", "excess_percent")}
@@ -560,20 +560,56 @@ def test_the_loss_figure(watched_run):
         excess = right.get_lines()[i]
         assert list(excess.get_xdata()) == epochs and list(excess.get_ydata()) == column["excess_percent"]
         low, end = min(column["excess_percent"]), column["excess_percent"][-1]
-        assert excess.get_label() == f"horizon {k}, best {low:.2f} %, {end:.2f} % at the end" and low < end
+        entries.append(f"horizon {k}\n{low:.2f} % at best, {end:.2f} % at the end")
+        assert excess.get_label() == f"horizon {k}" and low < end
         for line in (trained, validated, floor, excess):
             assert np.allclose(matplotlib.colors.to_rgb(line.get_color()), colors[i])
         assert trained.get_alpha() == 0.4 and validated.get_alpha() is None
+    best = min(run.log, key=lambda row: float(row["val_loss"]))["epoch"]
+    entries += ["training", "validation", "optimal filter", f"best epoch ({best})", "learning rate"]
+    legend, = fig.legends
+    assert [text.get_text() for text in legend.get_texts()] == entries
+    for line, color in zip(legend.get_lines(), colors, strict=False):
+        assert np.allclose(matplotlib.colors.to_rgb(line.get_color()), color)
+    assert legend.get_lines()[3].get_alpha() == 0.4 and legend.get_lines()[4].get_alpha() is None
+    assert legend.get_lines()[5].get_linestyle() == ":" and legend.get_lines()[6].get_linestyle() == "--"
     for ax in (left, right):
-        legend = [text.get_text() for text in ax.get_legend().get_texts()]
-        assert legend == [line.get_label() for line in ax.get_lines()]
+        assert ax.get_legend() is None and ax.get_xlim() == (1, EPOCHS)
+        assert list(ax.get_lines()[-1].get_xdata()) == [int(best)] * 2
+        assert ax.get_lines()[-1].get_linestyle() == "--"
+    assert rate.get_ylabel() == "learning rate" and rate.get_ylim()[0] == 0
+    drawn, = rate.get_lines()
+    assert list(drawn.get_xdata()) == epochs and list(drawn.get_ydata()) == [float(row["lr"]) for row in run.log]
+
+
+@pytest.mark.parametrize("first, last, ticks", [(1, 3, [1, 2, 3]), (1, 10, [1, 2, 4, 6, 8, 10]), (4, 4, [4]),
+                                                (1, 40, [1, 5, 10, 15, 20, 25, 30, 35, 40]),
+                                                (7, 9, [7, 8, 9])])
+def test_the_axis_of_epochs_begins_at_the_first_one(first, last, ticks):
+    _, axes = figures.new_figure()
+    run_files.epoch_axis(axes[0, 0], first, last)
+    assert list(axes[0, 0].get_xticks()) == ticks
+    assert axes[0, 0].get_xlim() == ((first, last) if last > first else (first - 0.5, first + 0.5))
+
+
+def test_the_legend_of_many_horizons_covers_no_curve():
+    horizons = [1, 2, 4, 8, 16, 32, 64]
+    rows = [{"epoch": i, "lr": 1e-3, "val_loss": 1.0, **{f"{kind}_{k}": 5.0 + i for k in horizons for kind in (
+        "train_mse", "val_mse", "floor_mse", "excess_percent")}} for i in (1, 2)]
+    fig = figures.laid_out(run_files.draw_loss(rows, horizons, "a"))
+    fig.canvas.draw()
+    legend = fig.legends[0].get_window_extent()
+    assert not any(ax.get_tightbbox().overlaps(legend) for ax in fig.axes)
+    assert legend.x0 >= 0 and legend.x1 <= fig.bbox.x1 and legend.y0 >= 0
 
 
 def test_the_loss_figure_of_one_horizon_without_a_floor():
-    row = {"epoch": 1, "train_mse_1": 3.0, "val_mse_1": 4.0, "floor_mse_1": None}
-    ax, = run_files.draw_loss([row], [1], "a").axes
-    assert [(line.get_label(), list(line.get_ydata()), line.get_marker()) for line in ax.get_lines()] == [
+    row = {"epoch": 1, "lr": 1e-3, "val_loss": 4.0, "train_mse_1": 3.0, "val_mse_1": 4.0, "floor_mse_1": None}
+    fig = run_files.draw_loss([row], [1], "a")
+    assert [(line.get_label(), list(line.get_ydata()), line.get_marker()) for line in fig.axes[0].get_lines()[:2]] == [
         ("training", [3.0], "o"), ("validation", [4.0], "o")]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == [
+        "horizon 1", "training", "validation", "best epoch (1)", "learning rate"]
 
 
 @pytest.mark.parametrize("i, start", [(0, 2700), (1, 2700), (2, 2828)])  # two windows: their middle is the first
