@@ -42,8 +42,7 @@ def build_parser():
     data.add_argument("--fresh", action="store_true",
                       help="train each epoch on a newly drawn series of the same process and length")
     data.add_argument("--num-workers", type=cli.non_negative_int, default=0, metavar="N",
-                      help="loader processes for a series that is read from its file (--uncompressed) or does not "
-                           "fit on the device; unused otherwise")
+                      help="loader processes for a series that is read from its file or does not fit on the device")
     model = parser.add_argument_group("model")
     model.add_argument("--d-model", type=cli.positive_int, default=128, metavar="N", help="width of the model")
     model.add_argument("--n-layers", type=cli.positive_int, default=7, metavar="N", help="Mamba layers")
@@ -102,10 +101,8 @@ def build_parser():
 
 
 def parse_args(argv=None, refuse=None):
-    """The flags as a Namespace; `flags_given` lists those that stand on the command line.
-
-    refuse(message), where given, is called in place of ending the program on a bad flag, and must raise.
-    """
+    """The flags as a Namespace; `flags_given` lists those that stand on the command line. A bad one ends the program,
+    unless refuse(message) is given, which must raise."""
     parser = build_parser()
     parser.error = refuse or parser.error
     args = parser.parse_args(argv)
@@ -305,8 +302,8 @@ def averaging_weight(step, decay):
 class Plan:
     """The steps of a run: which windows each sees, at what learning rate, and from which seed.
 
-    All of it follows from the flags and the length of the series, so that a run which is interrupted and resumed, or
-    spread over several ranks, takes the same steps. Raises UserError when the series has too few steps.
+    All follows from the flags and the length of the series, so that a run which is resumed, or spread over several
+    ranks, takes the same steps. Raises UserError when the series is too short.
     """
 
     def __init__(self, args, n_steps):
@@ -355,8 +352,7 @@ def make_averaging(averaged, model, weight):
 def make_step(model, loss_of, optimizer, totals, share=1.0, world=1, after=None):
     """One optimisation step on windows x, this rank's `share` of the step's windows; then `after()`, if given.
 
-    Adds [loss, errors…, 1 if all losses were finite so far] to `totals` on the device: no number travels to the host
-    in a step.
+    Adds [loss, errors…, 1 if all losses were finite so far] to `totals` on the device: no number goes to the host.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -436,11 +432,9 @@ def make_runner(args, state, plan, series, windows, ranks):
 # ---- What is saved --------------------------------------------------------------------------------------------
 
 class RunState:
-    """Where a run stands: exactly what NAME_last.pt holds, and what --resume goes on from.
-
+    """Where a run stands: exactly what NAME_last.pt holds. `step` counts the steps taken, `totals` are the sums of
+    make_step over the epoch so far, `train_loss` and `val_loss` are those of the last epoch (None in the first).
     `averaged` has the weights that are evaluated and kept: with --ema a moving average, otherwise it is `model` itself.
-    `totals` are the sums of make_step over the epoch so far, `step` counts the steps taken, `best_loss` is the lowest
-    validation loss; `train_loss` and `val_loss` are those of the last epoch, None before the first one ends.
     """
 
     def __init__(self, args, model, steps_per_epoch, data_crc32):
@@ -495,10 +489,9 @@ class RunState:
 
 
 def open_state(args, saved, path, series, plan, device):
-    """The state of a new run, or the one that `saved` describes, the content of NAME_last.pt at `path`.
+    """The state of a new run, or of the one that `saved` describes, the content of NAME_last.pt at `path`.
 
-    A restored model has the sizes of the saved tensors: a file can't ask for more memory than it fills. Raises
-    UserError when a run can't go on from the file.
+    A restored model has the sizes of the saved tensors, and so no more memory than the file fills. Raises UserError.
     """
     data_crc32 = dataset.crc32(series.X)
     if saved is None:
