@@ -895,6 +895,8 @@ def entropy_rate(process, n_steps=20_000, seed=0):
     theta = process.entry_angles[circles] + 2 * np.pi * steps / process.periods[circles]
     noise = process.noise_std * rng.standard_normal((n_steps, process.feature_dim))
     X = circle_process.points(process, circles, theta) + noise
+    if process.center_walk_std:
+        X += circle_process.walk(np.zeros(process.feature_dim), n_steps, process.center_walk_std, rng)[0]
     known = -0.5 * process.feature_dim * math.log(2 * math.pi * process.noise_std**2)
     given_point = known - (noise**2).sum(axis=1) / (2 * process.noise_std**2)
     missing = given_point - predict(process, X, (), keep_predictions=False)["log_likelihood"]
@@ -954,6 +956,7 @@ def measure(args, series, process):
         "smoothed_circle_accuracy": float(right_smoothed.mean()),
         "log_likelihood_per_step": float(filtered["log_likelihood"].mean()),
     }
+    report["entropy_rate"], report["entropy_rate_error"] = entropy_rate(process)
     if process.center_walk_std:
         for row in report["horizons"]:
             row["told_mse"] = moving_filter.told_floor(process.center_walk_std, process.noise_std, row["horizon"])
@@ -977,7 +980,8 @@ def print_report(report, process, series):
         align="r" * (1 + len(columns))))
     print(f"\ncircle accuracy: {report['circle_accuracy']:.3%} from the past, "
           f"{report['smoothed_circle_accuracy']:.3%} from the whole series")
-    print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats per step\n")
+    print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats per step")
+    print(f"entropy rate of the process: {report['entropy_rate']:.4f} ± {report['entropy_rate_error']:.1g} nats per step\n")
     if process.center_walk_std:
         limits = report["limits"]
         print(f"the centre walks, so hidden paths are merged and dropped: {limits['hypotheses_per_step']:.1f} are kept "

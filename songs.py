@@ -5,7 +5,8 @@ A song is a series that a model generates from a seed, a stretch of the real ser
 the series, the smoother finds some path. A step counts as on the process when the series keeps to it: when the mean of
 |x - path|² over a window of half the shortest period is not larger than noise alone makes it. On a series of the
 process, |x - path|² / noise_std² summed over the window follows a chi-square law with one degree of freedom per step
-and feature. So the share of its steps that count as off is known: FALSE_ALARM.
+and feature. So the share of its steps that count as off is known: FALSE_ALARM. (Fewer where the circles' centre walks:
+the smoother finds the centre from the same steps.)
 
 Only where a song is on the process are circles, transitions and dwell times counted, and a transition or the beginning
 of a visit only where it is on the process on both sides. The smoother's prior forbids some things, for instance to
@@ -62,7 +63,7 @@ def analyse(process, seeds, generated):
         sample, first, last, low, high = job
         X = np.concatenate([seeds[sample, low:high], generated[sample, max(low - seed_len, 0):max(high - seed_len, 0)]])
         smoothed = optimal_filter.smooth(process, X, initial="stationary")
-        path = circle_process.points(process, smoothed["circle"], smoothed["theta"])
+        path = smoothed["center"] + circle_process.points(process, smoothed["circle"], smoothed["theta"])
         values = (smoothed["circle"], smoothed["theta"], smoothed["log_likelihood"], ((X - path)**2).sum(axis=1))
         for name, array in zip(names, values, strict=True):
             steps[name][sample, first:last] = array[first - low:last - low]

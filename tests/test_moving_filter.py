@@ -25,6 +25,7 @@ import generate
 import markov_circles_timeseries as generator
 import moving_filter
 import optimal_filter
+import songs
 from moving_filter import Limits
 
 WIDER = Limits(drop=80.0, merge=0.0, most=100_000)
@@ -394,9 +395,12 @@ def test_songs_are_judged_around_the_centre(walking_data):
     process = optimal_filter.process_from_series(series)
     song = generate.reference_song(process, series, [1500, 2000], 100, 400)
     assert np.mean(song["labels"][0] == series.states[1600:2000]) > 0.98
-    assert np.median(song["path_distance"]) < 1 and (song["steps_on_process"] > 380).all()
+    assert song["on"].all() and np.median(song["deviation"]) < 1.1 * process.noise_std
     still = dataclasses.replace(process, center_walk_std=0.0)
-    assert generate.reference_song(still, series, [1500, 2000], 100, 400)["steps_on_process"].min() < 100
+    assert generate.reference_song(still, series, [1500, 2000], 100, 400)["on"].mean() < 0.5
+    rate, error = optimal_filter.entropy_rate(process, 3000)
+    mean, spread = songs.mean_and_error(song["log_likelihood"])
+    assert abs(mean + rate) < 4 * (spread + error)
 
 
 def test_what_the_walk_makes_impossible_is_said(walking_data):

@@ -484,7 +484,9 @@ def test_each_number_of_the_report(written, report):
     smoothed = reference["smoothed"].argmax(axis=1) == series.states
     assert list(found) == ["noise_floor", "planes_recovered", "n_steps", "first_validation_step", "seq_len", "stride",
                            "horizons", "circle_accuracy", "val_circle_accuracy", "smoothed_circle_accuracy",
-                           "log_likelihood_per_step"]
+                           "log_likelihood_per_step", "entropy_rate", "entropy_rate_error"]
+    process = optimal_filter.process_from_series(series)
+    assert (found["entropy_rate"], found["entropy_rate_error"]) == optimal_filter.entropy_rate(process)
     assert found["noise_floor"] == pytest.approx(NOISE**2) and found["planes_recovered"] is False
     assert (found["n_steps"], found["first_validation_step"], found["seq_len"], found["stride"]) == (400, 300, 30, 20)
     assert found["circle_accuracy"] == pytest.approx(right.mean())
@@ -513,6 +515,8 @@ def test_each_number_that_is_printed(report):
     assert lines[8] == (f"circle accuracy: {100 * found['circle_accuracy']:.3f}% from the past, "
                         f"{100 * found['smoothed_circle_accuracy']:.3f}% from the whole series")
     assert lines[9] == f"log-likelihood: {found['log_likelihood_per_step']:.4f} nats per step"
+    assert lines[10] == (f"entropy rate of the process: {found['entropy_rate']:.4f} ± "
+                         f"{found['entropy_rate_error']:.1g} nats per step")
     assert "recovered" not in report.out
 
 
@@ -545,3 +549,36 @@ def test_a_file_without_planes_is_said_to_make_errors_too_low(written, script, t
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "optimal_filter.json").read_text())["planes_recovered"] is True
     assert f"too low by about {NOISE**2 * 3 * (2 * 4 - 3) / (400 * 4):.1e}" in done.out
+
+
+def test_entropy_rate_is_minus_the_mean_log_likelihood_of_long_series():
+    process = make_process(3, dwell=(9.0, 3.0))[1]
+    rate, error = optimal_filter.entropy_rate(process, 20_000)
+    rng, means = np.random.default_rng(5), []
+    for _ in range(4):
+        circles, steps = optimal_filter.draw_path(process, 10_000, rng)
+        theta = process.entry_angles[circles] + 2 * np.pi * steps / process.periods[circles]
+        X = circle_process.points(process, circles, theta) + NOISE * rng.standard_normal((10_000, 4))
+        means.append(optimal_filter.predict(process, X, ())["log_likelihood"].mean())
+    spread = np.std(means, ddof=1) / 2
+    assert abs(rate + np.mean(means)) < 4 * (spread + error)
+    assert error < spread  # the control variate takes most of the noise away
+    assert optimal_filter.entropy_rate(process, 20_000) == (rate, error)
+    assert optimal_filter.entropy_rate(process, 20_000, seed=1) != (rate, error)
+    # more noise, more entropy: at least that of the noise
+    assert rate > 0.5 * 4 * np.log(2 * np.pi * np.e * NOISE**2)
+
+
+def test_drawn_paths_follow_the_laws_of_the_process():
+    process = make_process(3, dwell=(9.0, 3.0))[1]
+    circles, steps = optimal_filter.draw_path(process, 60_000, np.random.default_rng(0))
+    begins = np.flatnonzero(steps == 0)
+    lengths, visited = np.diff(begins), circles[begins]
+    for i, period in enumerate(process.periods):
+        revolutions = lengths[visited[:-1] == i] / period
+        shares = [np.mean(revolutions == r + 1) for r in range(process.dwell_law.shape[1])]
+        np.testing.assert_allclose(shares, process.dwell_law[i], atol=0.02)
+        following = visited[1:][visited[:-1] == i]
+        np.testing.assert_allclose(np.bincount(following, minlength=3) / len(following), process.transition_matrix[i],
+                                   atol=0.03)
+    assert (np.diff(steps)[np.diff(steps) != 1] < 0).all() and len(steps) == 60_000
