@@ -981,7 +981,8 @@ def print_report(report, process, series):
     print(f"\ncircle accuracy: {report['circle_accuracy']:.3%} from the past, "
           f"{report['smoothed_circle_accuracy']:.3%} from the whole series")
     print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats per step")
-    print(f"entropy rate of the process: {report['entropy_rate']:.4f} ± {report['entropy_rate_error']:.1g} nats per step\n")
+    print(f"entropy rate of the process: {report['entropy_rate']:.4f} ± {report['entropy_rate_error']:.1g} nats per "
+          "step\n")
     if process.center_walk_std:
         limits = report["limits"]
         print(f"the centre walks, so hidden paths are merged and dropped: {limits['hypotheses_per_step']:.1f} are kept "
