@@ -388,7 +388,7 @@ def test_excess_percent_and_the_table_of_errors():
     assert optimal_filter.excess_percent(3.0, 2.0) == pytest.approx(50)
     assert optimal_filter.excess_percent(1.5, 2.0) == pytest.approx(-25)
     assert optimal_filter.excess_percent(3.0, None) is None
-    rows = optimal_filter.error_rows({1: 3.0, 4: 5.12346}, {1: 2.0, 4: 5.0})
+    rows = optimal_filter.error_rows({"mse": {1: 3.0, 4: 5.12346}}, {"mse": {1: 2.0, 4: 5.0}, "nll": {1: 7.0}})
     assert rows == [
         {"horizon": 1, "val_mse": 3.0, "optimal_mse": 2.0, "excess_percent": pytest.approx(50)},
         {"horizon": 4, "val_mse": 5.12346, "optimal_mse": 5.0, "excess_percent": pytest.approx(2.4692)}]
@@ -396,9 +396,17 @@ def test_excess_percent_and_the_table_of_errors():
     assert re.split(r" {2,}", lines[0]) == ["horizon", "validation MSE", "optimal", "excess"]
     assert lines[2].split() == ["1", "3.0000", "2.0000", "+50.00", "%"]
     assert lines[3].split() == ["4", "5.1235", "5.0000", "+2.47", "%"]
-    unknown = optimal_filter.error_rows({2: 3.0}, {})
+    unknown = optimal_filter.error_rows({"mse": {2: 3.0}}, {})
     assert unknown == [{"horizon": 2, "val_mse": 3.0, "optimal_mse": None, "excess_percent": None}]
     assert optimal_filter.error_table(unknown).splitlines()[2].split() == ["2", "3.0000", "–", "–"]
+    both = optimal_filter.error_rows({"mse": {1: 3.0, 4: 5.0}, "nll": {1: 9.25, 4: 11.0}},
+                                     {"mse": {1: 2.0, 4: 5.0}, "nll": {1: 9.5}})
+    assert both[0] == rows[0] | {"val_nll": 9.25, "optimal_nll": 9.5, "excess_nats": -0.25}
+    assert (both[1]["val_nll"], both[1]["optimal_nll"], both[1]["excess_nats"]) == (11.0, None, None)
+    lines = optimal_filter.error_table(both).splitlines()
+    assert re.split(r" {2,}", lines[0])[4:] == ["NLL (nats)", "optimal NLL", "above optimal"]
+    assert lines[2].split()[5:] == ["9.2500", "9.5000", "-0.2500", "nats"]
+    assert lines[3].split()[5:] == ["11.0000", "–", "–"]
 
 
 def test_process_or_none_says_what_there_is_not_and_why(capsys):
