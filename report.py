@@ -69,7 +69,7 @@ CAPTIONS = [
      "A continuation beside the true one. After a while the two differ, as two songs of one singer do: then the error "
      "is √2 times the spread of the data."),
     ("Songs", r"generated(?:_\S+)?_song",
-     "Whether the song follows the process: its transitions, its dwell times and its distance to the circles."),
+     "Whether the song follows the process: its transitions, its dwell times and its deviation from its path."),
     ("Songs", r"compare(?:_\S+)?", "Several ways to generate, side by side with the real series."),
 ]
 DATA_CAPTIONS = {
