@@ -571,7 +571,8 @@ print(step_cpu.__file__, *(sum(kernel.stats.cache_hits.values()) for kernel in (
 
     def hits():
         command = [sys.executable, "-c", code, str(tmp_path)]
-        file, *hits = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout.split()
+        out = subprocess.run(command, cwd=REPO, text=True, capture_output=True, check=True).stdout
+        file, *hits = out.splitlines()[-1].split()
         assert file == str(folder / "step_cpu.py")
         return [int(n) for n in hits]
 
