@@ -70,10 +70,10 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    cli.start()
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
-
-for _name, _level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
-    os.environ.setdefault(_name, _level)  # torch reads them at its import; its profiler writes to stderr otherwise
+    for _name, _level in (("KINETO_LOG_LEVEL", "99"), ("TORCH_CPP_LOG_LEVEL", "ERROR")):
+        os.environ.setdefault(_name, _level)  # torch reads them at its import; its profiler writes to stderr otherwise
 
 import numpy as np
 import torch

@@ -1,30 +1,30 @@
 """What every script here shares at its edges: one way to parse flags, to report an error and to write a file.
 
 Nothing slow is imported at the top, so that `--help` and a bad flag answer at once.
-
-Importing this module has a side effect: it sets three environment variables (OMP_WAIT_POLICY, GOMP_SPINCOUNT and
-THP_MEM_ALLOC_ENABLE) unless they are set already. They say how torch uses threads and memory on a CPU. Since torch
-reads them once, when it is imported, every script imports this module before torch; where torch is there already, as
-in many a notebook, they change nothing.
 """
 
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import os
 import platform
 import re
+import stat
 import sys
 from pathlib import Path
 
-# Threads of torch that have nothing to do go to sleep at once, or with GNU's OpenMP after a fraction of a millisecond,
-# which bridges the gap between two operations. Otherwise they would keep the cores from the threads of the scan, which
-# alternate with them.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# On Linux torch asks for huge pages. A training step allocates and frees about a hundred megabytes, which would be
-# tens of thousands of small pages.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# How torch uses threads and memory on a CPU; it reads these once, when it is imported. See `start`.
+TORCH_ENVIRONMENT = {
+    # Threads that have nothing to do go to sleep at once, or with GNU's OpenMP after a fraction of a millisecond, which
+    # bridges the gap between two operations. Otherwise they would keep the cores from the threads of the scan, which
+    # alternate with them.
+    "OMP_WAIT_POLICY": "passive",
+    "GOMP_SPINCOUNT": "10000",
+    # On Linux torch asks for huge pages. A training step allocates and frees about a hundred megabytes, which would be
+    # tens of thousands of small pages.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 # The windows that a model is trained on unless flags say otherwise: steps per window, steps between the starts of two
 # windows, and the share of the series, at its end, that is validation.
@@ -37,10 +37,58 @@ class UserError(Exception):
     """An error that the user can mend. It is shown as one line on stderr, without a traceback; the exit code is 2."""
 
 
+def start():
+    """Prepare the process of a script, before its flags are parsed and before torch or matplotlib is imported.
+
+    Called only where a script is run: a notebook that imports the same file keeps its own streams and environment.
+    """
+    open_streams()
+    for name, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    os.environ["MPLBACKEND"] = "Agg"  # a Jupyter terminal names a backend that may not be installed here
+    home = os.path.expanduser("~")
+    if not (os.path.isabs(home) and os.access(home, os.W_OK)):
+        with contextlib.suppress(OSError):  # without any folder, each library does what it can
+            folder = private_folder()
+            os.environ.setdefault("MPLCONFIGDIR", os.path.join(folder, "matplotlib"))
+            os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(folder, "triton"))
+
+
+def open_streams():
+    """Make stdout and stderr fit to be written to: a closed one (`>&-`) goes to nowhere, and a sign that the terminal's
+    encoding doesn't know becomes a question mark."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # otherwise the next file to be opened would get this number, and what is printed with it
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+        if number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def private_folder():
+    """A folder in the temporary directory that nobody but this user can read or write; made if needed.
+
+    For caches of machine code, which is executed, where the user has no home. Raises OSError when it can't be had.
+    """
+    import tempfile
+
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+    folder = os.path.join(tempfile.gettempdir(), f"mambasynth-{user}")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(f"{folder} is no folder")
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077):
+        raise PermissionError(f"{folder} belongs to somebody else or can be changed by others")
+    return folder
+
+
 def run(main, args):
     """Run a script's `main(args)`; an error that the user can mend becomes one line on stderr and exit code 2."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a sign that the terminal doesn't know must not end a run
     try:
         main(args)
         sys.stdout.flush()  # here a full disk, or a reader that has left, can still be reported
@@ -71,6 +119,20 @@ def fail(message, code=EXIT_BAD_INPUT):
         silence_stdout()
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def imported_when_used(name):
+    """The module `name`, which is executed only when something of it is first used.
+
+    For a module that takes long to import in a script that imports everything on top, so that --help answers at once.
+    """
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(name)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def silence_stdout():
@@ -106,10 +168,10 @@ def parser(doc):
     A wrong flag ends the script with one line on stderr and exit code 2. Flags can't be abbreviated: a new flag would
     make old abbreviations ambiguous, and a command in a paper's appendix should mean the same next year.
     """
-    description, _, examples = doc.partition("Examples:")
+    description, _, examples = (doc or "").partition("Examples:")  # `python -OO` drops docstrings
     return _Parser(
         description=description.strip(),
-        epilog=f"examples:{examples}".rstrip(),
+        epilog=f"examples:{examples}".rstrip() if examples else None,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )

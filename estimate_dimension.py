@@ -14,8 +14,9 @@ import numpy as np
 
 import cli
 import dataset
-import figures
 from measures import distinct, levina_bickel, umap_embedding
+
+figures = cli.imported_when_used("figures")  # matplotlib takes half a second, which --help need not wait for
 
 __all__ = ["levina_bickel", "umap_embedding"]  # notebooks import these two from here
 
@@ -112,4 +113,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    cli.start()
     cli.run(main, parse_args())

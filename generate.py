@@ -125,6 +125,7 @@ def find_problem(args):
 
 
 if __name__ == "__main__":
+    cli.start()
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
 import numpy as np

@@ -25,10 +25,11 @@ import numpy as np
 import circle_process
 import cli
 import dataset
-import figures
 from circle_process import BLOCK_VALUES, LARGEST_VALUE, LONGEST_PERIOD
 from dataset import Series, load_series, pick
 from measures import distinct, knn, levina_bickel, umap_embedding
+
+figures = cli.imported_when_used("figures")  # matplotlib takes half a second, which --help need not wait for
 
 N_SAMPLE_WINDOWS, SAMPLE_WINDOW = 3, 1000  # how many, and steps in each
 FIRST_STEPS = 5000  # at the beginning of the series, drawn larger
@@ -399,4 +400,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    cli.start()
     cli.run(main, parse_args())

@@ -31,13 +31,14 @@ from tqdm import tqdm
 import circle_process
 import cli
 import dataset
-import figures
 import floor_cache
 import moving_filter
 from circle_process import entry_rates, survival
 from cli import WINDOW_DEFAULTS
 from kernels.numba_cache import njit
 from moving_filter import MovingFilter
+
+figures = cli.imported_when_used("figures")  # matplotlib takes half a second, which --help need not wait for
 
 BLOCK = 1024  # steps filtered at a time: bounds the memory for predictions, large enough for an efficient GEMM
 MOST_REVOLUTIONS = 10_000  # per visit: the work per step grows with it
@@ -1065,9 +1066,11 @@ def main(args):
 
 
 if __name__ == "__main__":
+    cli.start()
+    ARGS = parse_args()
     # The script runs as the module `optimal_filter`, not as `__main__`: numba stores a compiled kernel under the types
     # of its arguments, FilterState and Tables among them, whose module is part of the type. Those of `__main__` are
     # new in every process, so that the kernels would be compiled again each time.
     import optimal_filter
 
-    cli.run(optimal_filter.main, parse_args())
+    cli.run(optimal_filter.main, ARGS)

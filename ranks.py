@@ -197,7 +197,9 @@ def joined(device_name):
 
 
 def parse_command_line(parse_args):
-    """`parse_args()`, where a bad flag, which torchrun has given to all processes, is answered by rank 0 alone."""
+    """`cli.start()` and `parse_args()`, where a bad flag, which torchrun has given to all processes, is answered by
+    rank 0 alone."""
+    cli.start()
     if is_first():
         return parse_args()
     try:

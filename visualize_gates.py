@@ -39,6 +39,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    cli.start()
     ARGS = parse_args()  # before the slow imports: --help and a bad flag answer at once
 
 import numpy as np

@@ -14,13 +14,13 @@ or a full disk raises at each call. umap and pynndescent decorate nearly two hun
 
 import contextlib
 import os
-import stat
-import tempfile
 import zlib
 
 from numba import njit
 from numba.core import caching, dispatcher
 from numba.np.ufunc import ufuncbuilder
+
+import cli
 
 __all__ = ["install", "njit"]  # whoever takes njit from here decorates after the installation
 CHECKSUM_BYTES = 4
@@ -40,22 +40,7 @@ class _TemporaryLocator(caching.UserWideCacheLocator):
     """The last resort: this user's own folder in the temporary directory."""
 
     def get_cache_path(self):
-        return os.path.join(_temporary_folder(), os.path.basename(self._cache_path))
-
-    def ensure_cache_path(self):
-        folder = _temporary_folder()
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        found = os.lstat(folder)
-        if hasattr(os, "getuid") and (found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077
-                                      or not stat.S_ISDIR(found.st_mode)):
-            raise PermissionError(f"{folder} belongs to somebody else or can be changed by others")
-        super().ensure_cache_path()
-
-
-def _temporary_folder():
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return os.path.join(tempfile.gettempdir(), f"mambasynth-numba-{user}")
+        return os.path.join(cli.private_folder(), "numba", os.path.basename(self._cache_path))
 
 
 class _Impl(caching.CompileResultCacheImpl):

@@ -192,7 +192,7 @@ def test_table():
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"])
 def test_what_the_user_set_for_torch_stays(name):
-    code = f"import os, sys, cli; print(os.environ[{name!r}], 'torch' in sys.modules)"
+    code = f"import os, sys, cli; cli.start(); print(os.environ[{name!r}], 'torch' in sys.modules)"
     others = {key: value for key, value in os.environ.items() if key != name}
 
     def shown(environment):

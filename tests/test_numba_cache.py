@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numba.core import caching, config
 
-from kernels import numba_cache
+import cli
 
 REPO = Path(__file__).resolve().parent.parent
 SOURCE = """
@@ -128,8 +128,7 @@ def test_the_last_resort_is_a_folder_of_this_user_alone(load, nowhere):
 
 
 def test_a_folder_that_others_can_write_to_is_not_taken(load, nowhere):
-    folder = Path(numba_cache._temporary_folder())
-    folder.mkdir()
+    folder = Path(cli.private_folder())
     folder.chmod(0o777)
     assert hits(load()) == hits(load()) == [0, 0]
     assert list(folder.iterdir()) == []
@@ -155,6 +154,7 @@ def test_a_read_only_checkout_of_a_user_without_a_home():
     with tempfile.TemporaryDirectory() as folder:
         checkout, temporary = Path(folder, "checkout"), Path(folder, "temporary")
         shutil.copytree(REPO / "kernels", checkout / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPO / "cli.py", checkout)
         (checkout / "somebody_elses.py").write_text(SOURCE)
         temporary.mkdir()
         subprocess.run(["chmod", "-R", "u=rwX,go=rX", folder], check=True)
@@ -166,5 +166,5 @@ def test_a_read_only_checkout_of_a_user_without_a_home():
                 ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", sys.executable, "-c", code],
                 cwd=checkout, env={**environment, "TMPDIR": str(temporary)}, capture_output=True, text=True)
             assert (done.returncode, done.stdout) == (0, "8 4.0\n"), done.stderr
-        assert [path.name for path in temporary.iterdir()] == ["mambasynth-numba-12345"]
+        assert [path.name for path in temporary.iterdir()] == ["mambasynth-12345"]
         assert len(files(temporary)) == 6
