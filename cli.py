@@ -5,6 +5,7 @@ Nothing slow is imported at the top, so that `--help` and a bad flag answer at o
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -101,8 +102,12 @@ def run(main, args):
         sys.exit(1)
     except OSError as error:
         # Files are written by `writing`, which says more. This is for the rest, such as stdout on a full disk.
-        where = f" {error.filename}" if error.filename else ""
-        fail(f"can't read or write{where}: {error.strerror or one_line(error)}; free some space or check the path")
+        where = f"read or write {error.filename}" if error.filename else "read or write"
+        try:
+            print(end="" if error.filename else "\n", flush=True)  # only by writing can a full stdout be told
+        except OSError:
+            where = "write to stdout"
+        fail(f"can't {where}: {error.strerror or one_line(error)}; free some space or check the path")
     except MemoryError as error:
         fail(f"out of memory ({one_line(error) or 'allocation failed'}); use smaller sizes")
     except RuntimeError as error:
@@ -133,6 +138,21 @@ def imported_when_used(name):
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def in_style(draw):
+    """Decorates a function that draws a Figure: the style of figures.py holds until the function returns."""
+
+    @functools.wraps(draw)
+    def drawn(*args, **kwargs):
+        import matplotlib
+
+        import figures
+
+        with matplotlib.rc_context(figures.STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def silence_stdout():

@@ -63,6 +63,7 @@ def dimension_table(entries, ks):
     return cli.table(["circle", "points", *(f"k = {k}" for k in ks)], rows)
 
 
+@cli.in_style
 def draw_dimension(entries, ks, ambient_dim, title):
     """Dimension against k, one line per entry of dimension_by_circle; a Figure.
 

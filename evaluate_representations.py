@@ -541,6 +541,7 @@ LINE_STYLES = ["-", "--", ":"]
 UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # panels with these titles have the scale 0…1
 
 
+@cli.in_style
 def draw_summary(reports, title):
     """Every measure against depth, from input to output, one colour per model; a Figure whose last panel is the legend.
 

@@ -8,6 +8,8 @@ One convention for all drawing functions, here and in the scripts:
                                          pass the Figure to `save`, and notebooks show it.
   heatmap_panel(fig, ax, …)              A function that is named after a thing draws that thing into the Axes or the
   state_strip(ax, …), circle_legend(…)   Figure that it is given.
+What makes a Figure is decorated with `cli.in_style`: the style holds while it is drawn, and a notebook's own settings
+are left alone.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +39,6 @@ STYLE = {
     "ytick.labelsize": 9,
     "lines.linewidth": 1.5,
 }
-matplotlib.rcParams.update(STYLE)
 
 # matplotlib's petroff10 (Petroff 2021, arXiv 2107.02270): ten colours that readers with a colour deficiency tell apart.
 TEN_COLORS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -67,6 +68,7 @@ def run_colors(n_runs):
     return np.array([to_rgb(color) for color in palette] + [(grey,) * 3 for grey in greys])[:n_runs]
 
 
+@cli.in_style
 def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
     """A Figure of rows x cols panels, each `panel` (width, height) inches, and its Axes as an array (rows, cols).
 
@@ -75,11 +77,15 @@ def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
     fig = Figure(figsize=(panel[0] * cols, panel[1] * rows), layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots(rows, cols, squeeze=False, **subplots)
+    for ax in axes.flat:  # ticks are made when the figure is shown, in a notebook after the style has ended
+        ax.tick_params("x", labelsize=matplotlib.rcParams["xtick.labelsize"])
+        ax.tick_params("y", labelsize=matplotlib.rcParams["ytick.labelsize"])
     if title:
         fig.suptitle(title, fontsize=13)
     return fig, axes
 
 
+@cli.in_style
 def laid_out(fig):
     """The figure after its constrained layout has been computed and switched off, so that drawing it later is quick."""
     engine = fig.get_layout_engine()
@@ -106,7 +112,7 @@ def save_all(figs):
             matplotlib.image.imsave(part, pixels, format="png", dpi=dpi, metadata={"Software": None})
         return path
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, matplotlib.rc_context(STYLE):
         jobs = []
         for path, fig in figs.items():
             laid_out(fig).canvas.draw()
@@ -208,6 +214,7 @@ def circle_legend(target, n_circles, present=None, **where):
     return target.legend(handles=handles, title=title, ncols=1 + (len(handles) - 1) // 15, **where)
 
 
+@cli.in_style
 def draw_umaps(embeddings, titles, states, n_circles, title):
     """UMAPs coloured by circle, one panel and title per embedding (n, 2), with one legend; a Figure.
 

@@ -408,6 +408,7 @@ def signed_limits(values):
     return -largest, largest
 
 
+@cli.in_style
 def draw_seed(title, windows, seed_states, labels, seed_starts, in_burst, n_circles):
     """Seed and continuation of each sample, a strip of circles above a heatmap of the features: a Figure.
 
@@ -434,6 +435,7 @@ def draw_seed(title, windows, seed_states, labels, seed_starts, in_burst, n_circ
     return fig
 
 
+@cli.in_style
 def draw_truth(title, generated, labels, truths, states, start, noise_std, in_burst, n_circles):
     """The first sample's continuation under the true one, their difference, and the error of all samples: a Figure.
 
@@ -480,6 +482,7 @@ def error_curves(ax, generated, truths, noise_std):
     ax.legend(loc="upper left", ncols=5, fontsize=8)  # above the curves: there is room for it
 
 
+@cli.in_style
 def draw_song(title, process, song, summary, in_burst):
     """Transitions and dwell times beside the true ones, and the deviation from the path over time: a Figure."""
     fig, axes = figures.new_figure(2, 2, panel=(5.6, 3.9), title=title)
@@ -543,6 +546,7 @@ def deviation_curves(ax, process, deviations, in_burst):
     burst_marks(ax, in_burst)
 
 
+@cli.in_style
 def draw_compare(title, process, compared, summaries, in_burst):
     """The circles of each song's samples as strips, grey where a step is off the process, and its deviations: a Figure.
 

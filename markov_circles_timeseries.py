@@ -270,6 +270,7 @@ def time_share_heatmap(fig, ax, shares, n_steps):
         ax.set_yticks(range(n_circles))
 
 
+@cli.in_style
 def draw_state_sequence(series):
     """The circles over time, at the beginning of the series and over all of it: a Figure."""
     visits = dataset.visits(series.states)
@@ -291,6 +292,7 @@ def draw_state_sequence(series):
     return fig
 
 
+@cli.in_style
 def draw_transition_matrix(P):
     """The transition matrix P (K, K) with its numbers, impossible transitions left white: a Figure."""
     K = len(P)
@@ -309,6 +311,7 @@ def draw_transition_matrix(P):
     return fig
 
 
+@cli.in_style
 def draw_periods(series, statistics):
     """Period, radius and dwell of each circle as bars: a Figure."""
     _, _, dwell_mean, dwell_std = statistics
@@ -325,6 +328,7 @@ def draw_periods(series, statistics):
     return fig
 
 
+@cli.in_style
 def draw_sample_window(series, first, n):
     """The features of n steps from `first` on, under their circles: a Figure."""
     fig, axes = figures.new_figure(2, 1, panel=(10, 2.3), height_ratios=[1, 10], sharex=True)
@@ -338,6 +342,7 @@ def draw_sample_window(series, first, n):
     return fig
 
 
+@cli.in_style
 def draw_umap(embedding, states, steps, n_circles, dimension):
     """The embedding (n, 2) of the points at `steps` (n,), coloured by circle, states (n,), and by time: a Figure."""
     fig, axes = figures.new_figure(1, 2, panel=(6, 5.2), title=(

@@ -991,6 +991,7 @@ def print_report(report, process, series):
               f"{limits['change_percent']:.1g} %\n")
 
 
+@cli.in_style
 def draw_filter(report, posterior, states, start, centers=None):
     """Circle posterior (n, K) over a stretch of time under the true circles (n,), and the error per horizon: a Figure.
 

@@ -166,6 +166,7 @@ def curve(run, column):
     return tuple(np.array(points).reshape(-1, 2).T)
 
 
+@cli.in_style
 def draw_curves(groups):
     """Validation errors and excess over the filter against training steps: a line per setting, a band over its seeds.
 

@@ -427,6 +427,7 @@ MEASURES = {
 }
 
 
+@cli.in_style
 def draw_loss(rows, horizons, title):
     """Per measure of the log and per horizon against the epoch: training and validation error, and the validation
     error's excess over the optimal filter where that is known; the learning rate; and the best epoch in all panels."""
@@ -517,6 +518,7 @@ def loss_handles(rows, horizons, measures, best, has_floor):
             line([], [], color="0.6", linewidth=0.8, label="learning rate")]
 
 
+@cli.in_style
 def draw_prediction(window, prediction, states, n_circles, start, title):
     """One validation window: its circles, data, next-step prediction, and error (prediction minus data).
 

@@ -163,6 +163,7 @@ def log2_over_mean(delta):
 # Figures
 
 
+@cli.in_style
 def draw_layer(signals, X, states, n_circles, start, title):
     """One layer, one sample: state strip, input and all signals on one time axis; a Figure.
 
@@ -194,6 +195,7 @@ def draw_layer(signals, X, states, n_circles, start, title):
     return fig
 
 
+@cli.in_style
 def draw_summary(layers, shares, input_share, states, n_circles, start, title):
     """All layers, one sample: one row per layer, with the mean step size, all signals and what the circle explains.
 

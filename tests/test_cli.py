@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 def ended(tmp_path, body, shell="{}", **more):
     """Run a main(args) with this body by cli.run in a process of its own; `shell` says where its output goes."""
     script = tmp_path / "script.py"
-    script.write_text(f"import cli, os, sys\ndef main(args):\n{textwrap.indent(body, '    ')}\ncli.run(main, None)\n")
+    script.write_text(f"import cli, os, sys\ncli.start()\ndef main(args):\n{textwrap.indent(body, '    ')}\n"
+                      "cli.run(main, None)\n")
     command = shell.format(f"{sys.executable} {script}")
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHONPATH": str(ROOT), **more.pop("env", {})})

@@ -1,6 +1,8 @@
 """Figures: what is drawn, where it lies, and what is written. Colours are read off the rendered pixels."""
 
 import itertools
+import re
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -351,7 +353,28 @@ def test_a_figure_that_can_not_be_written_leaves_the_older_file(tmp_path, monkey
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_style_is_that_of_the_project():
-    assert matplotlib.rcParams["figure.dpi"] == 150
-    assert not matplotlib.rcParams["axes.spines.top"] and not matplotlib.rcParams["axes.grid"]
-    assert matplotlib.rcParams["font.size"] == 10 and matplotlib.rcParams["axes.titlesize"] == 11
+def test_the_style_is_that_of_the_project_while_it_draws_and_nowhere_else():
+    @cli.in_style
+    def draw():
+        fig, axes = figures.new_figure()
+        axes[0, 0].set_title("title")
+        axes[0, 0].plot([1, 2], label="line")
+        assert matplotlib.rcParams["font.size"] == 10
+        return fig, axes[0, 0], axes[0, 0].legend()
+
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"font.size": 20, "axes.grid": True, "legend.frameon": True, "figure.dpi": 50}):
+        fig, ax, legend = draw()
+        fig.draw_without_rendering()
+        assert matplotlib.rcParams["font.size"] == 20
+    assert dict(matplotlib.rcParams) == before
+    assert fig.dpi == 150 and not ax.spines["top"].get_visible() and not legend.get_frame_on()
+    assert ax.title.get_fontsize() == 11 and not any(line.get_visible() for line in ax.get_xgridlines())
+    assert {label.get_fontsize() for label in ax.get_xticklabels()} == {9}
+
+
+def test_every_function_that_makes_a_figure_draws_in_style():
+    for path in Path(figures.__file__).parent.glob("*.py"):
+        for head, body in re.findall(r"((?:^@.*\n)*)^def \w+\(.*\n((?:(?:    .*)?\n)*)", path.read_text("utf-8"), re.M):
+            assert "new_figure(" not in body or "@cli.in_style" in head, (path, body[:80])
+

@@ -13,6 +13,7 @@ import pytest
 from numba.core import caching, config
 
 import cli
+from kernels import numba_cache
 
 REPO = Path(__file__).resolve().parent.parent
 SOURCE = """
@@ -38,6 +39,8 @@ def load(tmp_path):
     path = tmp_path / "lib" / "somebody_elses.py"
     path.parent.mkdir()
     path.write_text(SOURCE)
+
+    numba_cache.install()
 
     def load():
         spec = importlib.util.spec_from_file_location("somebody_elses", path)
