@@ -538,28 +538,35 @@ PANELS = [
                                  for k in sorted(KS, key=lambda k: k != K_SHOWN)}),
 ]
 LINE_STYLES = ["-", "--", ":"]
+OUTPUT_LABEL = "output: the prediction, in another space than the layers"
 UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # panels with these titles have the scale 0…1
 
 
 @cli.in_style
 def draw_summary(reports, title):
-    """Every measure against depth, from input to output, one colour per model; a Figure whose last panel is the legend.
+    """Every measure against depth, from input to output, one colour per model; a Figure with a legend under its panels.
 
+    The output has a marker of its own and is joined to no layer: it is the prediction, in the space of the features.
     With more than three models only the first line of each panel is drawn. Models that differ in depth share a relative
     depth axis.
     """
     colors = figures.run_colors(len(reports))
-    fig, axes = figures.new_figure(2, 4, panel=(3.7, 3.0), title=title)
-    for ax, (name, lines) in zip(axes.ravel(), PANELS, strict=False):
+    fig = figures.empty_figure((14.8, 6.4), title)
+    grid = fig.add_gridspec(2, 12)
+    places = [grid[0, i:i + 3] for i in range(0, 12, 3)] + [grid[1, i:i + 4] for i in range(0, 12, 4)]
+    panels = [fig.add_subplot(place) for place in places]
+    for ax, (name, lines) in zip(panels, PANELS, strict=True):
+        figures.set_tick_sizes(ax)
         depth_panel(ax, reports, colors, name, lines)
     handles = [figures.Line2D([], [], color=color, marker="o", markersize=3.5, label=shortened(report["name"]))
                for report, color in zip(reports, colors, strict=True)]
+    if any(m["depth"] > report["n_layers"] for report in reports for m in report["levels"]):
+        handles.append(figures.Line2D([], [], color="0.3", linestyle="", marker="D", markersize=5, label=OUTPUT_LABEL))
     ceiling = reports[0]["filter_circle_accuracy"]
     if ceiling is not None:
-        handles.append(axes[0, 0].axhline(ceiling, color="0.4", linestyle="-.", linewidth=1,
-                                          label=f"exact filter: {ceiling:.3f}"))
-    figures.hide_unused(axes, len(PANELS))
-    axes.ravel()[-1].legend(handles=handles, loc="center left")
+        handles.append(panels[0].axhline(ceiling, color="0.4", linestyle="-.", linewidth=1,
+                                         label=f"exact filter: {ceiling:.3f}"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=4)
     return fig
 
 
@@ -578,7 +585,9 @@ def depth_panel(ax, reports, colors, name, lines):
         depth = [m["depth"] / deepest for m in report["levels"]]
         for style, (_, read) in zip(LINE_STYLES, shown, strict=False):
             values = [np.nan if read(m) is None else read(m) for m in report["levels"]]
-            ax.plot(depth, values, color=color, linestyle=style, marker="o", markersize=3.5)
+            inside = sum(m["depth"] <= report["n_layers"] for m in report["levels"])
+            ax.plot(depth[:inside], values[:inside], color=color, linestyle=style, marker="o", markersize=3.5)
+            ax.plot(depth[inside:], values[inside:], color=color, linestyle="", marker="D", markersize=5)
     ax.set_title(name + (f", {shown[0][0]}" if len(shown) == 1 < len(lines) else ""))
     if name.startswith(UNIT_PANELS):
         ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)

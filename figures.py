@@ -74,15 +74,26 @@ def new_figure(rows=1, cols=1, panel=(4.0, 3.0), title=None, **subplots):
 
     `subplots` goes to Figure.subplots: sharex, height_ratios and so on.
     """
-    fig = Figure(figsize=(panel[0] * cols, panel[1] * rows), layout="constrained")
-    FigureCanvasAgg(fig)
+    fig = empty_figure((panel[0] * cols, panel[1] * rows), title)
     axes = fig.subplots(rows, cols, squeeze=False, **subplots)
-    for ax in axes.flat:  # ticks are made when the figure is shown, in a notebook after the style has ended
-        ax.tick_params("x", labelsize=matplotlib.rcParams["xtick.labelsize"])
-        ax.tick_params("y", labelsize=matplotlib.rcParams["ytick.labelsize"])
+    for ax in axes.flat:
+        set_tick_sizes(ax)
+    return fig, axes
+
+
+def set_tick_sizes(ax):
+    """Keep the style's sizes: ticks are made when the figure is shown, in a notebook after the style has ended."""
+    for axis in "xy":
+        ax.tick_params(axis, labelsize=matplotlib.rcParams[f"{axis}tick.labelsize"])
+
+
+def empty_figure(size, title=None):
+    """A Figure of `size` (width, height) inches without panels."""
+    fig = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(fig)
     if title:
         fig.suptitle(title, fontsize=13)
-    return fig, axes
+    return fig
 
 
 @cli.in_style

@@ -316,26 +316,29 @@ def draw_periods(series, statistics):
     """Period, radius and dwell of each circle as bars: a Figure."""
     _, _, dwell_mean, dwell_std = statistics
     circles, colors = np.arange(series.n_circles), figures.circle_colors(series.n_circles)
-    fig, axes = figures.new_figure(1, 3, panel=(4, 3.2))
+    fig, axes = figures.new_figure(1, 3, panel=(4, 3.2), title="Period, radius and dwell time of each circle")
     panels = [(series.process.periods, None, "period [steps per revolution]"),
-              (series.process.radii, None, "radius"),
+              (series.process.radii, None, "radius [data units]"),
               (np.nan_to_num(dwell_mean), np.nan_to_num(dwell_std), "dwell of a visit [steps], mean ± std")]
     for ax, (values, errors, label) in zip(axes[0], panels, strict=True):
         ax.bar(circles, values, yerr=errors, color=colors, capsize=3)
         ax.set(xlabel="circle", ylabel=label)
         if series.n_circles <= FEW_CIRCLES:
             ax.set_xticks(circles)
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 
 @cli.in_style
 def draw_sample_window(series, first, n):
     """The features of n steps from `first` on, under their circles: a Figure."""
-    fig, axes = figures.new_figure(2, 1, panel=(10, 2.3), height_ratios=[1, 10], sharex=True)
+    fig, axes = figures.new_figure(2, 1, panel=(10, 2.3), height_ratios=[1, 10], sharex=True,
+                                   title=f"Steps {first:,} to {first + n - 1:,} of the series")
     strip, heat = axes[:, 0]
     shown = slice(first, first + n)
     figures.state_strip(strip, series.states[shown], series.n_circles, first)
-    figures.heatmap_panel(fig, heat, series.X[shown], first, ylabel="feature", unit="value", cmap="RdBu_r",
+    figures.heatmap_panel(fig, heat, series.X[shown], first, ylabel="feature", unit="data units", cmap="RdBu_r",
                           symmetric=True)
     heat.set_xlabel("time step")
     figures.circle_legend(fig, series.n_circles, np.unique(series.states[shown]))
@@ -351,7 +354,7 @@ def draw_umap(embedding, states, steps, n_circles, dimension):
     figures.scatter_panel(by_circle, embedding, colors=figures.circle_colors(n_circles)[states], title="by circle")
     figures.circle_legend(by_circle, n_circles, np.unique(states), loc="upper left", bbox_to_anchor=(1, 1))
     dots = figures.scatter_panel(by_time, embedding, values=steps, title="by time")
-    fig.colorbar(dots, ax=by_time, label="time step", fraction=0.04)
+    fig.colorbar(dots, ax=by_time, label="time step", fraction=0.04).solids.set_alpha(1)
     return fig
 
 

@@ -1020,7 +1020,7 @@ def draw_filter(report, posterior, states, start, centers=None):
     curve.set_xscale("log", base=2)
     curve.set_xticks(horizons, [str(k) for k in horizons])
     curve.minorticks_off()
-    curve.set(xlabel="horizon (steps)", ylabel="mean squared error")
+    curve.set(xlabel="horizon (steps)", ylabel="mean squared error (data units²)")
     curve.legend()
     return fig
 

@@ -57,7 +57,7 @@ MEANINGS = {"delta": "step size Δ over the channel's mean: red takes the input 
             "z": "gate z, before SiLU: red open, blue closed",
             "B": "B: how the input enters the state",
             "C": "C: how the state is read out",
-            "conv": "conv: the block's input after convolution and SiLU"}
+            "conv": "conv: the block's input after convolution and SiLU, never below −0.28"}
 UMAP_NEIGHBORS = 15
 ANOVA_POINTS = 5000  # time steps over which eta squared is taken
 MAX_WINDOWS = 64  # sampled time steps come from at most so many windows, which bounds the time on a long series
@@ -175,11 +175,10 @@ def draw_layer(signals, X, states, n_circles, start, title):
                                    gridspec_kw={"height_ratios": heights})
     strip, inputs, conv, delta, z, B, C = axes[:, 0]
     figures.state_strip(strip, states, n_circles, start)
-    figures.heatmap_panel(fig, inputs, X, start, ylabel="dimension", title="input x", unit="x", cmap="RdBu_r",
+    figures.heatmap_panel(fig, inputs, X, start, ylabel="feature", title="input x", unit="data units", cmap="RdBu_r",
                           symmetric=True)
     channel = "channel\n(by mean Δ)"
-    figures.heatmap_panel(fig, conv, signals["conv"], start, ylabel=channel, title=MEANINGS["conv"], unit="conv",
-                          cmap="RdBu_r", symmetric=True)
+    figures.heatmap_panel(fig, conv, signals["conv"], start, ylabel=channel, title=MEANINGS["conv"], unit="conv")
     figures.heatmap_panel(fig, delta, signals["log2_over_mean"], start, ylabel="channel's\nmean Δ",
                           title=MEANINGS["delta"], unit="log₂(Δ / mean)", cmap="RdBu_r", symmetric=True)
     marked = np.linspace(0, len(signals["mean_delta"]) - 1, 4).astype(int)

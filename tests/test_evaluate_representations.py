@@ -17,6 +17,7 @@ import pytest
 import skdim
 import torch
 from conftest import TINY_MODEL
+from matplotlib.figure import Figure
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
@@ -487,24 +488,27 @@ def read(level, key):
     return level["dimension"][key] if isinstance(key, int) else level[key]
 
 
-def legend_of(ax):
-    return [text.get_text() for text in ax.get_legend().get_texts()]
+def legend_of(target):
+    legend = target.legends[0] if isinstance(target, Figure) else target.get_legend()
+    return [text.get_text() for text in legend.get_texts()]
 
 
 def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
     reports = [made_report("first"), made_report("second", shift=0.3)]
     fig = ev.draw_summary(reports, "measures against depth")
-    assert fig.get_suptitle() == "measures against depth" and len(fig.axes) == 8
+    assert fig.get_suptitle() == "measures against depth" and len(fig.axes) == 7
     colors = figures.run_colors(2)
-    for ax, (title, lines) in zip(fig.axes, PANEL_LINES, strict=False):
+    for ax, (title, lines) in zip(fig.axes, PANEL_LINES, strict=True):
         assert ax.get_title() == title
         drawn = iter(ax.get_lines())
         for report, color in zip(reports, colors, strict=True):
             for style, (_, key) in zip(("-", "--", ":"), lines, strict=False):
-                line = next(drawn)
-                assert line.get_xdata().tolist() == [0, 1, 2, 3, 4]
-                assert line.get_ydata().tolist() == [read(level, key) for level in report["levels"]]
-                assert tuple(line.get_color()) == tuple(color) and line.get_linestyle() == style
+                line, output = next(drawn), next(drawn)  # the output is joined to no layer
+                assert line.get_xdata().tolist() == [0, 1, 2, 3] and list(output.get_xdata()) == [4]
+                assert [*line.get_ydata(), *output.get_ydata()] == [read(level, key) for level in report["levels"]]
+                assert tuple(line.get_color()) == tuple(output.get_color()) == tuple(color)
+                assert (line.get_linestyle(), line.get_marker()) == (style, "o")
+                assert (output.get_linestyle(), output.get_marker()) == ("None", "D")
         assert ax.get_xlabel() == "layer"
         assert [tick.get_text() for tick in ax.get_xticklabels()] == ["in", "1", "2", "3", "out"]
         assert ax.get_xticks().tolist() == [0, 1, 2, 3, 4]
@@ -519,8 +523,10 @@ def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
             assert ax.get_ylim()[1] != 1.02
     ceiling = fig.axes[0].get_lines()[-1]
     assert set(ceiling.get_ydata()) == {0.957} and ceiling.get_linestyle() == "-."
-    assert not fig.axes[7].axison and legend_of(fig.axes[7]) == ["first", "second", "exact filter: 0.957"]
-    handles = fig.axes[7].get_legend().get_lines()
+    output = "output: the prediction, in another space than the layers"
+    assert legend_of(fig) == ["first", "second", output, "exact filter: 0.957"]
+    handles = fig.legends[0].get_lines()
+    assert handles[2].get_marker() == "D"
     assert [tuple(h.get_color()) for h in handles[:2]] == [tuple(color) for color in colors]
 
 
@@ -530,20 +536,21 @@ def test_a_summary_draws_what_there_is():
         level["dimension"] = None
     report["levels"][1]["phase_r2"] = None
     fig = ev.draw_summary([report], "t")
-    assert legend_of(fig.axes[7]) == ["m"]
-    assert len(fig.axes[0].get_lines()) == 1 and len(fig.axes[2].get_lines()) == 2 and not fig.axes[6].get_lines()
+    assert legend_of(fig) == ["m", ev.OUTPUT_LABEL]
+    assert len(fig.axes[0].get_lines()) == 2 and len(fig.axes[2].get_lines()) == 4 and not fig.axes[6].get_lines()
     assert legend_of(fig.axes[2]) == ["vote over 101 steps", "raw"]
     assert fig.axes[4].get_title() == "silhouette of the circles, in the level"
-    assert fig.axes[1].get_lines()[0].get_xdata().tolist() == [0, 2, 4]
-    assert np.isnan(fig.axes[1].get_lines()[0].get_ydata()).tolist() == [False, True, False]
+    assert fig.axes[1].get_lines()[0].get_xdata().tolist() == [0, 2]
+    assert np.isnan(fig.axes[1].get_lines()[0].get_ydata()).tolist() == [False, True]
+    assert legend_of(ev.draw_summary([made_report(depths=[0, 1, 2])], "t")) == ["m", "exact filter: 0.957"]
     report["levels"][0]["silhouette"] = -0.4
     assert ev.draw_summary([report], "t").axes[4].get_ylim()[0] < -0.4
 
 
 def test_models_of_different_depth_share_a_relative_depth():
     fig = ev.draw_summary([made_report("a", n_layers=1), made_report("b", n_layers=3)], "t")
-    first, second = fig.axes[0].get_lines()[:2]
-    assert first.get_xdata().tolist() == [0, 0.5, 1] and second.get_xdata().tolist() == [0, 0.25, 0.5, 0.75, 1]
+    places = [line.get_xdata().tolist() for line in fig.axes[0].get_lines()[:4]]
+    assert places == [[0, 0.5], [1], [0, 0.25, 0.5, 0.75], [1]]
     assert [tick.get_text() for tick in fig.axes[0].get_xticklabels()] == ["input", "output"]
     assert fig.axes[0].get_xlabel() == "relative depth"
 
@@ -551,9 +558,9 @@ def test_models_of_different_depth_share_a_relative_depth():
 def test_many_models_get_one_line_each_and_short_names():
     names = ["a" * 34, "b" * 35, "c", "d"]
     fig = ev.draw_summary([made_report(name, shift=0.1 * i) for i, name in enumerate(names)], "t")
-    assert [len(ax.get_lines()) for ax in fig.axes[1:7]] == [4] * 6
+    assert [len(ax.get_lines()) for ax in fig.axes[1:]] == [8] * 6
     assert fig.axes[2].get_title() == "ARI of k-means, vote over 101 steps" and fig.axes[2].get_legend() is None
-    assert legend_of(fig.axes[7])[:4] == ["a" * 34, "b" * 33 + "…", "c", "d"]
+    assert legend_of(fig)[:4] == ["a" * 34, "b" * 33 + "…", "c", "d"]
 
 
 def test_a_deep_model_has_the_ticks_that_find_room():

@@ -482,8 +482,10 @@ def test_figure_of_the_transition_matrix():
 def test_figure_of_the_periods(small):
     whole = visits_of(small)
     dwells = [[end - first for circle, first, end in whole if circle == i] for i in range(4)]
-    axes = mc.draw_periods(small, mc.visit_statistics(small)).axes
-    expected = {"period [steps per revolution]": [10, 20, 30, 40], "radius": small.process.radii,
+    fig = mc.draw_periods(small, mc.visit_statistics(small))
+    axes = fig.axes
+    assert fig.get_suptitle() == "Period, radius and dwell time of each circle"
+    expected = {"period [steps per revolution]": [10, 20, 30, 40], "radius [data units]": small.process.radii,
                 "dwell of a visit [steps], mean ± std": [np.mean(d) for d in dwells]}
     for ax, (label, heights) in zip(axes, expected.items(), strict=True):
         np.testing.assert_allclose([bar.get_height() for bar in ax.patches], heights)
@@ -506,7 +508,7 @@ def test_figures_of_the_sample_windows_lie_at_the_beginning_middle_and_end(small
     assert drawn["transition_matrix.png"].axes[0].get_title() == "Where the chain goes next"
     np.testing.assert_array_equal(drawn["transition_matrix.png"].axes[0].images[0].get_array().filled(0),
                                   small.process.transition_matrix)
-    assert drawn["periods.png"].axes[1].get_ylabel() == "radius"
+    assert drawn["periods.png"].axes[1].get_ylabel() == "radius [data units]"
     for i, first in enumerate((0, 850, 1700)):
         fig = drawn[f"sample_window_{i}.png"]
         strip, heat = fig.axes[:2]
@@ -514,7 +516,8 @@ def test_figures_of_the_sample_windows_lie_at_the_beginning_middle_and_end(small
         check_strip(strip, states, first)
         limit = max(abs(np.percentile(X, [1, 99])))
         check_heatmap(heat, X, first, limits=(-limit, limit), cmap="RdBu_r")
-        assert (heat.get_xlabel(), heat.get_ylabel()) == ("time step", "feature") and colour_bars(fig) == ["value"]
+        assert (heat.get_xlabel(), heat.get_ylabel()) == ("time step", "feature") and colour_bars(fig) == ["data units"]
+        assert fig.get_suptitle() == f"Steps {first:,} to {first + len(X) - 1:,} of the series"
         check_circle_legend(fig, np.unique(states))
 
 

@@ -544,7 +544,7 @@ def test_each_panel_of_the_figure(written, report):
     np.testing.assert_allclose(drawn["noise floor"][1], NOISE**2)
     assert [text.get_text() for text in curve.get_legend().get_texts()] == [
         "whole series", "validation part", "windows of 30 steps", "noise floor"]
-    assert (curve.get_xlabel(), curve.get_ylabel()) == ("horizon (steps)", "mean squared error")
+    assert (curve.get_xlabel(), curve.get_ylabel()) == ("horizon (steps)", "mean squared error (data units²)")
     assert curve.get_xscale() == "log" and [t.get_text() for t in curve.get_xticklabels()] == ["1", "3"]
 
 

@@ -275,8 +275,9 @@ def test_every_panel_of_a_layer_shows_the_signal_that_its_title_names(work, save
     series = dataset.load_series(work / "data")
     signals = sorted_by_step_size(true_signals(series.X, 932)[1])
     mean = signals["delta"].mean(axis=0)
-    wanted = [("input x", "x", "dimension", series.X[932:964]),
-              ("conv: the block's input after convolution and SiLU", "conv", "channel\n(by mean Δ)", signals["conv"]),
+    wanted = [("input x", "data units", "feature", series.X[932:964]),
+              ("conv: the block's input after convolution and SiLU, never below −0.28", "conv",
+               "channel\n(by mean Δ)", signals["conv"]),
               ("step size Δ over the channel's mean: red takes the input in and forgets, blue holds the state",
                "log₂(Δ / mean)", "channel's\nmean Δ", np.log2(signals["delta"] / mean)),
               ("gate z, before SiLU: red open, blue closed", "z", "channel\n(by mean Δ)", signals["z"]),
@@ -291,9 +292,10 @@ def test_every_panel_of_a_layer_shows_the_signal_that_its_title_names(work, save
         assert image.origin == "lower"
         assert tuple(image.get_extent()) == (931.5, 963.5, -0.5, values.shape[1] - 0.5)
         assert (ax.get_title(loc="left"), bar.get_ylabel(), ax.get_ylabel()) == (title, unit, label)
-        assert image.get_cmap().name == "RdBu_r"
-        low, high = image.get_clim()
-        assert low == -high == pytest.approx(-max(abs(np.percentile(values, [1, 99]))), rel=1e-3)
+        ends, signed = np.percentile(values, [1, 99]), unit != "conv"  # after SiLU, conv has no negative side
+        assert image.get_cmap().name == ("RdBu_r" if signed else "viridis")
+        wanted_ends = [-max(abs(ends)), max(abs(ends))] if signed else ends
+        np.testing.assert_allclose(image.get_clim(), wanted_ends, rtol=1e-3, atol=1e-5)
     marked = [0, 10, 20, 31]
     assert heatmaps[2].get_yticks().tolist() == marked
     assert [tick.get_text() for tick in heatmaps[2].get_yticklabels()] == [f"{mean[i]:.2g}" for i in marked]
