@@ -14,6 +14,7 @@ arXiv 2312.00752, section 3.3.2, where the fast memory is the GPU's SRAM instead
 import functools
 import itertools
 import os
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -372,13 +373,26 @@ DIMENSIONS = {
 }
 
 
+COMPILING = threading.Lock()
+ARRAY_TYPES = []  # of the arrays that a kernel may be called with; see _compile
+
+
 @functools.cache
 def _compile(kernel, dtype):
-    """The kernel compiled for float32 or float64, or taken from Numba's cache on disk."""
+    """The kernel compiled for float32 or float64, or taken from Numba's cache on disk; called with COMPILING held.
+
+    A contiguous array has another type than a strided one. Numba learns at the first call that it can be given to the
+    kernel, and it may forget the type again meanwhile, so that two threads that make this call at the same time can end
+    in "No matching definition for argument type(s)". So it is told here, and the types are kept.
+    """
     real = {torch.float32: float32, torch.float64: float64}[dtype]
-    arrays = [types.Array(real, ndim, "A") for ndim in DIMENSIONS[kernel]]
-    sig = types.void(*arrays, int64, int64, int64, int64)
-    return njit(sig, cache=True, nogil=True, error_model="numpy")(kernel)
+    strided, *contiguous = [[types.Array(real, ndim, layout) for ndim in DIMENSIONS[kernel]] for layout in "ACF"]
+    sig = types.void(*strided, int64, int64, int64, int64)
+    compiled = njit(sig, cache=True, nogil=True, error_model="numpy")(kernel)
+    for actual in contiguous:
+        ARRAY_TYPES.extend(actual)
+        compiled.typingctx.install_possible_conversions(actual, strided)
+    return compiled
 
 
 # ---- threads -------------------------------------------------------------------------------------------------
@@ -393,7 +407,8 @@ def _thread_pool(n_threads, process_id):
 
 def _call_in_threads(kernel, tasks, dtype):
     """Call the kernel once for each tuple of arguments in `tasks`, on up to torch.get_num_threads() threads."""
-    compiled = _compile(kernel, dtype)
+    with COMPILING:
+        compiled = _compile(kernel, dtype)
     waiting = deque(tasks)
 
     def work():

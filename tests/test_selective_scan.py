@@ -553,6 +553,36 @@ print(sorted({"numba", "triton", "mamba_ssm", "kernels.scan_cpu"} & set(sys.modu
     assert run_python(code) == "scan back end: cpu (numba, 2 threads)\n[]\n"
 
 
+def test_the_first_calls_of_a_kernel_may_come_from_several_threads():
+    """Numba registers at a call which array types a kernel takes, which is not safe in threads: all must be there."""
+    code = """
+import threading, torch
+from kernels import scan_cpu
+scan_cpu._compile(scan_cpu._conv_forward_kernel, torch.float32)
+
+def late(self, *arguments):
+    raise AssertionError("registered at a call")
+
+scan_cpu._compile(scan_cpu._conv_forward_kernel, torch.float32)._search_new_conversions = late
+barrier, ends = threading.Barrier(4), []
+wide = torch.randn(2, 9, 12)
+inputs = [wide[..., :6].contiguous(), wide[..., 3:9], wide[:1, :, :6], wide[:, ::2, 6:]]
+
+def call(x):
+    barrier.wait()
+    scan_cpu.conv_silu_forward(x, torch.zeros(6, 4), torch.zeros(6))
+    ends.append("ended")
+
+threads = [threading.Thread(target=call, args=(x,)) for x in inputs]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(*ends)
+"""
+    assert run_python(code).split() == ["ended"] * 4
+
+
 def test_kernels_are_compiled_anew_when_the_code_inlined_into_them_has_changed(tmp_path):
     """Numba's cache on disk looks at scan_cpu.py and step_cpu.py, but their kernels hold code of simd.py too."""
     folder = tmp_path / "kernels"
