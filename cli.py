@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import stat
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,11 @@ TORCH_ENVIRONMENT = {
 # The windows that a model is trained on unless flags say otherwise: steps per window, steps between the starts of two
 # windows, and the share of the series, at its end, that is validation.
 WINDOW_DEFAULTS = {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}
+# What ends a command from outside: Ctrl-C, a scheduler, a closed terminal, a scheduler's warning before it.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+# Flags of training that say how to compute, or that name files: two runs that differ in them alone differ in nothing.
+WITHOUT_EFFECT = ("checkpoint", "resume", "eval", "device", "scan", "num_workers", "no_compile", "no_train_eval",
+                  "log_dir")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -222,9 +228,11 @@ fraction = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1 (both e
 probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
 
 
-def add_data_dir(group):
-    group.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR",
-                       help="folder with data.npz and config.json")
+def add_data_dir(group, of_checkpoint=False):
+    """--data-dir; of_checkpoint: without it, None, for the data that the checkpoint was trained on."""
+    group.add_argument("--data-dir", type=Path, default=None if of_checkpoint else Path("data"), metavar="DIR",
+                       help="folder with data.npz and config.json"
+                            + (" (default: the data that the model was trained on)" if of_checkpoint else ""))
 
 
 def add_save_dir(group, default="plots"):
@@ -340,6 +348,35 @@ def writing(path):
     finally:
         with contextlib.suppress(OSError):  # the folder may be gone, and the first error is the one to report
             temporary.unlink(missing_ok=True)
+
+
+def flags_in_name(parser, args, without=()):
+    """The parts of a file's name that say which flags have an effect and aren't the default, like `seed2`."""
+    parts = []
+    for name, value in vars(args).items():
+        default = parser.get_default(name)
+        if name in (*WITHOUT_EFFECT, *without, "flags_given") or value == default:
+            continue
+        if name == "data_dir":
+            parts += [data_name(value)] if data_name(value) else []
+        else:
+            parts.append(name if value is True else f"{name}{number_name(value)}")
+    return parts
+
+
+def number_name(value):
+    """A number as short as it can be without another number getting the same name."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value).removesuffix(".0")
+
+
+def data_name(data_dir, default="data"):
+    """What data are called in the names of files: nothing where they are those of the folder `default`, otherwise
+    their folder's name, or of a folder that is called data, too, that of the folder around it."""
+    path = Path(os.path.abspath(data_dir))
+    if path == Path(os.path.abspath(default)):
+        return ""
+    return re.sub(r"[^\w.-]+", "-", path.parent.name if path.name == "data" else path.name) or "data"
 
 
 def short_name(name, longest=108):

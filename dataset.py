@@ -9,6 +9,8 @@ block or batch. torch is imported only by what needs it, since scripts without a
 import json
 import math
 import mmap
+import shutil
+import signal
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from circle_process import LARGEST_VALUE, LONGEST_PERIOD, Process, draw_series
-from cli import WINDOW_DEFAULTS, UserError, one_line
+from cli import STOP_SIGNALS, WINDOW_DEFAULTS, UserError, one_line
 
 REMEDY = "make it anew with: python markov_circles_timeseries.py --data-dir {}"
 ARRAYS = ("X", "states", "thetas", "transition_matrix", "radii", "entry_angles", "periods", "planes")
@@ -29,6 +31,7 @@ FULL_CIRCLE = 2 * np.pi + 1e-3  # radians; as a float32, 2π itself is a little 
 BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the cache
 PAGES_AROUND = 1 << 21  # bytes, aligned, that the system may map at a time when one of them is touched: a huge page
 ROWS_PICKED = 256  # rows between two releases of memory; each row may bring PAGES_AROUND bytes into it
+SHARED_MEMORY = "/dev/shm"
 LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name and its extra field
 
 
@@ -435,7 +438,7 @@ class Windows:
     def __init__(self, X, seq_len, device):
         import torch
 
-        self.seq_len, self.device = seq_len, torch.device(device)
+        self.seq_len, self.device, self.through_pipes = seq_len, torch.device(device), None
         self.on_device = fits_on(self.device, X)
         self.X = to_device(X, self.device) if self.on_device else X
         self.starts_device = self.device if self.on_device else torch.device("cpu")
@@ -454,13 +457,46 @@ class Windows:
         """Yields the windows of each batch in order, on the device, cut out by `num_workers` other processes (0: by
         this one). It is meant for a series that is not on the device; batches: a list of lists of window starts.
         """
+        import torch
         from torch.utils.data import DataLoader
 
-        loader = DataLoader(batches, batch_size=None, collate_fn=self.cut, num_workers=num_workers,
-                            pin_memory=self.device.type == "cuda")
+        cut = self.cut
+        if num_workers and not self.shared_memory_suffices(len(batches[0]), num_workers):
+            cut = self.cut_as_array
+        loader = DataLoader(batches, batch_size=None, collate_fn=cut, num_workers=num_workers,
+                            worker_init_fn=ignore_stop_signals, pin_memory=self.device.type == "cuda")
         for windows in loader:
-            yield windows.to(self.device, non_blocking=True)
+            yield torch.as_tensor(windows).to(self.device, non_blocking=True)
+
+    def shared_memory_suffices(self, batch_size, num_workers):
+        """Whether the batches that `num_workers` processes cut out ahead find room in /dev/shm, where tensors pass from
+        one process to another; a container often has 64 MB. A worker without room would be killed, or wait for ever.
+
+        Arrays pass through pipes in place of that, which takes longer; the first time a line says so.
+        """
+        if self.through_pipes is None:
+            try:
+                free = shutil.disk_usage(SHARED_MEMORY).free
+            except OSError:  # a system without such a folder
+                free = math.inf
+            # Two batches per worker are under way, and one is in use.
+            wanted = (2 * num_workers + 1) * batch_size * self.seq_len * self.X.shape[1] * self.X.itemsize
+            self.through_pipes = free < 1.1 * wanted
+            if self.through_pipes:
+                print(f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for the {wanted / 1e6:.0f} MB of "
+                      f"batches of {num_workers} loader processes: they go through pipes, which is slower")
+        return not self.through_pipes
 
     def cut(self, starts):
         """The windows that begin at the steps `starts`, where the series lies."""
         return gather(self.X, starts, self.seq_len)
+
+    def cut_as_array(self, starts):
+        return self.cut(starts).numpy()
+
+
+def ignore_stop_signals(worker):
+    """Make a loader process outlive the signals that end a run: a scheduler sends them to all processes of a job, and
+    the run, which stops by itself, still needs the batches of its step. It ends its workers then."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -85,7 +85,7 @@ def parse_args(argv=None):
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, nargs="+", default=[Path("model_next.pt")], metavar="NAME.pt",
                        help="trained models; several are compared")
-    cli.add_data_dir(files)
+    cli.add_data_dir(files, of_checkpoint=True)
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
     if args.umap_neighbors < 2:

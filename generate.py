@@ -88,7 +88,7 @@ def parse_args(argv=None):
     cli.add_computing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
-    cli.add_data_dir(files)
+    cli.add_data_dir(files, of_checkpoint=True)
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
     problem = find_problem(args)
@@ -138,7 +138,7 @@ import figures
 import mixture_head
 import optimal_filter
 import songs
-from mamba_model import open_model, stem
+from mamba_model import data_suffix, open_model, stem
 
 BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: bounds the extra memory
 LEAST_TEMPERATURE = 1e-30  # of a mixture: float32 can't divide by much less
@@ -597,6 +597,7 @@ def load_inputs(args):
     """Load and check what the flags name: an Inputs. Raises cli.UserError when something doesn't fit."""
     model, trained_with, series = open_model(args.checkpoint, args.data_dir, cli.pick_device(args.device), args.scan)
     settle_temperature(args, model.mixture)
+    args.data_suffix = data_suffix(series, trained_with)
     if args.perturb_layers:
         layers_to_perturb(args, model.n_layers)
     process = optimal_filter.process_or_none(series, without="no exact filter, so no song analysis")
@@ -604,7 +605,7 @@ def load_inputs(args):
         raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
     noise_std = series.config.get("noise_std")
     if args.temperature and noise_std is None and not model.mixture:
-        raise cli.UserError(f"--temperature is in units of noise_std, which {args.data_dir}/config.json doesn't give; "
+        raise cli.UserError(f"--temperature is in units of noise_std, which {series.folder}/config.json doesn't give; "
                             "use --temperature 0")
     offset = args.seed_offset
     if offset is None:
@@ -663,7 +664,7 @@ def file_prefix(args):
     """What the names of all files that this command writes begin with."""
     bare_command = ["--checkpoint", str(args.checkpoint)] + (["--compare"] if args.compare else [])
     kind = "compare" if args.compare else "generated"
-    return f"{stem(args.checkpoint)}_{kind}{variant(args, parse_args(bare_command))}"
+    return f"{stem(args.checkpoint)}_{kind}{variant(args, parse_args(bare_command))}{args.data_suffix}"
 
 
 def beside(args, ending):

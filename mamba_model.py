@@ -463,7 +463,11 @@ def load_checkpoint(path, device="cpu"):
     Files from mamba-ssm training load on a CPU and the reverse; older key names load too. Raises UserError when the
     file is missing, damaged, holds pickled code or is no model of this project.
     """
-    checkpoint = read_checkpoint(path, device)
+    return model_of(read_checkpoint(path, device), path, device)
+
+
+def model_of(checkpoint, path, device):
+    """`load_checkpoint` of a file that is read already, by `read_checkpoint`."""
     args = checkpoint["args"]
     with reading(path):
         model = model_from_state_dict(checkpoint["model_state_dict"], args.get("dropout", 0.1))
@@ -473,14 +477,44 @@ def load_checkpoint(path, device="cpu"):
 def open_model(path, data_dir, device, scan, series=None):
     """Load a checkpoint and the data that it is used on: (model, the flags of its training, the dataset.Series).
 
-    scan: the back end as --scan names it. series: the data, when they are loaded already. Raises UserError when either
-    is missing or damaged, when they don't fit each other or when the back end isn't there.
+    data_dir: as from --data-dir, or None for the data that it was trained on; scan: the back end as --scan names it.
+    series: the data, when they are loaded already. A line says when they aren't those of its training. Raises UserError
+    when either is missing or damaged, when they don't fit each other or when the back end isn't there.
     """
-    model, args = load_checkpoint(path, device)
+    checkpoint = read_checkpoint(path, device)
+    model, args = model_of(checkpoint, path, device)
     model.use_scan(scan, device)
-    series = dataset.load_series(data_dir) if series is None else series
+    if series is None:
+        own = trained_on(path, checkpoint)
+        if data_dir is None:
+            print(f"data: {own}, those that {path} was trained on")
+        series = dataset.load_series(data_dir or own)
     dataset.check_fits_model(series, model, path)
+    crc32 = checkpoint.get("data_crc32")
+    if crc32 is not None and crc32 != dataset.crc32(series.X):
+        print(f"warning: {path} was trained on other data ({args.get('data_dir')}): its numbers on these say little "
+              "about it")
     return model, args, series
+
+
+def data_suffix(series, args):
+    """What names of files say of the data that a model is used on: nothing for those of its training. args: the flags
+    of its training; series: as from `open_model`."""
+    name = cli.data_name(series.folder, args.get("data_dir", "data")) if series.folder else ""
+    return f"_{name}" if name else ""
+
+
+def trained_on(path, checkpoint):
+    """The path of the data that a model was trained on; checkpoint: its file at `path`, as from `read_checkpoint`.
+
+    The file gives it in two ways, seen from the root (in older files from where training was started) and from the
+    file's own folder: so the data are also found when the whole project was moved.
+    """
+    named = Path(str(checkpoint["args"].get("data_dir", "data")))
+    seen_from_file = Path(path).parent / str(checkpoint.get("data_dir", named))
+    # FILE.npz:NAME names an array within a file.
+    return next((where for where in (named, seen_from_file)
+                 if where.exists() or Path(str(where).rpartition(":")[0]).is_file()), named)
 
 
 def save_checkpoint(path, epoch, model_state_dict, optimizer_state_dict, train_loss, val_loss, args, **resume):

@@ -16,17 +16,13 @@ import argparse
 import copy
 import math
 import operator
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import cli
 from ranks import is_first, joined, parse_command_line, run, unwrapped
-
-# What makes a run an ablation: a run without --checkpoint carries those that are set in its name, so that two
-# ablations started side by side never meet in one file.
-ABLATION_FLAGS = ("fresh", "mixture", "gate_lr_factor", "freeze_A", "max_horizon", "slowness_lambda",
-                  "contrastive_lambda", "aug_noise", "aug_rotate", "aug_scale")
 
 
 def build_parser():
@@ -91,10 +87,11 @@ def build_parser():
     cli.add_computing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, metavar="NAME.pt",
-                       help="names the run (default: model_next.pt, with the ablation's flags in the name if any)")
+                       help="names the run (default: model_next.pt, with each flag in the name that isn't the default)")
     files.add_argument("--resume", action="store_true", help="go on from NAME_last.pt, with that run's flags")
     files.add_argument("--eval", nargs="?", type=Path, const=True, metavar="NAME.pt",
-                       help="only print this checkpoint's record and validation loss (default: --checkpoint's)")
+                       help="only print this checkpoint's record and its validation loss, on the data that it was "
+                            "trained on unless --data-dir is given (default: --checkpoint's)")
     files.add_argument("--log-dir", type=Path, metavar="DIR",
                        help="also write scalars and figures for TensorBoard here (default: not written)")
     return parser
@@ -121,13 +118,15 @@ def parse_args(argv=None, refuse=None):
 
 
 def default_name(parser, args):
-    """model_next.pt, or model_next_max_horizon64.pt and the like for an ablation."""
-    parts = ["model_next"]
-    for name in ABLATION_FLAGS:
-        value = getattr(args, name)
-        if value != parser.get_default(name):
-            parts.append(name if value is True else f"{name}{value:g}")
-    return "_".join(parts) + ".pt"
+    """model_next.pt, with every flag that isn't the default, as in model_next_max_horizon64_seed2.pt: so two runs
+    started side by side never meet in one file.
+
+    --resume and --eval take other --epochs, windows or data than the run had: where no run has the name with these, it
+    is the name without them.
+    """
+    name, plain = (cli.short_name("_".join(["model_next", *cli.flags_in_name(parser, args, without)])) + ".pt"
+                   for without in ((), ("data_dir", "seq_len", "stride", "val_fraction", "batch_size", "epochs")))
+    return plain if (args.resume or args.eval) and not Path(name).exists() else name
 
 
 if __name__ == "__main__":
@@ -149,12 +148,11 @@ from mamba_model import (
     horizon_errors,
     model_from_state_dict,
     open_model,
-    read_checkpoint,
     reason,
     stem,
     validation_errors,
 )
-from optimal_filter import error_rows, error_table, process_or_none, window_floors
+from optimal_filter import process_or_none, window_floors
 
 WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
@@ -191,9 +189,12 @@ def contrastive_loss(outputs, temperature, n_negatives):
         n = min(CONTRASTIVE_ANCHORS, batch * (n_steps - 1))
         rows = torch.randint(batch, (n,), device=h.device)
         steps = torch.randint(n_steps - 1, (n,), device=h.device)
-        anchors, positives = h[rows, steps], h[rows, steps + 1]
+        # As a look-up in a table: with indices that repeat, its gradient is summed in a fixed order, that of indexing
+        # by whichever thread comes first.
+        flat = h.reshape(batch * n_steps, -1)
+        anchors, positives = (F.embedding(rows * n_steps + steps + i, flat) for i in (0, 1))
         drawn = torch.randint(batch * n_steps, (n, n_negatives), device=h.device)
-        negatives = h.reshape(batch * n_steps, -1)[drawn]
+        negatives = F.embedding(drawn, flat)
         logits = torch.cat([(anchors * positives).sum(-1, keepdim=True),
                             torch.einsum("nd,nkd->nk", anchors, negatives)], dim=1) / temperature
         losses.append(-logits.log_softmax(dim=1)[:, 0].mean())
@@ -319,8 +320,9 @@ class Plan:
         a = self.args
         return dataset.epoch_batches(self.train_starts, self.boundary, a.seq_len, a.stride, a.batch_size, a.seed, epoch)
 
-    def lr(self, step):
-        return lr_at(step, self.args.lr, self.warmup_steps, self.total_steps)
+    def lr(self, step, epochs=None):
+        """The learning rate of a step, counted from 0; epochs: those of another plan, for comparison."""
+        return lr_at(step, self.args.lr, self.warmup_steps, (epochs or self.args.epochs) * self.steps_per_epoch)
 
     def seed(self, step, rank):
         """Every step has its own seed: a run that is resumed in mid-epoch draws the same dropout and noise."""
@@ -439,8 +441,11 @@ class RunState:
 
     def __init__(self, args, model, steps_per_epoch, data_crc32):
         device = next(model.parameters()).device
-        self.flags = {name: value for name, value in vars(args).items() if name != "flags_given"}
-        self.model, self.steps_per_epoch, self.data_crc32 = model, steps_per_epoch, data_crc32
+        self.flags = run_files.flags_to_save(args)
+        self.model, self.steps_per_epoch = model, steps_per_epoch
+        # Where the run comes from: in both of its checkpoints, so that either is understood wherever it is copied to.
+        self.origin = {"data_crc32": data_crc32, "record": None,
+                       "data_dir": os.path.relpath(args.data_dir, args.checkpoint.parent)}
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
         self.optimizer = build_optimizer(
             parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
@@ -463,7 +468,7 @@ class RunState:
         state = {"epoch": self.epoch, "model_state_dict": self.model.state_dict(),
                  "optimizer_state_dict": self.optimizer.state_dict(), "train_loss": self.train_loss,
                  "val_loss": self.val_loss, "args": self.flags, "step": self.step, "totals": self.totals.cpu(),
-                 "best_loss": self.best_loss, "data_crc32": self.data_crc32}
+                 "best_loss": self.best_loss, **self.origin}
         if self.averaged is not self.model:
             state["ema_state_dict"] = self.averaged.state_dict()
         return state
@@ -529,6 +534,9 @@ def prepare(args, files, ranks):
     if args.num_workers and windows.on_device:
         print(f"--num-workers {args.num_workers} is not used: the series fits on {ranks.device}")
     state = open_state(args, saved, files["last"], series, plan, ranks.device)
+    if saved is not None:
+        run_files.check_resumed(plan, state.step, int(saved["args"].get("epochs", args.epochs)))
+    state.origin["record"] = run_files.record_of_start(args, ranks, state, files["record"], saved)
     ranks.divide_totals(state.totals)
     return args, series, windows, plan, state
 
@@ -556,7 +564,7 @@ def train(args, ranks):
     stopping = False
     with log:
         for epoch in range(state.epoch, args.epochs):
-            whole = train_epoch(epoch, state, plan, runner, ranks, log.bar)
+            whole = train_epoch(epoch, state, plan, runner, saver, log.bar)
             with ranks.together():
                 if whole:
                     row, finite_steps = end_of_epoch(state, plan, runner, floor, ranks)
@@ -565,11 +573,9 @@ def train(args, ranks):
                     saver.keep_best()
             stopping = ranks.should_stop()
             with ranks.together():
-                if stopping and not whole:  # don't overwrite a good last state with one that has diverged
-                    ranks.sum_totals(state.totals)
-                    finite = all(p.isfinite().all() for p in state.model.parameters())
-                    saver.check_finite(state.totals[-1].item(), finite)
-                if stopping or saver.seconds_since() > SAVE_EVERY_SECONDS:
+                if stopping and not whole:
+                    saver.save_in_epoch()
+                elif stopping or saver.seconds_since() > SAVE_EVERY_SECONDS:
                     saver.save()
             if stopping:
                 break
@@ -584,8 +590,9 @@ def train(args, ranks):
             finish(args, files, log, series, windows, plan.val_starts)
 
 
-def train_epoch(epoch, state, plan, runner, ranks, bar):
+def train_epoch(epoch, state, plan, runner, saver, bar):
     """Take the steps that are left of an epoch, until all ranks agree to stop. Returns whether the epoch is whole."""
+    ranks = saver.ranks
     state.model.train()
     for batch in runner.batches(epoch, first=state.step - epoch * plan.steps_per_epoch):
         set_lr(state.optimizer, plan.lr(state.step))
@@ -596,8 +603,13 @@ def train_epoch(epoch, state, plan, runner, ranks, bar):
         state.step += 1
         bar.update()
         steps_taken = state.step - epoch * plan.steps_per_epoch
-        if steps_taken < plan.steps_per_epoch and ranks.should_stop(steps_taken):
-            return False
+        if steps_taken < plan.steps_per_epoch:
+            stopping, due = ranks.agree(saver.seconds_since() > SAVE_EVERY_SECONDS, steps_taken)
+            if stopping:
+                return False
+            if due:
+                with ranks.together():
+                    saver.save_in_epoch()
     return True
 
 
@@ -664,35 +676,12 @@ def finish(args, files, log, series, windows, val_starts):
 
 # ---- The script -----------------------------------------------------------------------------------------------
 
-def print_evaluation(args):
-    """--eval: the record of a checkpoint's run and its validation loss on the data of --data-dir."""
-    path = args.checkpoint if args.eval is True else args.eval
-    device = cli.pick_device(args.device)
-    model, saved, series = open_model(path, args.data_dir, device, args.scan)
-    epoch = read_checkpoint(path).get("epoch")
-    run_files.print_record(run_files.files_of(path)["record"])
-    # The windows of training, unless a flag says otherwise
-    used = ("seq_len", "stride", "val_fraction", "batch_size")
-    trained = run_files.saved_flags({name: saved[name] for name in used if name in saved}, path, parse_args)
-    seq_len, stride, val_fraction, batch_size = (
-        getattr(args if name in args.flags_given else trained, name) for name in used)
-    if seq_len <= model.horizons[-1]:
-        raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
-    _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction)
-    windows = dataset.Windows(series.X, seq_len, device)
-    errors = validation_errors(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
-                               not args.no_amp)
-    floor = floors(series, val_starts, seq_len, model)
-    print(f"{path}: epoch {epoch}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
-
-
 def main(args):
     if args.eval is None:
-        with joined(args.device) as ranks:
+        with joined(args.device) as ranks, run_files.claimed(args, ranks):
             train(args, ranks)
     elif is_first():
-        print_evaluation(args)
+        run_files.print_evaluation(args, parse_args, floors)
 
 
 if __name__ == "__main__":

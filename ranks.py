@@ -13,7 +13,9 @@ import time
 
 import cli
 
-STOP_CHECK_STEPS = 10  # steps of several GPUs between two agreements whether to stop: each waits for the device
+STOP_CHECK_STEPS = 10  # steps of several GPUs between two agreements: each waits for the device
+# A Ctrl-C reaches a process under torchrun twice, from the terminal and from torchrun: that is no second one.
+SECOND_CTRL_C_SECONDS = 1
 PROCESS_TIMEOUT = datetime.timedelta(hours=2)  # the others wait while rank 0 computes the floor and evaluates
 
 
@@ -28,17 +30,20 @@ def n_processes():
 
 
 class Stop:
-    """Remembers a Ctrl-C or a SIGTERM until the step in flight is done."""
+    """Remembers a Ctrl-C, or a signal by which schedulers and closed terminals end a job, until the step in flight is
+    done."""
 
     def __init__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.remember)
+        self.signal, self.asked_at = None, 0.0
+        for number in cli.STOP_SIGNALS:
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.remember)
 
     def remember(self, number, frame):
-        if self.signal is not None:
-            raise KeyboardInterrupt  # the second Ctrl-C doesn't wait for the step
-        self.signal = number
+        if self.signal is None:
+            self.signal, self.asked_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.asked_at > SECOND_CTRL_C_SECONDS:
+            raise KeyboardInterrupt  # this one doesn't wait for the step
 
 
 class Ranks:
@@ -76,22 +81,28 @@ class Ranks:
         if error is not None:
             raise error
 
-    def should_stop(self, step=0):
-        """Whether any rank was asked to stop. All must agree, or those that go on would wait for ever.
+    def should_stop(self):
+        """Whether any rank was asked to stop."""
+        return self.agree(False)[0]
+
+    def agree(self, due, step=0):
+        """(whether any rank was asked to stop, whether any rank says that a save is `due`), the same on all ranks:
+        where some stopped or saved and others went on, each would wait for the other for ever.
 
         step: steps taken in this epoch. Several GPUs ask each other only at every STOP_CHECK_STEPS-th of them.
         """
         asked = self.stop is not None and self.stop.signal is not None
         if self.world == 1:
-            return asked
+            return asked, due
         if self.device.type == "cuda" and step % STOP_CHECK_STEPS:
-            return False
+            return False, False
         import torch
         from torch import distributed
 
-        flag = torch.tensor(float(asked), device=self.device)
-        distributed.all_reduce(flag, distributed.ReduceOp.MAX)
-        return flag.item() > 0
+        flags = torch.tensor([float(asked), float(due)], device=self.device)
+        distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+        asked, due = flags.tolist()
+        return asked > 0, due > 0
 
     def share(self, batch_size):
         """The slice of a batch that is this rank's; the ranks' slices differ by at most one window in length."""

@@ -80,9 +80,6 @@ DATA_CAPTIONS = {
     "periods": "Each circle's period and dwell times.",
     "umap": "UMAP of the series itself, coloured by circle.",
 }
-# Flags that say how to compute, or that name files: two runs that differ in them alone differ in nothing.
-WITHOUT_EFFECT = {"checkpoint", "resume", "eval", "device", "scan", "num_workers", "no_compile", "no_train_eval",
-                  "log_dir"}
 # {title of a result: (column of NAME_log.csv at the best epoch, number format)}
 RESULTS = {"best epoch": ("epoch", "d"), "validation MSE": ("val_mse_1", ".4f"),
            "excess (%)": ("excess_percent_1", ".2f"), "NLL (nats per step)": ("val_nll_1", ".4f"),
@@ -146,7 +143,7 @@ def find_data_figures(data_dir):
 
 def differing_flags(runs):
     """The names of the flags in which the runs differ, in the order of the first run's."""
-    names = dict.fromkeys(name for run in runs for name in run["flags"] if name not in WITHOUT_EFFECT)
+    names = dict.fromkeys(name for run in runs for name in run["flags"] if name not in cli.WITHOUT_EFFECT)
     return [name for name in names if len({repr(run["flags"].get(name)) for run in runs}) > 1]
 
 

@@ -5,8 +5,10 @@ What the run computes is the training script's story; nothing here needs to be r
 """
 
 import argparse
+import contextlib
 import csv
 import json
+import math
 import os
 import platform
 import shlex
@@ -23,9 +25,15 @@ import torch
 from tqdm import tqdm
 
 import cli
+import dataset
 import figures
-from mamba_model import read_checkpoint, save_checkpoint, stem
-from optimal_filter import excess_nats, excess_percent
+from mamba_model import open_model, read_checkpoint, save_checkpoint, stem, trained_on, validation_errors
+from optimal_filter import error_rows, error_table, excess_nats, excess_percent
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing keeps two runs apart that start at the same moment
+    fcntl = None
 
 PRINT_EVERY_SECONDS = 10  # between two lines on the progress, where there is no progress bar
 
@@ -52,6 +60,61 @@ def refuse_taken(files):
         if path.exists():
             raise cli.UserError(f"{path} exists already; {go_on}choose another --checkpoint name, or remove the old "
                                 "run's files")
+
+
+@contextlib.contextmanager
+def claimed(args, ranks):
+    """A block in which this process, or on several ranks rank 0, alone may train the run that --checkpoint names.
+
+    Raises UserError that says which process holds the name. A process that ends in any way gives it back.
+    """
+    lock, path = None, args.checkpoint.parent / f".{stem(args.checkpoint)}.lock"
+    with ranks.together():
+        if ranks.first and not args.resume:
+            cli.output_folder(path.parent)
+        if ranks.first and fcntl is not None and path.parent.is_dir():
+            lock = hold(path, args.checkpoint)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)  # first: who opens it from now on makes a new file
+            lock.close()
+
+
+def hold(path, checkpoint):
+    """Lock the file at `path`, made if needed, and note in it who does; returns the open file. Raises UserError."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run goes on
+        try:
+            # Not flock: loader processes would inherit that lock, and hold it for seconds after a crash.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = read_holder(file)
+            file.close()
+            raise cli.UserError(f"{checkpoint} is being trained by {holder}; let it end, or choose another "
+                                "--checkpoint name") from None
+        except OSError as error:
+            print(f"{path} can't be locked ({error.strerror}): see to it that no other run has this name")
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # its holder has just removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    file.flush()
+    return file
+
+
+def read_holder(file):
+    """What the holder of a locked file has written in it, which it does in the moment after it has locked it."""
+    for _ in range(20):
+        file.seek(0)
+        if holder := cli.one_line(file.read(200)):
+            return holder
+        time.sleep(0.05)
+    return "another process"
 
 
 # ---- Log: one row per epoch -----------------------------------------------------------------------------------
@@ -153,8 +216,7 @@ class EpochLog:
             if args.log_dir is not None:
                 self.writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), state.epoch)
             start_log(self.path, self.columns, self.rows)
-            record = run_record(args, ranks.device, state.model, ranks.world)
-            write_record(files["record"], record, state.step if args.resume else None)
+            cli.write_text(files["record"], json.dumps(state.origin["record"], indent=2) + "\n")
         self.bar = tqdm(total=plan.total_steps, initial=state.step, unit="step", mininterval=0.5, dynamic_ncols=True,
                         disable=not (self.first and sys.stderr.isatty()))
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
@@ -215,7 +277,7 @@ def tensorboard_writer(log_dir, name, epoch):
 # ---- Record: what a reader needs to repeat the run ------------------------------------------------------------
 
 def run_record(args, device, model, world=1):
-    """Command, commit, start time, seed, processes, device, back end, size and versions, as a dict."""
+    """Command, all flags, commit, start time, seed, processes, device, back end, size and versions, as a dict."""
     try:
         described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
                                    text=True, cwd=Path(__file__).parent, timeout=10)
@@ -227,6 +289,8 @@ def run_record(args, device, model, world=1):
         launcher = ["torchrun", f"--nnodes={os.environ.get('GROUP_WORLD_SIZE', 1)}",
                     f"--nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', world)}"]
     return {"command": shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "flags": {name: str(value) if isinstance(value, Path) else value
+                      for name, value in flags_to_save(args).items()},
             "git_commit": commit,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seed": args.seed,
@@ -234,31 +298,44 @@ def run_record(args, device, model, world=1):
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
             "scan": model.backend_for(device),
             "parameters": sum(p.numel() for p in model.parameters()),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
-                         "numpy": np.__version__, "scipy": scipy.__version__, "numba": numba.__version__}}
+            "versions": {"python": platform.python_version(), "torch": str(torch.__version__),
+                         "cuda": torch.version.cuda, "numpy": np.__version__,
+                         "scipy": scipy.__version__, "numba": numba.__version__}}
 
 
 def read_record(path):
     """NAME_run.json as a dict, or None when it is missing or damaged: that is no reason to refuse a checkpoint."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {**record, "resumed": [{**again} for again in record.get("resumed", [])]}
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError):
+        return whole_record(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
-def write_record(path, record, resumed_at=None):
-    """The record of the run's first start. When the run is resumed at a step, this start is added to its list
-    "resumed" instead."""
-    first = read_record(path) if resumed_at is not None else None
-    if first is not None:
-        record = {**first, "resumed": [*first["resumed"], {"step": resumed_at, **record}]}
-    cli.write_text(path, json.dumps(record, indent=2) + "\n")
+def whole_record(record):
+    """A record with its list of later starts, or None when it is none."""
+    try:
+        return {**record, "resumed": [{**again} for again in record.get("resumed", [])]}
+    except (TypeError, AttributeError):
+        return None
 
 
-def print_record(path):
-    """Print the record: one line per entry, and one per start of a resumed run."""
-    record = read_record(path)
+def record_of_start(args, ranks, state, path, saved):
+    """The record of this start of the run: of the first one as it is, of a later one in the list "resumed" of the
+    first one's. path: of NAME_run.json; saved: the content of NAME_last.pt, or None at the first start."""
+    record = run_record(args, ranks.device, state.model, ranks.world)
+    first = None if saved is None else read_record(path) or whole_record(saved.get("record"))
+    return record if first is None else {**first, "resumed": [*first["resumed"], {"step": state.step, **record}]}
+
+
+def print_record(path, saved):
+    """Print the record of a checkpoint's run: one line per entry, and one per start of a resumed run.
+
+    path: where its NAME_run.json would lie; saved: the record in the checkpoint, or None. That in the file is newer,
+    but it is another run's where the checkpoint is a copy under another name.
+    """
+    record, own = read_record(path), whole_record(saved)
+    if record is None or (own is not None and record.get("started") != own.get("started")):
+        record = own
     if record is None:
         print(f"no readable record of the run at {path}")
         return
@@ -272,6 +349,12 @@ def print_record(path):
 
 
 # ---- Opening a run: its flags, and its last state if it goes on -----------------------------------------------
+
+def flags_to_save(args):
+    """All flags as a dict; the data by their full path, which holds wherever a later command is started."""
+    return {name: Path(os.path.abspath(value)) if name == "data_dir" else value
+            for name, value in vars(args).items() if name != "flags_given"}
+
 
 def saved_flags(saved, path, parse_args):
     """The flags in the args of a checkpoint, as a Namespace: put into words and parsed as a command line would be.
@@ -322,12 +405,58 @@ def open_run(args, files, first, parse_args):
             raise cli.UserError(f"--resume: {files['last']} not found, so there is no run to go on with; leave "
                                 "--resume out to start it")
         saved = read_checkpoint(files["last"])
-        args = flags_for_resume(args, saved_flags(saved["args"], files["last"], parse_args))
+        own = saved_flags(saved["args"], files["last"], parse_args)
+        own.data_dir = trained_on(files["last"], saved)
+        args = flags_for_resume(args, own)
     elif first:
         refuse_taken(files)
     if first:
         cli.output_folder(args.checkpoint.parent)
     return args, saved
+
+
+def check_resumed(plan, step, epochs_before):
+    """Raise UserError when the run has taken more than the plan's steps; say so when the learning rate will jump.
+
+    step: how many were taken; epochs_before: how many epochs were planned when they were.
+    """
+    epochs = plan.args.epochs
+    if step > plan.total_steps:
+        done = math.ceil(step / plan.steps_per_epoch)
+        raise cli.UserError(f"--epochs {epochs} is less than the run has behind it: epoch {done} has begun; give "
+                            f"--epochs {done} or more")
+    if epochs != epochs_before and 0 < step < plan.total_steps:
+        print(f"--epochs {epochs} in place of {epochs_before}: the learning rate goes from "
+              f"{plan.lr(step - 1, epochs_before):.3g} to {plan.lr(step):.3g}, as if {epochs} had been planned")
+
+
+# ---- A finished run, or one that goes on: what --eval prints ----------------------------------------------------
+
+def print_evaluation(args, parse_args, floors):
+    """--eval: the record of a checkpoint's run and its validation loss, on its own data or those of --data-dir.
+
+    parse_args: see saved_flags; floors(series, starts, seq_len, model): the exact filter's errors, printed too.
+    """
+    path = args.checkpoint if args.eval is True else args.eval
+    device = cli.pick_device(args.device)
+    data_dir = args.data_dir if "data_dir" in args.flags_given else None
+    model, saved, series = open_model(path, data_dir, device, args.scan)
+    checkpoint = read_checkpoint(path)
+    print_record(files_of(path)["record"], checkpoint.get("record"))
+    # The windows of training, unless a flag says otherwise
+    used = ("seq_len", "stride", "val_fraction", "batch_size")
+    trained = saved_flags({name: saved[name] for name in used if name in saved}, path, parse_args)
+    seq_len, stride, val_fraction, batch_size = (
+        getattr(args if name in args.flags_given else trained, name) for name in used)
+    if seq_len <= model.horizons[-1]:
+        raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
+    _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction)
+    windows = dataset.Windows(series.X, seq_len, device)
+    errors = validation_errors(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
+                               not args.no_amp)
+    floor = floors(series, val_starts, seq_len, model)
+    print(f"{path}: epoch {checkpoint.get('epoch')}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
 
 
 # ---- The best and the last state ------------------------------------------------------------------------------
@@ -339,7 +468,7 @@ class Saver:
     """
 
     def __init__(self, state, plan, files, ranks):
-        self.state, self.plan, self.files, self.first = state, plan, files, ranks.first
+        self.state, self.plan, self.files, self.ranks, self.first = state, plan, files, ranks, ranks.first
         self.best, self.best_weights = None, None  # what is still to be written to NAME.pt; the copy, to be renewed
         self.saved_step, self.saved_at = state.step, time.perf_counter()
 
@@ -353,7 +482,7 @@ class Saver:
             self.best_weights = snapshot({"model_state_dict": state.averaged.state_dict(),
                                           "optimizer_state_dict": state.optimizer.state_dict()}, self.best_weights)
             self.best = {"epoch": state.epoch, "train_loss": state.train_loss, "val_loss": state.val_loss,
-                         "args": state.flags, **self.best_weights}
+                         "args": state.flags, **state.origin, **self.best_weights}
 
     def save_best(self):
         if self.best is not None:
@@ -366,6 +495,15 @@ class Saver:
             self.save_best()
             save_checkpoint(self.files["last"], **self.state.state_dict())
         self.saved_step, self.saved_at = self.state.step, time.perf_counter()
+
+    def save_in_epoch(self):
+        """Save when an epoch isn't whole: its totals are scattered over the ranks, and nobody has looked whether it
+        has diverged. Raises UserError when it has, and leaves the older state."""
+        self.ranks.sum_totals(self.state.totals)
+        finite = all(p.isfinite().all() for p in self.state.model.parameters())
+        self.check_finite(self.state.totals[-1].item(), finite)
+        self.save()
+        self.ranks.divide_totals(self.state.totals)
 
     def seconds_since(self):
         """Seconds since the last state was saved."""

@@ -33,7 +33,7 @@ def parse_args(argv=None):
     cli.add_computing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
-    cli.add_data_dir(files)
+    cli.add_data_dir(files, of_checkpoint=True)
     cli.add_save_dir(files)
     return parser.parse_args(argv)
 
@@ -292,7 +292,7 @@ def write_layers(args, model, series, starts, seq_len, folder):
         signals |= {"log2_over_mean": log2_over_mean(signals["delta"]), "mean_delta": signals["delta"].mean(axis=0)}
         fig = draw_layer(signals, series.X[window], series.states[window], series.n_circles, start,
                          f"{name}: layer {args.layer} of {model.n_layers}, sample {sample}")
-        figures.save(fig, folder / f"{name}_gates_layer{args.layer}_{sample}.png")
+        figures.save(fig, folder / f"{name}_gates_layer{args.layer}_{sample}{args.data_suffix}.png")
 
 
 def write_summaries(args, model, series, starts, seq_len, folder):
@@ -307,7 +307,7 @@ def write_summaries(args, model, series, starts, seq_len, folder):
                   | {"mean_delta": layer["delta"].mean(axis=1)} for layer in layers]
         fig = draw_summary(scaled, shares, input_share, series.states[start:start + seq_len], series.n_circles, start,
                            f"{name}: signals of all layers, sample {sample}")
-        figures.save(fig, folder / f"{name}_gates_summary_{sample}.png")
+        figures.save(fig, folder / f"{name}_gates_summary_{sample}{args.data_suffix}.png")
 
 
 def write_umaps(args, model, series, starts, seq_len, folder):
@@ -331,12 +331,13 @@ def write_umaps(args, model, series, starts, seq_len, folder):
             titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
         fig = figures.draw_umaps(embeddings, titles, states, series.n_circles,
                                  f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
-        figures.save(fig, folder / f"{prefix}_umap_{signal}.png")
+        figures.save(fig, folder / f"{prefix}_umap_{signal}{args.data_suffix}.png")
 
 
 def main(args):
     device = cli.pick_device(args.device)
     model, trained_with, series = mamba_model.open_model(args.checkpoint, args.data_dir, device, args.scan)
+    args.data_suffix = mamba_model.data_suffix(series, trained_with)
     if args.layer is not None and args.layer > model.n_layers:
         raise cli.UserError(f"--layer {args.layer} is out of range: the model has layers 1…{model.n_layers}")
     seq_len, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)

@@ -113,13 +113,14 @@ def rewrite_data(data_dir):
 
 
 @pytest.fixture
-def tiny_checkpoint(tmp_path):
-    """The path of an untrained checkpoint that fits the small series."""
+def tiny_checkpoint(tmp_path, shared_data):
+    """The path of an untrained checkpoint that fits the small series, and says that it was trained on it."""
     torch.manual_seed(0)
     model = mamba_model.CausalTimeSeriesMamba(6, **TINY_MODEL)
     path = tmp_path / "tiny.pt"
     mamba_model.save_checkpoint(path, 1, model.state_dict(), {}, 1.0, 1.0,
-                                {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1, "dropout": 0.1})
+                                {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1, "dropout": 0.1,
+                                 "data_dir": str(shared_data)})
     return path
 
 

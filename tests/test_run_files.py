@@ -1,8 +1,8 @@
 """What a run leaves on disk, how it is opened again, and what ranks agree on as far as one process can show it."""
 
 import csv
-import json
 import math
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,7 +91,7 @@ def epoch_log(tmp_path):
 
     def make(epochs, *flags, rank=0):
         args = training.parse_args(["--epochs", str(epochs), "--checkpoint", str(tmp_path / "a.pt"), *flags])
-        state = SimpleNamespace(model=MODEL, epoch=0, step=0)
+        state = SimpleNamespace(model=MODEL, epoch=0, step=0, origin={"record": {}})
         return run_files.EpochLog(args, run_files.files_of(args.checkpoint), state, SimpleNamespace(total_steps=10),
                                   ranks.Ranks(CPU, None, rank, rank + 1))
 
@@ -141,14 +141,9 @@ def test_a_record_of_any_content_is_no_reason_to_fail(tmp_path, capsys):
     for content in ("", "[1]", "3", '{"resumed": 3}', '{"resumed": [3]}', "[" * 10**5):
         path.write_text(content)
         assert run_files.read_record(path) is None
-        run_files.print_record(path)
+        run_files.print_record(path, None)
         assert "no readable record" in capsys.readouterr().out
-    run_files.write_record(path, {"command": "again"}, 30)
-    assert json.loads(path.read_text()) == {"command": "again"}  # the first start's is lost
-    run_files.write_record(path, {"command": "once more"}, 40)
-    assert json.loads(path.read_text()) == {"command": "again", "resumed": [{"step": 40, "command": "once more"}]}
-    run_files.write_record(path, {"command": "new"})
-    assert json.loads(path.read_text()) == {"command": "new"}
+    assert run_files.whole_record({"resumed": 3}) is run_files.whole_record(None) is None
 
 
 # ---- flags of a run that goes on
@@ -228,16 +223,16 @@ def test_one_process_agrees_with_itself():
     one.divide_totals(totals)
     one.broadcast(totals)
     one.leave()
-    assert totals.tolist() == [3, 4, 5] and one.first and not one.should_stop(1)
+    assert totals.tolist() == [3, 4, 5] and one.first and not one.should_stop()
     model = torch.nn.Linear(1, 1)
     assert one.averaging_gradients(model) is model
     with pytest.raises(cli.UserError, match=r"^plain$"), one.together():
         raise cli.UserError("plain")
     stop = SimpleNamespace(signal=None)
     asked = ranks.Ranks(CPU, stop)
-    assert not asked.should_stop(3)
+    assert asked.agree(True, 3) == (False, True)
     stop.signal = 2
-    assert asked.should_stop(3) and asked.should_stop()
+    assert asked.agree(False, 3) == (True, False) and asked.should_stop()
 
 
 def test_only_rank_0_keeps_totals_that_were_summed_already():
@@ -281,16 +276,25 @@ def test_all_ranks_stop_when_one_was_asked_to(other_rank, here, there):
 def test_gpus_ask_each_other_only_now_and_then():
     """Between those steps not even a question is sent: this process has no group that could answer."""
     two = ranks.Ranks(torch.device("cuda"), SimpleNamespace(signal=2), 0, 2)
-    assert not any(two.should_stop(step) for step in range(1, ranks.STOP_CHECK_STEPS))
+    assert not any(any(two.agree(True, step)) for step in range(1, ranks.STOP_CHECK_STEPS))
 
 
-def test_the_second_signal_does_not_wait(monkeypatch):
-    monkeypatch.setattr(ranks.signal, "signal", lambda number, handler: None)
+def test_a_second_ctrl_c_does_not_wait_but_a_forwarded_signal_does(monkeypatch):
+    """Torchrun sends on what its whole group has got already, and a scheduler sends one signal after the other."""
+    handled, clock = {}, [50.0]
+    monkeypatch.setattr(ranks.signal, "signal", handled.__setitem__)
+    monkeypatch.setattr(ranks.signal, "getsignal", lambda n: signal.SIG_IGN if n == signal.SIGHUP else signal.SIG_DFL)
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     stop = ranks.Stop()
-    stop.remember(2, None)
-    assert stop.signal == 2
+    assert set(handled) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}  # nohup has the last say on SIGHUP
+    handled[signal.SIGUSR1](signal.SIGUSR1, None)
+    assert stop.signal == signal.SIGUSR1
+    stop.remember(signal.SIGINT, None)
+    clock[0] += 60
+    stop.remember(signal.SIGTERM, None)
+    assert stop.signal == signal.SIGUSR1
     with pytest.raises(KeyboardInterrupt):
-        stop.remember(15, None)
+        stop.remember(signal.SIGINT, None)
 
 
 # ---- the plan of a run

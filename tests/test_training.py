@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY_DATA
 
+import cli
 import dataset
 import figures
 import masked_model_gpu_mamba_next as training
@@ -325,14 +326,35 @@ def test_a_taken_name_is_refused_and_untouched(script, refused, shared_data, tmp
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_default_names_keep_ablations_apart():
+def test_default_names_keep_runs_apart(tmp_path, monkeypatch):
+    """Whatever changes the result is in the name, and what doesn't is not."""
+    monkeypatch.chdir(tmp_path)
+
     def name(*argv):
         return training.parse_args(argv).checkpoint.name
 
-    assert name() == name("--d-state", "32", "--epochs", "3") == "model_next.pt"
-    names = {name(*argv) for argv in ([], ["--max-horizon", "64"], ["--gate-lr-factor", "0"], ["--freeze-A"],
-                                      ["--gate-lr-factor", "0.01"], ["--aug-noise", "1"], ["--slowness-lambda", "1"])}
-    assert len(names) == 7 and "model_next_max_horizon64.pt" in names
+    seed_command = "--d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval"
+    assert name() == name(*seed_command.split(), "--num-workers", "3", "--scan", "reference", "--device", "cpu",
+                          "--log-dir", "x", "--data-dir", "./data") == "model_next.pt"
+    for argv, end in (("--max-horizon 64", "max_horizon64"), ("--gate-lr-factor 0", "gate_lr_factor0"),
+                      ("--gate-lr-factor 0.01", "gate_lr_factor0.01"), ("--freeze-A", "freeze_A"),
+                      ("--seed 2", "seed2"), ("--lr 3e-4 --seed 1234567", "lr0.0003_seed1234567"),
+                      ("--lr 0.00012345678", "lr0.00012345678"), ("--epochs 3 --no-amp", "epochs3_no_amp"),
+                      ("--data-dir data/subspace4", "subspace4"), ("--data-dir a/my_birds/data", "my_birds")):
+        assert name(*argv.split()) == f"model_next_{end}.pt"
+    flags = {action.dest: action for action in training.build_parser()._actions}
+    for dest in set(flags) - {*cli.WITHOUT_EFFECT, "help", "data", "data_dir"}:
+        action = flags[dest]
+        value = [] if action.nargs == 0 else [str((action.default or 0) * 2 + 2) if action.type is not cli.probability
+                                              and action.type is not cli.fraction else "0.37"]
+        assert dest in name(action.option_strings[0], *value), dest
+    long = name(*[word for flag in ("--aug-noise", "--aug-scale", "--aug-rotate-eps", "--contrastive-lambda", "--lr",
+                                    "--slowness-lambda", "--contrastive-temp") for word in (flag, "0.123456789")])
+    assert len(long) < 130
+    # What goes on or is looked at has the flags of its own start.
+    assert name("--resume", "--epochs", "9") == name("--eval", "--seq-len", "512") == "model_next.pt"
+    (tmp_path / "model_next_epochs9.pt").touch()
+    assert name("--resume", "--epochs", "9") == "model_next_epochs9.pt"
 
 
 def test_divergence_names_step_rate_and_checkpoint(refused, shared_data, tmp_path):

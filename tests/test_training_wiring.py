@@ -486,14 +486,17 @@ def test_every_number_of_the_log(watched_run):
 
 def test_every_entry_of_the_record(watched_run):
     record = json.loads((watched_run.folder / "run_run.json").read_text())
-    assert set(record) == {"command", "git_commit", "started", "seed", "processes", "device", "scan", "parameters",
-                           "versions"}
+    assert set(record) == {"command", "flags", "git_commit", "started", "seed", "processes", "device", "scan",
+                           "parameters", "versions"}
     assert record["command"].startswith(f"python {NAME}.py --d-model 16 --n-layers 1 ") and record["seed"] == 5
     assert record["command"].endswith(" --lr 0.01") and record["processes"] == 1
     assert record["device"] == f"cpu ({platform.machine()})" and record["scan"] == "cpu"
     assert record["parameters"] == sum(v.numel() for v in watched_run.last["model_state_dict"].values())
     started = time.mktime(time.strptime(record["started"][:19], "%Y-%m-%dT%H:%M:%S"))
     assert abs(started - time.time()) < 600
+    flags = {**record["flags"], "epochs": watched_run.best["args"]["epochs"]}
+    assert flags == watched_run.best["args"] == watched_run.last["args"] and flags["d_conv"] == 4 and flags["seed"] == 5
+    assert watched_run.best["record"] == watched_run.last["record"] == record
     versions = record["versions"]
     assert versions["python"] == platform.python_version() and versions["torch"] == torch.__version__
     assert versions["numpy"] == np.__version__ and versions["cuda"] == torch.version.cuda
