@@ -151,7 +151,7 @@ def check_whole(folder):
     """Raise unless every file under a final name can be read to its end."""
     for path in folder.iterdir():
         if path.name.startswith("."):
-            check(".part" in path.name, f"{path}: a hidden file of an unknown kind")
+            check(".part" in path.name or path.suffix == ".lock", f"{path}: a hidden file of an unknown kind")
             continue
         try:
             if path.suffix == ".npz":

@@ -62,6 +62,8 @@ def work(fault, argv):
     def full_disk(path, columns, row):
         raise cli.UserError(f"can't write {path}: no space left on device")
 
+    if fault == "stop":
+        training.SAVE_EVERY_SECONDS = -1  # saves after each step, too, change nothing
     if fault in ("float64", "stop"):
         torch.set_default_dtype(torch.float64)
         dataset.load_series, training.model_from_state_dict = load_float64, rebuild_float64  # those in use are float32
