@@ -20,6 +20,9 @@ Examples:
   python bench.py --only scan,generate --repeats 7 --save bench.json
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import argparse
 import contextlib
 import copy
@@ -40,8 +43,6 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from unittest import mock
-
-import cli
 
 ROWS = ("scan", "step", "epoch", "generate")
 

@@ -11,10 +11,18 @@ import importlib.util
 import os
 import platform
 import re
-import stat
 import signal
+import stat
 import sys
 from pathlib import Path
+
+# While a script of this folder imports, which takes seconds, Ctrl-C ends it as it ends a program in C. `run` makes
+# it an exception again. Where another program imports this module, signals stay as they are.
+_IMPORTED_BY = getattr(sys.modules.get("__main__"), "__file__", None)
+_ENDS_AT_ONCE = (_IMPORTED_BY is not None and Path(_IMPORTED_BY).resolve().parent == Path(__file__).resolve().parent
+                 and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+if _ENDS_AT_ONCE:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # How torch uses threads and memory on a CPU; it reads these once, when it is imported. See `start`.
 TORCH_ENVIRONMENT = {
@@ -96,6 +104,8 @@ def private_folder():
 
 def run(main, args):
     """Run a script's `main(args)`; an error that the user can mend becomes one line on stderr and exit code 2."""
+    if _ENDS_AT_ONCE and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
         sys.stdout.flush()  # here a full disk, or a reader that has left, can still be reported

@@ -8,11 +8,13 @@ Examples:
   python estimate_dimension.py --data-dir data --points 50000 --k 10 20 50 100 200 --save-dir plots
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import json
 
 import numpy as np
 
-import cli
 import dataset
 from measures import distinct, levina_bickel, umap_embedding
 

@@ -31,6 +31,9 @@ Examples:
   python evaluate_representations.py --checkpoint model_next.pt model_next_freeze_A.pt --no-umap
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import argparse
 import concurrent.futures
 import csv
@@ -43,8 +46,6 @@ import threading
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
-
-import cli
 
 
 def level_list(text):

@@ -37,14 +37,15 @@ Examples:
   python generate.py --checkpoint model_next.pt --gen-len 4096 --compare
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import argparse
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import cli
 
 PERTURB_SCALE, PERTURB_DURATION = 20.0, 10
 COMPARE_TEMPERATURE, COMPARE_INTERVAL = 1.0, 200
@@ -94,7 +95,7 @@ def parse_args(argv=None):
     problem = find_problem(args)
     if problem:
         parser.error(problem)
-    args.default_temperature = None
+    args.default_temperature, args.data_suffix = None, ""  # the latter is set when the data are known
     if args.compare:
         args.temperature = args.temperature or COMPARE_TEMPERATURE
         args.default_temperature = COMPARE_TEMPERATURE

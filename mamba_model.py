@@ -484,8 +484,8 @@ def open_model(path, data_dir, device, scan, series=None):
     checkpoint = read_checkpoint(path, device)
     model, args = model_of(checkpoint, path, device)
     model.use_scan(scan, device)
+    own = trained_on(path, checkpoint)
     if series is None:
-        own = trained_on(path, checkpoint)
         if data_dir is None:
             print(f"data: {own}, those that {path} was trained on")
         series = dataset.load_series(data_dir or own)
@@ -494,7 +494,7 @@ def open_model(path, data_dir, device, scan, series=None):
     if crc32 is not None and crc32 != dataset.crc32(series.X):
         print(f"warning: {path} was trained on other data ({args.get('data_dir')}): its numbers on these say little "
               "about it")
-    return model, args, series
+    return model, {**args, "data_dir": str(own)}, series
 
 
 def data_suffix(series, args):

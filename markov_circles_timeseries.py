@@ -12,6 +12,9 @@ Examples:
   python markov_circles_timeseries.py --data-dir data/drift --n-steps 1000000 --drift --drift-rate 0.5 --no-umap
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import argparse
 import contextlib
 import json
@@ -23,7 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import circle_process
-import cli
 import dataset
 from circle_process import BLOCK_VALUES, LARGEST_VALUE, LONGEST_PERIOD
 from dataset import Series, load_series, pick

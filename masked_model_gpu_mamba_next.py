@@ -12,6 +12,9 @@ Examples:
   python masked_model_gpu_mamba_next.py --gate-lr-factor 0 --checkpoint model_next_frozen.pt
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import argparse
 import copy
 import math
@@ -21,7 +24,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import cli
 from ranks import is_first, joined, parse_command_line, run, unwrapped
 
 

@@ -17,6 +17,9 @@ Examples:
   python optimal_filter.py --data-dir data --horizons 1,2,4,8 --seq-len 512 --save-dir plots
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import dataclasses
 import itertools
 import json
@@ -29,7 +32,6 @@ import numpy as np
 from tqdm import tqdm
 
 import circle_process
-import cli
 import dataset
 import floor_cache
 import moving_filter

@@ -11,14 +11,15 @@ Examples:
   python report.py model_next.pt model_next_frozen.pt --save-dir plots
 """
 
+import cli  # first: from here on Ctrl-C ends the script without a traceback
+
+# isort: split
 import base64
 import csv
 import io
 import json
 import re
 from pathlib import Path
-
-import cli
 
 
 def parse_args(argv=None):

@@ -13,9 +13,10 @@ Examples:
   python visualize_gates.py --checkpoint model_next.pt --umap
 """
 
-from pathlib import Path
+import cli  # first: from here on Ctrl-C ends the script without a traceback
 
-import cli
+# isort: split
+from pathlib import Path
 
 
 def parse_args(argv=None):

@@ -155,7 +155,7 @@ MANY = ["--seq-len", "70", "--stride", "7", "--val-fraction", "0.3", "--fresh", 
         "--contrastive-lambda", "1e-3", "--contrastive-temp", "0.3", "--contrastive-negatives", "5", "--aug-noise",
         "0.7", "--aug-rotate", "--aug-rotate-eps", "0.2", "--aug-scale", "0.15", "--batch-size", "6", "--lr", "3e-4",
         "--warmup-epochs", "2.5", "--epochs", "9", "--ema", "0.9", "--no-compile", "--no-amp", "--no-train-eval",
-        "--seed", "8", "--scan", "reference", "--device", "cpu", "--data-dir", "a b", "--log-dir", "logs"]
+        "--seed", "8", "--fresh", "--scan", "reference", "--device", "cpu", "--data-dir", "a b", "--log-dir", "logs"]
 
 
 @pytest.mark.parametrize("flags", [[], MANY])

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,6 +202,23 @@ def test_the_last_state_is_saved_within_an_epoch(script, shared_data, tmp_path, 
     seconds = logs[0][0].index("seconds")
     assert [[*row[:seconds], *row[seconds + 1:]] for row in logs[0]] == [
         [*row[:seconds], *row[seconds + 1:]] for row in logs[1]]
+
+
+def test_ctrl_c_while_a_script_imports_ends_it_without_a_traceback(tmp_path):
+    """The first module that takes time sends the signal. Importing a script elsewhere leaves signals as they are."""
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    folder = Path(cli.__file__).parent
+    scripts = [path for path in folder.glob("*.py") if "\nif __name__ == " in path.read_text()]
+    assert len(scripts) == 9
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    needed = {"report": ["a.pt"], "visualize_gates": ["--checkpoint", "a.pt"], "generate": ["--checkpoint", "a.pt"]}
+    processes = [subprocess.Popen([sys.executable, path, *needed.get(path.stem, [])], env=environment, cwd=tmp_path,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for path in scripts]
+    for process, path in zip(processes, scripts, strict=True):
+        assert process.communicate() == (b"", b"") and process.returncode == -signal.SIGINT, path
+    (tmp_path / "numpy.py").unlink()
+    code = "import signal, cli, generate\nassert signal.getsignal(2) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(folder)}, check=True)
 
 
 # ---- longer and shorter
