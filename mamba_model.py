@@ -494,13 +494,14 @@ def open_model(path, data_dir, device, scan, series=None):
     if crc32 is not None and crc32 != dataset.crc32(series.X):
         print(f"warning: {path} was trained on other data ({args.get('data_dir')}): its numbers on these say little "
               "about it")
-    return model, {**args, "data_dir": str(own)}, series
+    return model, {**args, "data_dir": str(own)} if "data_dir" in args else args, series
 
 
 def data_suffix(series, args):
-    """What names of files say of the data that a model is used on: nothing for those of its training. args: the flags
-    of its training; series: as from `open_model`."""
-    name = cli.data_name(series.folder, args.get("data_dir", "data")) if series.folder else ""
+    """What names of files say of the data that a model is used on: nothing for those of its training, or where these
+    aren't known. args: the flags of its training; series: both as from `open_model`."""
+    known = series.folder is not None and "data_dir" in args
+    name = cli.data_name(series.folder, args["data_dir"]) if known else ""
     return f"_{name}" if name else ""
 
 
