@@ -267,10 +267,12 @@ def test_totals_are_summed_and_a_step_is_finite_only_if_it_was_on_all_ranks(othe
 
 
 @pytest.mark.parametrize("here, there", [(False, False), (True, False), (False, True), (True, True)])
-def test_all_ranks_stop_when_one_was_asked_to(other_rank, here, there):
-    other_rank(torch.tensor(float(there)))
+def test_all_ranks_stop_or_save_when_one_wants_to(other_rank, here, there):
+    other_rank(torch.tensor([float(there), 0.0]), torch.tensor([0.0, float(there)]))
     two = ranks.Ranks(CPU, SimpleNamespace(signal=2 if here else None), 0, 2)
-    assert two.should_stop(1) == (here or there)
+    assert two.agree(False, 1) == (here or there, False)
+    two.stop.signal = None
+    assert two.agree(here, 1) == (False, here or there)
 
 
 def test_gpus_ask_each_other_only_now_and_then():
