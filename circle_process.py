@@ -35,8 +35,9 @@ class Process:
     (K, max_revolutions), where dwell_law[i, r - 1] is the probability that a visit to circle i lasts r revolutions
     (only the filter needs it, and `optimal_filter.process_from_series` fills it in); basis
     (subspace_dim, feature_dim), orthonormal rows whose span holds all planes (known while a new process is drawn).
-    center_walk_std, the standard deviation per step and feature of the walk of the common centre, is filled in for the
-    filter like dwell_law.
+    center_walk_std, the standard deviation per step and feature of the walk of the common centre, and tilt_rate, the
+    angle in radians by which the planes of even-numbered circles tilt during a visit, are filled in for the filter like
+    dwell_law.
     """
 
     radii: np.ndarray
@@ -48,6 +49,7 @@ class Process:
     dwell_law: np.ndarray | None = None
     basis: np.ndarray | None = None
     center_walk_std: float = 0.0
+    tilt_rate: float = 0.0
 
     @property
     def n_circles(self):

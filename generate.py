@@ -602,6 +602,9 @@ def load_inputs(args):
     if args.perturb_layers:
         layers_to_perturb(args, model.n_layers)
     process = optimal_filter.process_or_none(series, without="no exact filter, so no song analysis")
+    if process is not None and process.tilt_rate:
+        print("no song analysis: the planes of these data tilt, and the smoother gives no axis that they tilt along")
+        process = None
     if args.compare and process is None:
         raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
     noise_std = series.config.get("noise_std")

@@ -92,22 +92,40 @@ def process_from_series(series):
     noise_std, dwell_mean, dwell_std = (config_number(config, name) for name in
                                         ("noise_std", "dwell_mean", "dwell_std"))
     walk_std = config_number({"center_walk_std": 0.0, **config}, "center_walk_std")
-    if config.get("drift"):
-        raise cli.UserError("these data were made with drift: the filter knows no planes that tilt; use data made "
-                            "without --drift")
+    tilt_rate = config_number(config, "drift_rate") if config.get("drift") else 0.0
     if noise_std < LEAST_NOISE:
         raise cli.UserError(f"these data have noise_std {noise_std:g}, where the filter's likelihoods are not defined; "
                             "use data with --noise-std above 0")
     process = series.process
     check_size(process.periods, dwell_mean, dwell_std)
     planes = process.planes
-    if planes is None and walk_std:
-        raise cli.UserError("data.npz has no planes, and circles whose centre walks do not show theirs; make the data "
-                            "anew with markov_circles_timeseries.py")
+    if planes is None and (walk_std or tilt_rate):
+        raise cli.UserError("data.npz has no planes, and circles that move do not show theirs; make the data anew "
+                            "with markov_circles_timeseries.py")
     if planes is None:
         planes = circle_process.recover_planes(series.X, series.states, series.thetas, series.n_circles)
     return dataclasses.replace(process, planes=planes, noise_std=noise_std, center_walk_std=walk_std,
+                               tilt_rate=tilt_rate,
+                               basis=tilt_subspace(process, config) if tilt_rate else process.basis,
                                dwell_law=circle_process.dwell_law(process.periods, dwell_mean, dwell_std))
+
+
+def tilt_subspace(process, config):
+    """The subspace that planes tilt in: orthonormal rows, or None where the planes themselves span it.
+
+    With few circles they don't; then the process is drawn again from the flags in config.json. Raises cli.UserError
+    when that doesn't give these planes.
+    """
+    if config.get("subspace_dim") == len(circle_process.subspace(dataclasses.replace(process, basis=None))):
+        return None
+    try:
+        drawn = circle_process.draw_process(config)
+        if np.allclose(drawn.planes, process.planes, atol=1e-6):
+            return drawn.basis
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise cli.UserError("these data were made with --drift, and config.json does not give the subspace that planes "
+                        "tilt in; make the data anew with markov_circles_timeseries.py")
 
 
 def process_or_none(series, without):
@@ -494,6 +512,7 @@ def prediction_map(process, horizons):
     """
     K, dim, reach = process.n_circles, process.feature_dim, max(horizons, default=0)
     circles, alive, law = np.arange(K), survival(process), process.dwell_law
+    tilts = (circles % 2 == 0) & (process.tilt_rate > 0)  # a MovingFilter looks ahead itself until such a visit ends
     turn = 2 * np.pi * np.arange(reach + 1)[:, None] / process.periods  # (n, K), in n steps
     staying = circle_process.points(process, circles, process.entry_angles + turn)  # (n, K, dim), n steps after entry
 
@@ -504,6 +523,11 @@ def prediction_map(process, horizons):
         for i, period in enumerate(process.periods):
             done = n // period
             begun[n, i] = alive[i, done] * staying[n, i] if done < alive.shape[1] else 0.0
+            if tilts[i]:  # towards an axis that nobody knows yet: what is left of v2 is its cosine
+                height = process.radii[i] * np.sin(process.entry_angles[i] + turn[n, i])
+                for r in range(done + 1, law.shape[1] + 1):
+                    angle = process.tilt_rate * n / (r * period - 1)
+                    begun[n, i] += law[i, r - 1] * height * (np.cos(angle) - 1) * process.planes[i, 1]
             for r in range(1, min(done, law.shape[1]) + 1):
                 begun[n, i] += law[i, r - 1] * left[n - r * period, i]
         left[n] = process.transition_matrix @ begun[n]
@@ -514,7 +538,7 @@ def prediction_map(process, horizons):
         by_phasor[:, 0, h] = circle_process.points(process, circles, turn[k])
         by_phasor[:, 1, h] = circle_process.points(process, circles, turn[k] + np.pi / 2)
         for r in range(1, k + 1):
-            by_flux[:, r - 1, h] = left[k - r] - staying[k - r]
+            by_flux[:, r - 1, h] = left[k - r] - np.where(tilts[:, None], 0.0, staying[k - r])
     width = len(horizons) * dim
     return by_phasor.reshape(K * 2, width), by_flux.reshape(K * reach, width)
 
@@ -534,8 +558,8 @@ class ExactFilter:
     def blocks(self, X):
         """Filter X (n, feature_dim) block by block.
 
-        Yields (first, log_likelihood, posterior, phasor, flux, center): first step of the block; log p(x_t | x_{<t})
-        in nats; what `forward` fills in, the posterior's rows made to sum to 1; and the circles' centre, which is 0.
+        Yields (first, log_likelihood, posterior, phasor, flux, 0, 0): first step of the block; log p(x_t | x_{<t})
+        in nats; what `forward` fills in, the posterior's rows made to sum to 1; and what a MovingFilter adds to that.
         """
         K, n = self.process.n_circles, len(X)
         plane, baseline, norm2 = in_planes(self.process, X)
@@ -549,7 +573,7 @@ class ExactFilter:
             self.evidence, total = evidence[-1], posterior.sum(axis=1)
             phasor /= total[:, None, None]
             flux /= total[:, None, None]
-            yield first, log_likelihood, posterior / total[:, None], phasor, flux, 0.0
+            yield first, log_likelihood, posterior / total[:, None], phasor, flux, 0.0, 0.0
 
     def state_sums(self, n):
         """P(circle | all n steps) and the mean of exp(iθ) times it, (n, K) each; after `blocks`."""
@@ -582,28 +606,33 @@ def check_horizons(horizons):
     return horizons
 
 
-def new_filter(process, n, initial, reach=0, first_step=None, keep_tree=False, limits=None):
-    """The filter for n steps of a Process: an ExactFilter, or a MovingFilter when its centre walks.
+def new_filter(process, n, initial, horizons=(), first_step=None, keep_tree=False, limits=None):
+    """The filter for n steps of a Process: an ExactFilter, or a MovingFilter when its circles move.
 
     first_step: the step of the whole series that the first of the n is. At step s the centre has walked s steps and has
     the law N(0, s center_walk_std²) per feature: the prior of a MovingFilter. None: the series begins with them when
     `initial` says so; for the stationary one the centre may be anywhere, WIDE times as far away as the circles reach.
     """
     starts, past = initial_law(process, initial)
-    if not process.center_walk_std:
-        return ExactFilter(process, n, starts, past, reach)
+    if not moves(process):
+        return ExactFilter(process, n, starts, past, max(horizons, default=0))
     variance = center_variance(process, initial, first_step)
-    return MovingFilter(process, starts, past, variance, reach, limits, keep_tree)
+    return MovingFilter(process, starts, past, variance, horizons, limits, keep_tree)
+
+
+def moves(process):
+    """Whether the circles of a process move, so that the filter is a MovingFilter."""
+    return process.center_walk_std > 0 or process.tilt_rate > 0
 
 
 def center_variance(process, initial, first_step):
     """The variance per feature of the centre at a first step: see `new_filter`."""
-    if first_step is None and isinstance(initial, str) and initial == "stationary":
+    if process.center_walk_std and first_step is None and isinstance(initial, str) and initial == "stationary":
         return WIDE**2 * (process.radii.max()**2 + process.noise_std**2)
     return (first_step or 0) * process.center_walk_std**2
 
 
-def predictions_of(process, maps, phasor, flux, center):
+def predictions_of(process, maps, phasor, flux, center, ahead=0.0):
     """E[x_{t+k}] for the horizons of `maps`, as from `prediction_map`: (b, H, feature_dim)."""
     b, K, reach = flux.shape
     prediction = phasor.reshape(b, -1) @ maps[0]
@@ -612,7 +641,8 @@ def predictions_of(process, maps, phasor, flux, center):
         for i in range(K):  # at most steps all but one or two circles are out of the question, and their rows zero
             rows = np.flatnonzero(flux[:, i].any(axis=1))
             prediction[rows] += flux[rows, i] @ by_circle[i]
-    return prediction.reshape(b, -1, process.feature_dim) + (center if np.ndim(center) == 0 else center[:, None])
+    center = center if np.ndim(center) == 0 else center[:, None]
+    return prediction.reshape(b, -1, process.feature_dim) + ahead + center
 
 
 class Stretch(NamedTuple):
@@ -677,16 +707,17 @@ def filter_stretch(process, X, stretch, horizons, maps, initial, first_step, kee
     if begin > 0:
         anywhere = isinstance(initial, str) and initial == "stationary" and first_step is None
         initial, first_step = "stationary", None if anywhere else begin + (first_step or 0)
-    filtering = new_filter(process, end - begin, initial, max(horizons, default=0), first_step, smoothing)
+    filtering = new_filter(process, end - begin, initial, horizons, first_step, smoothing)
     rows = {"log_likelihood": [], "posterior": [], "center": []}
-    for block_first, log_likelihood, posterior, phasor, flux, center in filtering.blocks(X[begin:end]):
+    for block_first, log_likelihood, posterior, phasor, flux, center, ahead in filtering.blocks(X[begin:end]):
         start = begin + block_first
         t = slice(max(first, start), min(last, start + len(posterior)))
         if t.start >= t.stop:
             continue
         some = slice(t.start - start, t.stop - start)
         center = np.broadcast_to(center, (len(posterior), process.feature_dim))[some]
-        prediction = predictions_of(process, maps, phasor[some], flux[some], center)
+        prediction = predictions_of(process, maps, phasor[some], flux[some], center,
+                                    ahead if np.ndim(ahead) == 0 else ahead[some])
         for name, values in (("log_likelihood", log_likelihood[some]), ("posterior", posterior[some])):
             rows[name].append(values)
         if process.center_walk_std:
@@ -767,10 +798,10 @@ def filter_windows(process, series, starts, seq_len, horizons, limits=None, prog
 
     def one_window(start):
         X = check_series(process, series.X[start:start + seq_len])
-        filtering = new_filter(process, seq_len, "stationary", max(horizons), start, limits=limits)
+        filtering = new_filter(process, seq_len, "stationary", horizons, start, limits=limits)
         prediction, log_likelihood = [], []
-        for _, block_log_likelihood, _, phasor, flux, center in filtering.blocks(X):
-            prediction.append(predictions_of(process, maps, phasor, flux, center))
+        for _, block_log_likelihood, _, *parts in filtering.blocks(X):
+            prediction.append(predictions_of(process, maps, *parts))
             log_likelihood.append(block_log_likelihood)
         prediction = np.concatenate(prediction)
         errors = [np.mean((X[k:] - prediction[:seq_len - k, h])**2) for h, k in enumerate(horizons)]
@@ -857,7 +888,8 @@ def smooth(process, X, initial="visit start", first_step=None):
     radians in [0, 2π), the mean angle on that circle. Two entries tell whether a series has left the process:
     `log_likelihood` (n,) of x_t given x_1 … x_{t-1}, in nats, and `distance` (n,) from x_t to the nearest point of
     any circle (about noise_std * sqrt(feature_dim - 1) when x_t belongs to the process). `center` (n, feature_dim)
-    is the mean of the circles' centre when it walks, given the likeliest circle and phase of each step.
+    is the mean of the circles' centre when it walks, given the likeliest circle and phase of each step. Where planes
+    tilt, the distance is from the circle as it is when a visit begins, and the centre is that given the past.
 
     Memory: a few arrays of (n, K). `initial` and `first_step` as in `predict`; "stationary" for a series that begins
     anywhere.
@@ -868,7 +900,9 @@ def smooth(process, X, initial="visit start", first_step=None):
 def smoothed(process, X, found, initial="visit start", first_step=None):
     """What `smooth` returns, from what `filter_series` does."""
     center = np.broadcast_to(0.0, np.shape(X))
-    if process.center_walk_std:  # given the likeliest circle and phase
+    if process.tilt_rate:  # given the past: for the axes of all visits there is no smoother
+        center = found["center"]
+    elif process.center_walk_std:  # given the likeliest circle and phase
         on_circle = X - circle_process.points(process, found["circle"], found["theta"])
         _, center = moving_filter.follow_walk(on_circle, process.center_walk_std, process.noise_std,
                                               center_variance(process, initial, first_step))
@@ -963,7 +997,8 @@ def measure(args, series, process):
     if process.center_walk_std:
         for row in report["horizons"]:
             row["told_mse"] = moving_filter.told_floor(process.center_walk_std, process.noise_std, row["horizon"])
-        report |= {"center_walk_std": process.center_walk_std,
+    if moves(process):
+        report |= {"center_walk_std": process.center_walk_std, "tilt_rate": process.tilt_rate,
                    "limits": cost_of_limits(process, series, windows, args.seq_len, args.horizons)}
     return report, found["posterior"], found["center"]
 
@@ -986,9 +1021,9 @@ def print_report(report, process, series):
     print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats per step")
     print(f"entropy rate of the process: {report['entropy_rate']:.4f} ± {report['entropy_rate_error']:.1g} nats per "
           "step\n")
-    if process.center_walk_std:
+    if moves(process):
         limits = report["limits"]
-        print(f"the centre walks, so hidden paths are merged and dropped: {limits['hypotheses_per_step']:.1f} are kept "
+        print(f"the circles move, so hidden paths are merged and dropped: {limits['hypotheses_per_step']:.1f} are kept "
               f"per step in the windows;\nwith {limits['hypotheses_per_step_wider']:.1f} the errors change by at most "
               f"{limits['change_percent']:.1g} %\n")
 

@@ -93,9 +93,9 @@ def test_matches_every_path_written_out(initial, first_step):
     evidence = logsumexp(log_path, axis=0)
     posterior = np.exp(log_path - evidence)
 
-    filtering = optimal_filter.new_filter(process, n, initial, max(horizons), first_step, keep_tree=True, limits=WIDER)
+    filtering = optimal_filter.new_filter(process, n, initial, horizons, first_step, keep_tree=True, limits=WIDER)
     maps = optimal_filter.prediction_map(process, horizons)
-    (_, log_likelihood, circle_posterior, phasor, flux, center), = filtering.blocks(X)
+    (_, log_likelihood, circle_posterior, phasor, flux, center, _), = filtering.blocks(X)
     prediction = optimal_filter.predictions_of(process, maps, phasor, flux, center)
     np.testing.assert_allclose(log_likelihood, np.diff(evidence, prepend=0), atol=1e-9)
     _, _, smoothed = optimal_filter.states_of(*filtering.state_sums(n))
@@ -122,8 +122,8 @@ def test_a_centre_that_stands_still_gives_the_exact_filter(initial):
     exact = optimal_filter.predict(process, X, (1, 6), initial)
     smoothed = optimal_filter.smooth(process, X, initial)
     starts, past = optimal_filter.initial_law(process, initial)
-    filtering = moving_filter.MovingFilter(process, starts, past, 0.0, 6, Limits(drop=60.0), keep_tree=True)
-    (_, log_likelihood, posterior, phasor, flux, center), = filtering.blocks(X)
+    filtering = moving_filter.MovingFilter(process, starts, past, 0.0, (1, 6), Limits(drop=60.0), keep_tree=True)
+    (_, log_likelihood, posterior, phasor, flux, center, _), = filtering.blocks(X)
     prediction = optimal_filter.predictions_of(process, optimal_filter.prediction_map(process, (1, 6)), phasor, flux,
                                                center)
     assert np.all(center == 0)
@@ -406,7 +406,7 @@ def test_songs_are_judged_around_the_centre(walking_data):
 def test_what_the_walk_makes_impossible_is_said(walking_data):
     series = dataset.load_series(walking_data)
     series.process = dataclasses.replace(series.process, planes=None)
-    with pytest.raises(cli.UserError, match="no planes, and circles whose centre walks"):
+    with pytest.raises(cli.UserError, match="no planes, and circles that move"):
         optimal_filter.process_from_series(series)
 
 
