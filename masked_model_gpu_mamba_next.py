@@ -640,7 +640,7 @@ def end_of_epoch(state, plan, runner, floor, ranks):
 def floors(series, starts, seq_len, model):
     """The exact filter's errors on the same windows, as from `window_floors`; those that the model has are printed.
 
-    Empty, after a line with the reason, when the process isn't known (drifting data, no config.json).
+    Empty, after a line with the reason, when the process isn't known (no config.json, no noise).
     """
     process = process_or_none(series, "no optimal floor")
     if process is None:

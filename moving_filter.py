@@ -33,10 +33,10 @@ of the centre is c_t(0) - b_t w, and x_t is normal around what is expected for w
   b_t = b_{t-1} + K_t (h_t - b_{t-1}),    K_t the Kalman gain,
 
 so that the likelihood of w is proportional to exp(κ · w) with κ = Σ_t (h_t - b_{t-1}) e_t / S_t, where e_t is the
-error, orthogonal to the plane, that w = 0 leaves, and S_t its variance. That is a von Mises-Fisher law, exactly, and its
-normalisation gives the likelihood of the hypothesis. What is lost is the spread of b w when a visit ends and the centre
-also walks: the mean of the centre is right, its variance stays P. With planes that tilt around a centre that stands
-still nothing is lost.
+error, orthogonal to the plane, that w = 0 leaves, and S_t its variance. That is a von Mises-Fisher law, exactly, and
+its normalisation gives the likelihood of the hypothesis. What is lost is the spread of b w when a visit ends and the
+centre also walks: the mean of the centre is right, its variance stays P. With planes that tilt around a centre that
+stands still nothing is lost.
 
 The filter of an observer who is told circle and phase has the variance P = -q/2 + √(q²/4 + q σ²) after each
 observation; `told_floor` is its prediction error, which no filter can undercut.

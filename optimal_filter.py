@@ -919,6 +919,21 @@ def states_of(posterior, phasor):
     return circle, np.angle(phasor[np.arange(len(circle)), circle]) % (2 * np.pi), posterior
 
 
+def tilt_points(clean, process, circles, steps, theta, rng):
+    """Tilt the planes under the noise-free points (n, feature_dim) of a path as the process does; changes `clean`.
+
+    circles, steps, theta: (n,) each, steps since the visit began. The visit that the end of the series cuts ends with
+    its present revolution.
+    """
+    starts = np.flatnonzero(steps == 0)
+    last = circles[starts[-1]]
+    end = starts[-1] + -(-(len(steps) - starts[-1]) // process.periods[last]) * process.periods[last]
+    visits = circle_process.Visits(circles[starts], np.append(starts, end))
+    plan = circle_process.Plan(process, len(steps), visits, circle_process.draw_tilt_axes(process, visits, rng),
+                               process.tilt_rate, 0.0, rng, rng)
+    circle_process.add_tilt(clean, plan, (steps == 0).cumsum() - 1, steps, theta)
+
+
 def entropy_rate(process, n_steps=20_000, seed=0):
     """The entropy per step of the process given its whole past, in nats, and the standard error: (rate, error).
 
@@ -931,7 +946,10 @@ def entropy_rate(process, n_steps=20_000, seed=0):
     circles, steps = draw_path(process, n_steps, rng)
     theta = process.entry_angles[circles] + 2 * np.pi * steps / process.periods[circles]
     noise = process.noise_std * rng.standard_normal((n_steps, process.feature_dim))
-    X = circle_process.points(process, circles, theta) + noise
+    X = circle_process.points(process, circles, theta)
+    if process.tilt_rate:
+        tilt_points(X, process, circles, steps, theta, rng)
+    X += noise
     if process.center_walk_std:
         X += circle_process.walk(np.zeros(process.feature_dim), n_steps, process.center_walk_std, rng)[0]
     known = -0.5 * process.feature_dim * math.log(2 * math.pi * process.noise_std**2)

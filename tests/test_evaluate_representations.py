@@ -746,8 +746,8 @@ def test_runs_that_differ_in_the_seed_alone_are_averaged(run, tmp_path):
     assert "other, " not in result.out
 
 
-def test_drifting_data_have_measures_but_no_floor(run, rewrite_data, tmp_path):
-    result, _ = run(*QUICK, "--no-lb", "--layers", "1", data=rewrite_data(config={"drift": True}))
+def test_data_that_the_filter_does_not_know_have_measures_but_no_floor(run, rewrite_data, tmp_path):
+    result, _ = run(*QUICK, "--no-lb", "--layers", "1", data=rewrite_data(config={"noise_std": 0.0}))
     assert "no optimal floor and ceiling" in result.out
     report = json.loads((tmp_path / "plots" / "tiny_metrics.json").read_text())
     assert report["filter_circle_accuracy"] is None and report["errors"][0]["optimal_mse"] is None

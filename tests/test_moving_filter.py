@@ -12,7 +12,7 @@ import shutil
 
 import numpy as np
 import pytest
-from scipy.special import logsumexp
+from scipy.special import gammaln, ive, logsumexp
 from scipy.stats import multivariate_normal
 from test_optimal_filter import NOISE, dense_hmm, enumerate_paths, make_process, point
 
@@ -38,7 +38,7 @@ def walking(process, walk_std):
 def simulate(series, process, n, seed=0, first_step=0):
     """X, states, thetas and centres of n steps by the definition of the process."""
     rng = np.random.default_rng(seed)
-    config, states, thetas = series.config, [], []
+    config, states, thetas, tilts = series.config, [], [], []
     circle = rng.integers(process.n_circles)
     while len(states) < n:
         period = process.periods[circle]
@@ -46,13 +46,30 @@ def simulate(series, process, n, seed=0, first_step=0):
         for step in range(revolutions * period):
             states.append(circle)
             thetas.append((process.entry_angles[circle] + 2 * np.pi * step / period) % (2 * np.pi))
+        tilts.append(tilt_of_visit(process, circle, revolutions * period, thetas[-revolutions * period:], rng))
         circle = rng.choice(process.n_circles, p=process.transition_matrix[circle])
     clean = np.array([point(series, i, angle) for i, angle in zip(states[:n], thetas[:n], strict=True)])
+    clean = clean + np.concatenate(tilts)[:n]
     steps = rng.normal(size=(n, clean.shape[1])) * process.center_walk_std
     centers = np.cumsum(steps, axis=0) - steps[0] + rng.normal(size=clean.shape[1]) * np.sqrt(
         first_step) * process.center_walk_std
     X = clean + centers + process.noise_std * rng.normal(size=clean.shape)
     return X, np.array(states[:n]), np.array(thetas[:n]), centers
+
+
+def tilt_of_visit(process, circle, length, thetas, rng):
+    """How far the points of a visit (length, dim) are moved, as data/README.md says."""
+    moved = np.zeros((length, process.planes.shape[2]))
+    if process.tilt_rate and circle % 2 == 0:
+        v1, v2 = process.planes[circle]
+        axis = rng.normal(size=len(v1))
+        axis -= v1 * (v1 @ axis) + v2 * (v2 @ axis)
+        axis /= np.linalg.norm(axis)
+        for step in range(length):
+            alpha = process.tilt_rate * step / (length - 1)
+            moved[step] = process.radii[circle] * np.sin(thetas[step]) * (
+                (np.cos(alpha) - 1) * v2 + np.sin(alpha) * axis)
+    return moved
 
 
 def path_means(X, points, walk_std, noise_std, first_step, horizons):
@@ -149,36 +166,47 @@ def particle_filter(process, config, X, n_particles, seed):
         dwell = rng.normal(config["dwell_mean"], config["dwell_std"], len(circle))
         return np.maximum(1, np.rint(dwell / process.periods[circle])).astype(int) * process.periods[circle]
 
-    def position(circle, step):
+    def position(circle, step, length, axis):
         angle = process.entry_angles[circle] + 2 * np.pi * step / process.periods[circle]
-        in_plane = np.stack([np.cos(angle), np.sin(angle)], axis=1) * process.radii[circle][:, None]
-        return np.einsum("np,npd->nd", in_plane, process.planes[circle])
+        alpha = (process.tilt_rate * (circle % 2 == 0) * step / (length - 1))[:, None]
+        v1, v2 = process.planes[circle, 0], process.planes[circle, 1]
+        tilted = np.cos(alpha) * v2 + np.sin(alpha) * axis
+        return process.radii[circle][:, None] * (np.cos(angle)[:, None] * v1 + np.sin(angle)[:, None] * tilted)
+
+    def draw_axis(circle):
+        axis = rng.normal(size=(len(circle), dim))
+        planes = process.planes[circle]
+        axis -= np.einsum("np,npd->nd", np.einsum("npd,nd->np", planes, axis), planes)
+        return axis / np.linalg.norm(axis, axis=1, keepdims=True)
 
     circle = rng.integers(process.n_circles, size=n_particles)
     step, length, center = np.zeros(n_particles, int), enter(circle), np.zeros((n_particles, dim))
+    axis = draw_axis(circle)
     log_likelihood, prediction = np.empty(len(X)), np.empty_like(X)
     cumulative = process.transition_matrix.cumsum(axis=1)
     for t, x in enumerate(X):
-        error2 = ((x - center - position(circle, step))**2).sum(axis=1)
+        error2 = ((x - center - position(circle, step, length, axis))**2).sum(axis=1)
         log_weight = -error2 / (2 * process.noise_std**2) - dim / 2 * np.log(2 * np.pi * process.noise_std**2)
         log_likelihood[t] = logsumexp(log_weight) - np.log(n_particles)
         weight = np.exp(log_weight - logsumexp(log_weight))
         chosen = np.searchsorted(weight.cumsum(), (np.arange(n_particles) + rng.random()) / n_particles)
-        circle, step, length, center = (a[chosen.clip(max=n_particles - 1)] for a in (circle, step, length, center))
+        circle, step, length, center, axis = (
+            a[chosen.clip(max=n_particles - 1)] for a in (circle, step, length, center, axis))
         step = step + 1
         over = np.flatnonzero(step == length)
         circle = circle.copy()
         circle[over] = (rng.random(len(over))[:, None] > cumulative[circle[over]]).sum(axis=1)
         step[over] = 0
-        length[over] = enter(circle[over])
-        prediction[t] = (center + position(circle, step)).mean(axis=0)
+        length[over], axis[over] = enter(circle[over]), draw_axis(circle[over])
+        prediction[t] = (center + position(circle, step, length, axis)).mean(axis=0)
         center = center + process.center_walk_std * rng.normal(size=center.shape)
     return log_likelihood, prediction
 
 
-def test_agrees_with_a_particle_filter():
-    series, process = make_process(3, seed=5, dwell=(9.0, 3.0), dim=3, noise_std=0.8)
-    process = walking(process, 0.3)
+@pytest.mark.parametrize("walk_std, tilt_rate", [(0.3, 0.0), (0.0, 1.2), (0.2, 1.2)])
+def test_agrees_with_a_particle_filter(walk_std, tilt_rate):
+    series, process = make_process(3, seed=5, dwell=(9.0, 3.0), dim=4, noise_std=0.8)
+    process = dataclasses.replace(process, center_walk_std=walk_std, tilt_rate=tilt_rate)
     X = simulate(series, process, 80, seed=2)[0]
     ours = optimal_filter.predict(process, X, (1,))
     runs = [particle_filter(process, series.config, X, 10_000, seed) for seed in range(4)]
@@ -187,9 +215,10 @@ def test_agrees_with_a_particle_filter():
         error = samples.std(axis=0, ddof=1) / 2  # of the mean of four runs
         assert np.mean(((found - samples.mean(axis=0)) / error)**2) < 4.5  # of a t with 3 degrees of freedom: 3
         assert np.abs(found - samples.mean(axis=0)).mean() < 0.06  # and the particles are many enough to tell
-    with pytest.raises(AssertionError):  # which a filter that takes the centre to stand still fails
-        still = optimal_filter.predict(walking(process, 0.0), X, (1,))["log_likelihood"]
-        np.testing.assert_allclose(still, log_likelihood.mean(axis=0), atol=0.5)
+    with pytest.raises(AssertionError):  # which a filter that takes the circles to stand still fails
+        still = dataclasses.replace(process, center_walk_std=0.0, tilt_rate=0.0)
+        np.testing.assert_allclose(optimal_filter.predict(still, X, (1,))["log_likelihood"],
+                                   log_likelihood.mean(axis=0), atol=0.5)
 
 
 def test_an_observer_who_is_told_circle_and_phase_is_never_undercut():
@@ -299,6 +328,49 @@ def test_a_song_that_jumps_is_found_again():
     assert np.mean(filtered["circle_posterior"][380:].argmax(axis=1) == true[380:]) > 0.95
 
 
+@pytest.mark.parametrize("initial", ["visit start", "stationary"])
+def test_planes_that_hardly_tilt_give_the_exact_filter(initial):
+    """Although each length of a visit is then a hypothesis of its own, and the predictions are made another way."""
+    series, process = make_process(3, seed=3, dwell=(6.0, 1.5))
+    X = simulate(series, process, 300)[0]
+    exact, tilting = (optimal_filter.predict(p, X, (1, 6), initial)
+                      for p in (process, dataclasses.replace(process, tilt_rate=1e-9)))
+    for name in ("circle_posterior", "log_likelihood"):
+        np.testing.assert_allclose(tilting[name], exact[name], atol=1e-8)
+    for k in (1, 6):
+        np.testing.assert_allclose(tilting["prediction"][k], exact["prediction"][k], atol=1e-8)
+    smoothed, by_tree = (optimal_filter.smooth(p, X, initial)["circle_posterior"]
+                         for p in (process, dataclasses.replace(process, tilt_rate=1e-9)))
+    np.testing.assert_allclose(by_tree, smoothed, atol=1e-6)
+
+
+def test_predictions_of_tilting_planes_err_as_little_as_they_can():
+    """An error is orthogonal to everything that the past tells: to a prediction made earlier, for one."""
+    series, process = make_process(3, seed=11, dwell=(24.0, 5.0), noise_std=0.3, periods=[6, 7, 8], dim=5)
+    process = dataclasses.replace(process, tilt_rate=1.0)
+    X = simulate(series, process, 20_000, seed=5)[0]
+    tilting = optimal_filter.predict(process, X, (1, 4))
+    flat = optimal_filter.predict(dataclasses.replace(process, tilt_rate=0.0), X, (1, 4))
+    for k in (1, 4):
+        assert tilting["squared_error"][k].mean() < 0.85 * flat["squared_error"][k].mean()
+        prediction = tilting["prediction"][k][:-k]
+        product = ((X[k:] - prediction) * prediction).sum(axis=1)
+        assert abs(product.mean()) < 4 * product.std() / np.sqrt(len(product) / 5)
+    assert tilting["log_likelihood"].mean() > flat["log_likelihood"].mean() + 0.1
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 18])
+def test_sphere_tables_are_ratios_of_bessel_functions(n):
+    tables = moving_filter.sphere_tables(n)
+    place = np.array([1, 40, 400, 1000])
+    kappa = n * np.expm1(place * moving_filter.TABLE_STEP)
+    order = n / 2 - 1
+    mean_length = ive(n / 2, kappa) / ive(order, kappa)
+    log_phi = gammaln(n / 2) + order * np.log(2 / kappa) + np.log(ive(order, kappa)) + kappa
+    np.testing.assert_allclose(tables["mean_length"][place], mean_length, rtol=1e-10)
+    np.testing.assert_allclose(tables["log_phi"][place], log_phi, rtol=1e-8, atol=1e-11)
+
+
 # ---- the script, its files and its figure ----------------------------------------------------------------------
 
 DATA = ["--no-umap", "--n-steps", "3000", "--n-circles", "3", "--ambient-dim", "5", "--min-period", "8", "--max-period",
@@ -401,6 +473,29 @@ def test_songs_are_judged_around_the_centre(walking_data):
     rate, error = optimal_filter.entropy_rate(process, 3000)
     mean, spread = songs.mean_and_error(song["log_likelihood"])
     assert abs(mean + rate) < 4 * (spread + error)
+
+
+def test_data_whose_planes_tilt(script, tmp_path):
+    for extra, name in ((["--center-walk-std", "0.1"], "both"), (["--n-circles", "2", "--ambient-dim", "6"], "few")):
+        folder = tmp_path / name
+        flags = [*DATA, "--drift", "--drift-rate", "0.8", *extra, "--data-dir", str(folder)]
+        generator.main(generator.parse_args(flags))
+        done = script("optimal_filter", "--data-dir", folder, "--save-dir", tmp_path / "out", *WINDOWS)
+        assert done.code == 0 and "the circles move" in done.out, done.err
+        report = json.loads((tmp_path / "out" / "optimal_filter.json").read_text())
+        assert report["tilt_rate"] == 0.8 and report["limits"]["change_percent"] < 1e-3
+        assert report["circle_accuracy"] > 0.95
+        assert abs(report["entropy_rate"] + report["log_likelihood_per_step"]) < 0.1
+        series = dataset.load_series(folder)
+        process = optimal_filter.process_from_series(series)
+        still = dataclasses.replace(process, tilt_rate=0.0)
+        wrong = optimal_filter.predict(still, series.X, (1,))["squared_error"][1].mean()
+        assert report["horizons"][0]["mse"] < 0.95 * wrong
+    # Two planes span four of six dimensions: those that planes tilt in are drawn again from the flags.
+    assert process.basis.shape == (6, 6)
+    series.config["seed"] += 1
+    with pytest.raises(cli.UserError, match="does not give the subspace"):
+        optimal_filter.process_from_series(series)
 
 
 def test_what_the_walk_makes_impossible_is_said(walking_data):

@@ -317,7 +317,7 @@ def test_planes_are_recovered():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"drift": True}, "made with drift"),
+    ({"drift": True}, "no usable drift_rate"),
     ({"noise_std": 0.0}, "noise_std 0"),
     ({"dwell_std": None}, "no usable dwell_std"),
     ({"dwell_mean": "long"}, "no usable dwell_mean"),
@@ -373,11 +373,11 @@ def test_script_says_what_is_wrong(refused, tmp_path, arguments, message):
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_script_refuses_drifting_data(refused, tmp_path):
+def test_script_refuses_data_without_noise(refused, tmp_path):
     series, _ = make_process(2)
-    simulate(series, 100).config["drift"] = True
+    simulate(series, 100).config["noise_std"] = 0.0
     save_series(series, tmp_path / "data")
-    assert "drift" in refused("optimal_filter", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "out")
+    assert "noise_std 0" in refused("optimal_filter", "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -413,9 +413,9 @@ def test_process_or_none_says_what_there_is_not_and_why(capsys):
     series, process = make_process(2)
     assert optimal_filter.process_or_none(series, "no floor").dwell_law.tolist() == process.dwell_law.tolist()
     assert capsys.readouterr().out == ""
-    series.config["drift"] = True
+    series.config["noise_std"] = 0.0
     assert optimal_filter.process_or_none(series, "no floor") is None
-    assert re.fullmatch(r"no floor: these data were made with drift: .*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"no floor: these data have noise_std 0, .*\n", capsys.readouterr().out)
 
 
 def test_the_process_of_a_series_has_the_numbers_of_config_json():
