@@ -981,7 +981,7 @@ def test_defaults():
     assert (args.seed_len, args.gen_len, args.n_samples, args.temperature) == (512, 512, 3, None)
     assert (args.seed, args.seed_offset, args.perturb_layers, args.perturb_hidden) == (42, None, None, False)
     assert (args.perturb_interval, args.perturb_scale, args.perturb_duration) == (0, 20.0, 10)
-    assert (args.save_dir, args.data_dir) == (Path("plots"), Path("data"))
+    assert (args.save_dir, args.data_dir) == (Path("plots"), None)
     assert parse("--perturb-interval", "6").perturb_duration == 6  # no burst is longer than the interval
     args = parse("--compare")
     assert (args.temperature, args.perturb_interval) == (1.0, 200)
