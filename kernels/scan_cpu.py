@@ -1,6 +1,7 @@
 """Selective scan and causal convolution for the CPU: Numba kernels with hand-placed SIMD.
 
-Every function works on (batch, time, channels) tensors in float32 or float64; batch and time may be strided. The
+Every function works on (batch, time, channels) tensors; batch and time may be strided. The kernels know float32 and
+float64; bfloat16 and float16 are computed in float32, and the results have the type of the inputs again. The
 equations, forward and backward, are in selective_scan.py, and the names here are those of the equations.
 
 The recurrence is computed in the layout that the data has. One SIMD vector holds neighbouring channels (32 floats or 16
@@ -442,6 +443,16 @@ def _lanes(tensor):
     return VECTOR_BYTES // tensor.element_size()
 
 
+def _real(dtype):
+    """The dtype in which tensors of this dtype are computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _widened(*tensors):
+    """The tensors in the dtype in which the first of them is computed."""
+    return [tensor.to(_real(tensors[0].dtype)) for tensor in tensors]
+
+
 def _pad_channels(parameter, lanes):
     """(channels, k) or (channels,) to an array (k, channels rounded up to whole vectors), zeros behind the channels."""
     matrix = parameter.detach().reshape(parameter.shape[0], -1).T
@@ -456,6 +467,8 @@ def _array(tensor):
 
 def conv_silu_forward(x, weight, bias):
     """silu(causal depthwise convolution of x): x (batch, time, channels), weight (channels, taps), bias (channels,)."""
+    if x.dtype != _real(x.dtype):
+        return conv_silu_forward(*_widened(x, weight, bias)).to(x.dtype)
     xc = torch.empty(x.shape, dtype=x.dtype)
     lanes = _lanes(x)
     arrays = _array(x), _pad_channels(weight, lanes), _pad_channels(bias, lanes), xc.numpy()
@@ -468,6 +481,11 @@ def conv_silu_forward(x, weight, bias):
 def conv_silu_backward(x, weight, bias, dxc, dx):
     """Write the gradient of x into dx (batch, time, channels), and return those of weight and bias, from dxc, that of
     `conv_silu_forward`'s result."""
+    if x.dtype != _real(x.dtype):
+        wide = torch.empty(dx.shape, dtype=_real(x.dtype))
+        gradients = conv_silu_backward(*_widened(x, weight, bias, dxc), wide)
+        dx.copy_(wide)
+        return gradients
     lanes = _lanes(x)
     weight_, bias_ = _pad_channels(weight, lanes), _pad_channels(bias, lanes)
     dweight = torch.zeros((x.shape[0], *weight_.shape), dtype=x.dtype)
@@ -487,7 +505,7 @@ def chunk_states_shape(batch, time, d_inner, d_state):
 
 def chunk_states_dtype(dtype):
     """Dtype of those states for inputs of type `dtype`."""
-    return dtype
+    return _real(dtype)
 
 
 def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
@@ -497,6 +515,10 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
     h0 (batch, d_inner, d_state) is the state before the first step, zero if it is None, as the model has it: only the
     tests give another. y has u's shape, the states `chunk_states_shape`, the last state h0's shape.
     """
+    if u.dtype != _real(u.dtype):
+        h0 = None if h0 is None else h0.to(_real(u.dtype))
+        y, states, last = scan_forward(*_widened(u, delta, A, B, C, D, z, delta_bias), h0)
+        return y.to(u.dtype), states, last
     batch, time, d_inner = u.shape
     lanes = _lanes(u)
     states = torch.empty(chunk_states_shape(batch, time, d_inner, A.shape[1]), dtype=u.dtype)
@@ -517,6 +539,13 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
 
     Writes dz, dB and dC into the views given; returns (du, ddelta, dA, dD, ddelta_bias).
     """
+    if u.dtype != _real(u.dtype):
+        wide = [torch.empty(view.shape, dtype=_real(u.dtype)) for view in (dz, dB, dC)]
+        du, ddelta, *of_parameters = scan_backward(
+            *_widened(dy, u, delta, A, B, C, D, z, delta_bias), chunk_states, *wide)
+        for view, value in zip((dz, dB, dC), wide, strict=True):
+            view.copy_(value)
+        return du.to(u.dtype), ddelta.to(u.dtype), *of_parameters
     batch, _, d_inner = u.shape
     lanes = _lanes(u)
     ranges = _slices(batch, d_inner, lanes)

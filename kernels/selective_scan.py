@@ -54,6 +54,10 @@ back.
 import functools
 import importlib
 import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +148,10 @@ def choose_backend(requested, device):
         package = {"cpu": "numba"}.get(backend, backend)
         raise UserError(f"scan back end {backend} needs the package {package}, which is not installed; "
                         f"pip install {package}")
+    if backend == "triton":
+        missing = missing_for_triton()
+        if missing:
+            raise UserError(f"scan back end triton needs {missing}; or choose --scan reference, which is slow")
     _announce(f"cpu (numba, {torch.get_num_threads()} threads)" if backend == "cpu" else backend)
     return backend
 
@@ -151,6 +159,24 @@ def choose_backend(requested, device):
 def _installed(backend):
     modules = {"cpu": "numba", "triton": "triton", "mamba-ssm": "mamba_ssm"}
     return backend not in modules or importlib.util.find_spec(modules[backend]) is not None
+
+
+def missing_for_triton():
+    """What this machine lacks to compile Triton's launcher, in words that say what to install, or None.
+
+    Triton builds a small C file per process and kernel, with the compiler that CC names, else gcc or clang, against
+    Python's headers. The usual runtime containers have neither.
+    """
+    compiler = os.environ.get("CC")
+    if compiler is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler: install gcc (apt-get install gcc), or name one by the variable CC"
+    if compiler is not None and not shutil.which(compiler):
+        return f"a C compiler, and there is none at {compiler}, which the variable CC names; install gcc and unset CC"
+    headers = os.path.join(sysconfig.get_paths(scheme="posix_prefix")["include"], "Python.h")
+    if os.name == "posix" and not os.path.exists(headers):
+        version = "{}.{}".format(*sys.version_info)
+        return f"Python's headers, and there is no {headers}; install them (apt-get install python{version}-dev)"
+    return None
 
 
 @functools.cache
@@ -174,6 +200,8 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     recurrence in float32; the gradients of the weights have the weights' dtype.
     """
     parameters = conv_weight.flatten(1), conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
+    if torch._C._are_functorch_transforms_active():
+        backend = "reference"  # torch.func (vmap, grad, jvp) can't look into a kernel: slower, but it works
     if backend in KERNEL_MODULES:
         if torch.compiler.is_compiling():
             return _inner_op(xz, *parameters, backend)[0]

@@ -24,6 +24,7 @@ from kernels.selective_scan import (
     selective_scan_reference,
     selective_scan_step,
 )
+from mamba_model import CausalTimeSeriesMamba
 
 REPO = Path(__file__).resolve().parent.parent
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -372,6 +373,70 @@ def test_autocast_around_the_call_changes_nothing():
     assert torch.equal(y, plain) and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_half_precision_is_computed_in_float32(dtype, mixed):
+    """Weights in the type of xz, as after model.to(bfloat16), or in float32, as under autocast."""
+    inputs = cast(inner_inputs(2, CHUNK + 5, 21, 5), dtype)
+    expected_leaves = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = mamba_inner(*expected_leaves, "reference")
+    dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    wanted = torch.autograd.grad(expected, expected_leaves, dy.double())
+    leaves = [inputs[0], *(tensor.float() if mixed else tensor for tensor in inputs[1:])]
+    leaves = [tensor.detach().requires_grad_() for tensor in leaves]
+    y = mamba_inner(*leaves, "cpu")
+    assert y.dtype == dtype and relative_error(y, expected) < 8 * torch.finfo(dtype).eps
+    for leaf, got, want in zip(leaves, torch.autograd.grad(y, leaves, dy), wanted, strict=True):
+        assert got.dtype == leaf.dtype and relative_error(got, want) < 16 * torch.finfo(dtype).eps
+    y, conv_state, h = mamba_inner_with_state(*leaves, "cpu")
+    assert (y.dtype, conv_state.dtype, h.dtype) == (dtype, dtype, torch.float32)
+
+
+def test_half_precision_scan_equals_the_scan_of_the_widened_inputs():
+    """Only the results are rounded: nothing within the recurrence."""
+    inputs = cast(scan_inputs(2, CHUNK + 3, 13, 3), torch.bfloat16)
+    wide = [tensor.float() for tensor in inputs]
+    (y, states, last), (wide_y, wide_states, wide_last) = scan_cpu.scan_forward(*inputs), scan_cpu.scan_forward(*wide)
+    assert torch.equal(y, wide_y.bfloat16()) and torch.equal(states, wide_states) and torch.equal(last, wide_last)
+    views, wide_views = ([torch.empty_like(tensors[i]) for i in (6, 3, 4)] for tensors in (inputs, wide))
+    got = scan_cpu.scan_backward(torch.ones_like(y), *inputs, states, *views)
+    want = scan_cpu.scan_backward(torch.ones_like(wide_y), *wide, states, *wide_views)
+    for a, b in zip((*got, *views), (*want, *wide_views), strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
+def test_a_model_under_autocast_and_in_bfloat16():
+    torch.manual_seed(0)
+    model, x = CausalTimeSeriesMamba(3, d_model=8, n_layers=1, d_state=2, d_ff=8).eval(), torch.randn(2, 20, 3)
+    expected = model(x)["1"].double()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)["1"]
+        y.float().square().sum().backward()
+    assert relative_error(y, expected) < 0.05
+    assert relative_error(model.to(torch.bfloat16)(x.bfloat16())["1"], expected) < 0.05
+
+
+def test_torch_func_and_export_of_a_fresh_model():
+    torch.manual_seed(0)
+    model, x = CausalTimeSeriesMamba(3, d_model=4, n_layers=1, d_state=2, d_ff=4).eval(), torch.randn(2, 7, 3)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x[None],))["1"].square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, row), list(parameters.values()))
+        for got, want in zip(per_sample.values(), expected, strict=True):
+            assert relative_error(got[i], want.double()) < 1e-4
+    slope = torch.func.jvp(lambda x: model(x)["1"], (x,), (torch.ones_like(x),))[1]
+    step = 1e-3
+    difference = (model(x + step)["1"] - model(x - step)["1"]) / (2 * step)
+    assert relative_error(slope, difference.double()) < 1e-2
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.equal(exported(x)["1"], model(x)["1"])
+
+
 @pytest.mark.parametrize("with_conv", [False, True])
 def test_mamba_ssm_is_called_with_what_it_expects(monkeypatch, with_conv):
     """Stand-ins for the two packages, with their layout (batch, channels, time), must give what the reference gives."""
@@ -509,7 +574,8 @@ def installed(monkeypatch):
         ("reference", "cuda", (), "reference"),
     ],
 )
-def test_backend_choice(installed, requested, device, missing, expected):
+def test_backend_choice(monkeypatch, installed, requested, device, missing, expected):
+    monkeypatch.setattr(selective_scan, "missing_for_triton", lambda: None)
     installed.difference_update(missing)
     assert choose_backend(requested, device) == expected
     assert choose_backend(requested, torch.device(device)) == expected
@@ -534,6 +600,28 @@ def test_backend_errors(installed, requested, device, missing, message):
     installed.difference_update(missing)
     with pytest.raises(UserError, match=message):
         choose_backend(requested, device)
+
+
+@pytest.mark.parametrize(("here", "cc", "headers", "message"), [
+    ((), None, True, "install gcc"), (("cc",), None, True, "install gcc"), (("gcc",), None, False, "-dev"),
+    (("gcc",), "icc", True, "icc"), (("clang",), None, True, None), (("gcc",), None, True, None),
+    (("icc",), "icc", True, None)])
+def test_what_triton_needs_is_said_before_it_runs(monkeypatch, tmp_path, installed, here, cc, headers, message):
+    monkeypatch.setattr(selective_scan.shutil, "which", lambda name: name if name in here else None)
+    monkeypatch.setattr(selective_scan.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.delenv("CC", raising=False)
+    if cc is not None:
+        monkeypatch.setenv("CC", cc)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    if message is None:
+        assert choose_backend("auto", "cuda") == "triton"
+        return
+    for requested in ("auto", "triton"):
+        with pytest.raises(UserError, match=message):
+            choose_backend(requested, "cuda")
+    assert choose_backend("reference", "cuda") == "reference" and choose_backend("mamba-ssm", "cuda") == "mamba-ssm"
+    assert choose_backend("auto", "cpu") == "cpu"
 
 
 def run_python(code, **environment):
