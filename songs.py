@@ -13,6 +13,10 @@ of a visit only where it is on the process on both sides. The smoother's prior f
 stay on a circle longer than any visit lasts. In a song that does them, it invents transitions, but no step near these
 is on the process.
 
+The path is the best one for the whole series. Where a song does what is impossible, leaving a circle in the middle of a
+revolution for example, the best path may give up steps before it that looked right until then; these count as off too.
+The log-likelihood of a step, given only what was before it, blames the later steps instead.
+
 No function here needs the model: a real series, or noise, can be judged as a song too.
 """
 
