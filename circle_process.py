@@ -109,7 +109,7 @@ def recover_planes(X, states, thetas, n_circles):
         angles = np.stack([np.cos(thetas[steps]), np.sin(thetas[steps])], axis=1)
         if len(steps) < 2 or np.linalg.matrix_rank(angles) < 2:
             raise UserError(f"data.npz has no planes, and circle {i} is seen at too few angles to recover its plane; "
-                            "make the data anew with markov_circles_timeseries.py")
+                            "use data that markov_circles_timeseries.py made")
         fit, *_ = np.linalg.lstsq(angles, X[steps].astype(np.float64))
         left, _, right = np.linalg.svd(fit, full_matrices=False)
         planes[i] = left @ right

@@ -238,11 +238,18 @@ fraction = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1 (both e
 probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
 
 
-def add_data_dir(group, of_checkpoint=False):
-    """--data-dir; of_checkpoint: without it, None, for the data that the checkpoint was trained on."""
-    group.add_argument("--data-dir", type=Path, default=None if of_checkpoint else Path("data"), metavar="DIR",
-                       help="folder with data.npz and config.json"
-                            + (" (default: the data that the model was trained on)" if of_checkpoint else ""))
+def add_data_dir(group, of_checkpoint=False, own=True):
+    """--data-dir and, where `own` recordings may take its place, --data; both give `data_dir`. of_checkpoint: without
+    either, None, for the data that the checkpoint was trained on."""
+    either = group.add_mutually_exclusive_group() if own else group
+    either.add_argument("--data-dir", type=Path, default=None if of_checkpoint else Path("data"), metavar="DIR",
+                        help="folder with data.npz and config.json"
+                             + (" (default: the data that the model was trained on)" if of_checkpoint else ""))
+    if own:
+        either.add_argument("--data", type=Path, dest="data_dir", default=argparse.SUPPRESS, metavar="FILE",
+                            help="your own recordings in place of --data-dir: a .npy, .npz, .csv or .tsv file with one "
+                                 "row per time step, FILE.npz:NAME,NAME for some of its arrays, or a folder of such "
+                                 "files (default: none)")
 
 
 def add_save_dir(group, default="plots"):

@@ -1,7 +1,8 @@
 """Estimate the intrinsic dimension of the data, for all points and for each circle, over k nearest neighbours.
 
-Reads DIR/data.npz; writes dimension.json and dimension.png to the save folder. The maximum-likelihood estimator of
-Levina & Bickel (NeurIPS 2004), averaged over points as MacKay & Ghahramani (2005) correct it.
+Reads DIR/data.npz or your own --data; writes dimension.json and dimension.png to the save folder. The
+maximum-likelihood estimator of Levina & Bickel (NeurIPS 2004), averaged over points as MacKay & Ghahramani (2005)
+correct it.
 
 Examples:
   python estimate_dimension.py
@@ -43,10 +44,11 @@ def parse_args(argv=None):
 def dimension_by_circle(points, states, n_circles, ks):
     """The dimension of all points (n, dim), and of each circle when neighbours are sought among its own points only.
 
-    states (n,) int. Returns a list of n_circles + 1 dicts with name ("all" or the circle), points and distinct (how
-    many), and dimension {k: dimension or None}: None where there are k or fewer distinct points.
+    states (n,) int, or None without labels: then of all points alone. Returns a list of n_circles + 1 dicts with name
+    ("all" or the circle), points and distinct (how many), and dimension {k: dimension or None}: None where there are k
+    or fewer distinct points.
     """
-    groups = [("all", points)] + [(i, points[states == i]) for i in range(n_circles)]
+    groups = [("all", points)] + [(i, points[states == i]) for i in range(n_circles or 0)]
     entries = []
     for name, group in groups:
         unique = distinct(group)
@@ -89,7 +91,8 @@ def draw_dimension(entries, ks, ambient_dim, title):
     ax.minorticks_off()
     ax.yaxis.get_major_locator().set_params(integer=True)
     ax.set(title=title, xlabel="nearest neighbours k", ylabel="Levina–Bickel dimension", ylim=(0, 1.1 * top))
-    fig.legend(loc="outside right upper", title="circle", ncols=1 + (len(entries) - 1) // 15)
+    if len(entries) > 1:
+        fig.legend(loc="outside right upper", title="circle", ncols=1 + (len(entries) - 1) // 15)
     return fig
 
 
@@ -99,7 +102,10 @@ def main(args):
     ks = sorted(set(args.k))
     n = min(args.points, series.n_steps)
     steps = np.random.default_rng(args.seed).choice(series.n_steps, n, replace=False)
-    points, states = dataset.pick(series.X, steps), dataset.pick(series.states, steps)
+    points = dataset.pick(series.X, steps)
+    states = None if series.states is None else dataset.pick(series.states, steps)
+    if states is None:
+        print("these data have no labels: the dimension of all points alone")
     entries = dimension_by_circle(points, states, series.n_circles, ks)
     n_distinct = entries[0]["distinct"]
     if n_distinct <= ks[-1]:

@@ -154,6 +154,13 @@ def overlapping_windows(n_steps, seq_len):
     return starts, length
 
 
+def steps_of_rows(series, velocity):
+    """The time steps that have a row of a level, (n_rows,): all, or with velocity all but the first of each recording,
+    which has no step before it."""
+    steps = np.arange(series.n_steps)
+    return np.delete(steps, series.recordings[:, 0]) if velocity else steps
+
+
 def stitch(windows, starts, velocity=False):
     """One row per time step from overlapping windows (n, length, width).
 
@@ -177,16 +184,18 @@ def in_batches(function, x, device):
     return torch.cat([function(windows.to(device)).cpu() for windows in x.split(n)])
 
 
-def representations(model, X, seq_len, depths, velocity=False):
-    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, one row less with velocity.
+def representations(model, X, seq_len, depths, velocity=False, recordings=None):
+    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, with velocity one row less for
+    each recording.
 
-    All windows go through one layer before the next one, so that memory holds one level of the series, however deep the
-    model is.
+    recordings: as Series.recordings where there are several; no window crosses a border. All windows go through one
+    layer before the next one, so that memory holds one level of the series, however deep the model is.
     """
     device = next(model.parameters()).device
     backend = model.backend_for(device)
-    starts, length = overlapping_windows(len(X), seq_len)
-    h = dataset.gather(X, starts, length)
+    pieces = [(X[first:end], *overlapping_windows(end - first, seq_len))
+              for first, end in ([(0, len(X))] if recordings is None else recordings.tolist())]
+    h = [dataset.gather(piece, starts, length) for piece, starts, length in pieces]
 
     def prediction(x):
         return model.predictions({"1": model.output_heads["1"](model.final_norm(x))})["1"]
@@ -194,12 +203,13 @@ def representations(model, X, seq_len, depths, velocity=False):
     # steps[i] leads from the output of step i - 1 to the next: the input projection, the layers, the prediction
     steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
     for depth in range(max(depths) + 1):
-        if depth == 0:
-            level, h = h, in_batches(steps[0], h, device) if max(depths) else None
-        else:
-            level = h = in_batches(steps[depth], h, device)
+        level = h
+        if depth or max(depths):
+            h = [in_batches(steps[depth], windows, device) for windows in h]
+        level = h if depth else level
         if depth in depths:
-            yield depth, stitch(level, starts, velocity)
+            yield depth, np.concatenate([stitch(windows, starts, velocity)
+                                         for windows, (_, starts, _) in zip(level, pieces, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -249,7 +259,8 @@ def level_measures(values, series, rows, args):
     """
     from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import, like all of scikit-learn
 
-    states, thetas = series.states[-len(values):], series.thetas[-len(values):]
+    steps = steps_of_rows(series, args.velocity)[-len(values):]
+    states, thetas = dataset.rows_of(series.states, steps), dataset.rows_of(series.thetas, steps)
     mean, eigenvalues, vectors = measures.spectrum(values)
     reduced = measures.principal_components(values, mean, vectors, args.pca)
 
@@ -263,10 +274,11 @@ def level_measures(values, series, rows, args):
     train, test = measures.whitened(values[fit], values[score])
     level = {
         "width": values.shape[1],
-        "probe_accuracy": measures.circle_probe(train, states[fit], test, states[score]),
-        "phase_r2": measures.phase_probe(train, thetas[fit], test, thetas[score]),
+        "probe_accuracy": measures.circle_probe(train, dataset.rows_of(states, fit), test,
+                                                dataset.rows_of(states, score)),
+        "phase_r2": measures.phase_probe(train, dataset.rows_of(thetas, fit), test, dataset.rows_of(thetas, score)),
         **measures.cluster_scores(reduced, rows, states, series.n_circles, args.seed),
-        "silhouette": measures.silhouette(points[:n_umap], states[rows[:n_umap]]),
+        "silhouette": measures.silhouette(points[:n_umap], dataset.rows_of(states, rows[:n_umap])),
         "effective_rank": measures.participation_ratio(eigenvalues),
         "dimension": dimension,
     }
@@ -360,7 +372,7 @@ def prediction_errors(model, series, window_settings, optimum):
     largest horizon doesn't fit into one.
     """
     seq_len = window_settings[0]
-    _, starts, _ = dataset.split_windows(series.n_steps, *window_settings)
+    _, starts, _ = dataset.split_windows(series.n_steps, *window_settings, series.recordings)
     if model.horizons[-1] >= seq_len:
         raise cli.UserError(f"its largest horizon, {model.horizons[-1]}, does not fit into windows of {seq_len} steps")
     device = next(model.parameters()).device
@@ -574,13 +586,16 @@ def draw_summary(reports, title):
 def depth_panel(ax, reports, colors, name, lines):
     """One panel of draw_summary: its lines {label: read(level)} against depth, for each report in its colour.
 
-    Lines without any value are left out. With several lines left, a legend tells their styles; with one of several,
-    the title names it.
+    Lines without any value are left out, and a panel without lines. With several lines left, a legend tells their
+    styles; with one of several, the title names it.
     """
     n_layers = {report["n_layers"] for report in reports}
     shown = [(label, read) for label, read in lines.items()
              if any(read(m) is not None for report in reports for m in report["levels"])]
     shown = shown[:1] if len(reports) > 3 else shown
+    if not shown:
+        ax.axis("off")
+        return
     for report, color in zip(reports, colors, strict=True):
         deepest = report["n_layers"] + 1 if len(n_layers) > 1 else 1
         depth = [m["depth"] / deepest for m in report["levels"]]
@@ -688,7 +703,8 @@ def measure_levels(loaded, series, rows, args, pool):
     Returns three lists with one entry per level; the last two are empty without UMAP.
     """
     names, levels, futures, nearest = level_names(loaded.model.n_layers), [], [], []
-    found = representations(loaded.model, series.X, loaded.window_settings[0], loaded.depths, args.velocity)
+    found = representations(loaded.model, series.X, loaded.window_settings[0], loaded.depths, args.velocity,
+                            series.recordings)
     for depth, values in tqdm(found, desc=loaded.name, total=len(loaded.depths), unit="level", disable=None):
         if not np.isfinite(values).all():
             raise cli.UserError(f"{loaded.name}: {names[depth]} holds NaN or infinity on these data; give another "
@@ -727,18 +743,18 @@ def evaluate(loaded, series, optimum, rows, args, pool):
     report["best_layer"] = best["level"] if best else None
 
     # ---- what can be told apart in their UMAPs
-    states = series.states[int(args.velocity):]  # with velocity, the first step has no row
+    states = dataset.rows_of(series.states, steps_of_rows(series, args.velocity))
     embeddings = [future.result() for future in futures]
     for level, embedding, nearest_sample in zip(report["levels"], embeddings, nearest, strict=False):
-        level |= measures.embedding_scores(embedding, nearest_sample, states[rows[:len(embedding)]], states,
-                                           series.n_circles, args.seed)
+        shown_states = dataset.rows_of(states, rows[:len(embedding)])
+        level |= measures.embedding_scores(embedding, nearest_sample, shown_states, states, series.n_circles, args.seed)
     return report, embeddings
 
 
 def write_report(report, args, prefix, subtitle):
     """Print the tables of a model, write its numbers and its summary figure."""
     print(level_table(report))
-    if "umap_silhouette" in report["levels"][0]:
+    if report["levels"][0].get("umap_silhouette") is not None:
         print(umap_table(report))
     cli.write_text(args.save_dir / f"{prefix}_metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
@@ -746,8 +762,11 @@ def write_report(report, args, prefix, subtitle):
                  args.save_dir / f"{prefix}_summary.png")
 
 
-def write_umaps(report, embeddings, states, n_circles, args, prefix, subtitle):
-    """Write the UMAPs of a model's levels, in one grid or, with --per-layer, one file per level."""
+def write_umaps(report, embeddings, series, steps, args, prefix, subtitle):
+    """Write the UMAPs of a model's levels, in one grid or, with --per-layer, one file per level; steps: the time steps
+    of their points, whose circles colour them, or, without these, themselves."""
+    states, n_circles = dataset.rows_of(series.states, steps), series.n_circles
+    states = steps if states is None else states
     title = f"{report['name']}: UMAP of {len(states):,} steps{subtitle}"
     titles = [level_title(m) for m in report["levels"]]
     if not args.per_layer:
@@ -777,8 +796,8 @@ def main(args):
     # ---- what is measured; bad input is refused here, before any work
     device = cli.pick_device(args.device)
     models, series = load_models(args, device)
-    first = int(args.velocity)  # the first step has no step before it
-    rows = sampled_rows(series.n_steps - first, args)
+    steps = steps_of_rows(series, args.velocity)
+    rows = sampled_rows(len(steps), args)
     cli.output_folder(args.save_dir)
     suffix, subtitle = variant(args)
 
@@ -786,6 +805,8 @@ def main(args):
     n_embeddings = 0 if args.no_umap else sum(len(loaded.depths) for loaded in models)
     pool = umap_pool(n_embeddings, min(args.umap_points, len(rows)))
     try:
+        if series.states is None:
+            print("these data have no labels: no probes, clusters and silhouette; UMAPs are coloured by time")
         optimum, reports = Optimum(series), []
         for loaded in models:
             ceiling = ("" if optimum.circle_accuracy is None
@@ -794,8 +815,8 @@ def main(args):
             report, embeddings = evaluate(loaded, series, optimum, rows, args, pool)
             write_report(report, args, loaded.name + suffix, subtitle)
             if embeddings:
-                shown = series.states[first + rows[:report["umap_points"]]]
-                write_umaps(report, embeddings, shown, series.n_circles, args, loaded.name + suffix, subtitle)
+                shown = steps[rows[:report["umap_points"]]]
+                write_umaps(report, embeddings, series, shown, args, loaded.name + suffix, subtitle)
             reports.append(report)
 
         # ---- the models beside each other

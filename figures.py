@@ -156,6 +156,13 @@ def strip_colors(states, n_circles):
     return np.vstack([circle_colors(n_circles), to_rgb(OFF_COLOR)])[np.asarray(states)]  # index -1: the last row
 
 
+def leave_out(*panels):
+    """Take panels out of their figure, which gives their room to the others: of a strip of circles where the data name
+    none. The time axis of panels that share one stays."""
+    for ax in panels:
+        ax.remove()
+
+
 def state_strip(ax, states, n_circles, start=0, label="circle"):
     """The state sequence as one strip of circle colours; a single image, so that a long sequence is drawn quickly.
 
@@ -229,14 +236,18 @@ def circle_legend(target, n_circles, present=None, **where):
 def draw_umaps(embeddings, titles, states, n_circles, title):
     """UMAPs coloured by circle, one panel and title per embedding (n, 2), with one legend; a Figure.
 
-    states: (n,) int, the circle of each point, the same for all embeddings.
+    states: (n,) int, the circle of each point, the same for all embeddings; with n_circles None they are time steps,
+    which a colour bar tells.
     """
     cols = len(embeddings) if len(embeddings) < 4 else min(5, -(-len(embeddings) // 2))
     rows = -(-len(embeddings) // cols)
     fig, axes = new_figure(rows, cols, panel=(3.1, 3.3) if len(embeddings) > 1 else (6.5, 6.0), title=title)
-    colors = circle_colors(n_circles)[states]
+    colors = {"values": states} if n_circles is None else {"colors": circle_colors(n_circles)[states]}
     for ax, points, name in zip(axes.ravel(), embeddings, titles, strict=False):
-        scatter_panel(ax, points, colors, title=name)
+        dots = scatter_panel(ax, points, **colors, title=name)
     hide_unused(axes, len(embeddings))
-    circle_legend(fig, n_circles, np.unique(states))
+    if n_circles is None:
+        fig.colorbar(dots, ax=axes.ravel().tolist(), label="time step", fraction=0.02)
+    else:
+        circle_legend(fig, n_circles, np.unique(states))
     return fig

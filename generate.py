@@ -413,18 +413,22 @@ def signed_limits(values):
 def draw_seed(title, windows, seed_states, labels, seed_starts, in_burst, n_circles):
     """Seed and continuation of each sample, a strip of circles above a heatmap of the features: a Figure.
 
-    windows (n, seed_len + steps, features); seed_states (n, seed_len); labels (n, steps), figures.OFF where the song is
-    off the process, or None without a filter.
+    windows (n, seed_len + steps, features); seed_states (n, seed_len) or None without labels; labels (n, steps),
+    figures.OFF where the song is off the process, or None without a filter.
     """
-    seed_len, shown = seed_states.shape[1], []
+    seed_len, shown = windows.shape[1] - len(in_burst), []
     fig, axes = figures.new_figure(2 * len(windows), 1, panel=(11.0, 1.5), title=title,
                                    gridspec_kw={"height_ratios": [0.12, 1] * len(windows)})
     for i, window in enumerate(windows):
         strip, heat = axes[2 * i:2 * i + 2, 0]
-        circles = seed_states[i] if labels is None else np.concatenate([seed_states[i], labels[i]])
-        figures.state_strip(strip, circles, n_circles, start=-seed_len)
+        if seed_states is None:
+            figures.bare(strip)
+            strip.set_frame_on(False)
+        else:
+            circles = seed_states[i] if labels is None else np.concatenate([seed_states[i], labels[i]])
+            figures.state_strip(strip, circles, n_circles, start=-seed_len)
+            shown.append(circles)
         strip.set_xlim(-seed_len - 0.5, window.shape[0] - seed_len - 0.5)
-        shown.append(circles)
         figures.heatmap_panel(fig, heat, window, start=-seed_len, ylabel="feature", limits=signed_limits(windows),
                               **SIGNED)
         strip.set_title(f"seed from time step {seed_starts[i]}", loc="left")
@@ -432,7 +436,8 @@ def draw_seed(title, windows, seed_states, labels, seed_starts, in_burst, n_circ
         burst_marks(strip, in_burst)
     axes[-1, 0].set_xlabel("generated step (before 0: the seed; black bars: bursts)" if in_burst.any()
                            else "generated step (before 0: the seed)")
-    figures.circle_legend(fig, n_circles, np.unique(np.concatenate(shown)))
+    if shown:
+        figures.circle_legend(fig, n_circles, np.unique(np.concatenate(shown)))
     return fig
 
 
@@ -441,14 +446,20 @@ def draw_truth(title, generated, labels, truths, states, start, noise_std, in_bu
     """The first sample's continuation under the true one, their difference, and the error of all samples: a Figure.
 
     generated (n, steps, features); labels (n, steps) or None without a filter; truths: a list of n arrays (steps,
-    features), shorter where the series ends; states: the circles of the first of them; start: its first time step.
+    features), shorter where the series ends; states: the circles of the first of them, or None without labels; start:
+    its first time step.
     """
     truth, steps = truths[0], len(truths[0])
     fig, axes = figures.new_figure(6, 1, panel=(11.0, 1.45), title=title,
                                    gridspec_kw={"height_ratios": [0.14, 1, 0.14, 1, 1, 1]})
     true_strip, true_heat, strip, heat, difference, curve = axes[:, 0]
     limits = signed_limits(truth)
-    figures.state_strip(true_strip, states, n_circles)
+    if states is None:
+        true_strip.axis("off")
+    else:
+        figures.state_strip(true_strip, states, n_circles)
+        present = np.unique(states) if labels is None else np.union1d(states, labels[0, :steps])
+        figures.circle_legend(fig, n_circles, present)
     which = " of sample 0" if len(truths) > 1 else ""
     true_strip.set_title(f"true series{which}, from time step {start}", loc="left")
     figures.heatmap_panel(fig, true_heat, truth, ylabel="feature", limits=limits, **SIGNED)
@@ -462,8 +473,6 @@ def draw_truth(title, generated, labels, truths, states, start, noise_std, in_bu
                           symmetric=True, **SIGNED)
     error_curves(curve, generated, truths, noise_std)
     burst_marks(strip, in_burst[:steps])
-    present = np.unique(states) if labels is None else np.union1d(states, labels[0, :steps])
-    figures.circle_legend(fig, n_circles, present)
     return fig
 
 
@@ -609,7 +618,7 @@ def load_inputs(args):
         raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
     noise_std = series.config.get("noise_std")
     if args.temperature and noise_std is None and not model.mixture:
-        raise cli.UserError(f"--temperature is in units of noise_std, which {series.folder}/config.json doesn't give; "
+        raise cli.UserError(f"--temperature is in units of noise_std, which no config.json of these data gives; "
                             "use --temperature 0")
     offset = args.seed_offset
     if offset is None:
@@ -617,6 +626,7 @@ def load_inputs(args):
         first_validation_step = dataset.first_validation_step(series.n_steps, val_fraction)
         offset = min(first_validation_step, max(series.n_steps - args.seed_len, 0))
     starts = seed_windows(series.n_steps, args.seed_len, args.gen_len, args.n_samples, offset)
+    starts = dataset.into_recordings(starts, args.seed_len, series.recordings)
     seeds = np.stack([series.X[start:start + args.seed_len] for start in starts])
     print(f"seeds of {args.seed_len} steps from time steps {', '.join(map(str, starts))}")
     return Inputs(model, series, process, starts, seeds, noise_std or 0.0)
@@ -765,17 +775,20 @@ def save_continuations(args, inputs, generated, labels, in_burst):
     generated, in_burst = generated[:n, :steps], in_burst[:steps]
     labels = None if labels is None else labels[:n, :steps]
 
-    seed_states = np.stack([series.states[start:end] for start, end in zip(starts, ends, strict=True)])
+    seed_states = None if series.states is None else np.stack(
+        [series.states[start:end] for start, end in zip(starts, ends, strict=True)])
     windows = np.concatenate([inputs.seeds[:n], generated], axis=1)
     fig = draw_seed(f"{name}: seed and continuation{cut}", windows, seed_states, labels, starts, in_burst,
                     series.n_circles)
     figures.save(fig, beside(args, "_seed.png"))
 
-    truths = [series.X[end:end + steps] for end in ends]
+    recordings = series.recordings
+    lasts = recordings[np.searchsorted(recordings[:, 0], starts, side="right") - 1, 1]  # of each seed's recording
+    truths = [series.X[end:min(end + steps, last)] for end, last in zip(ends, lasts, strict=True)]
     if len(truths[0]) == 0:
-        print("the series ends with the seed: no true continuation to compare with")
+        print("the series or its recording ends with the seed: no true continuation to compare with")
         return
-    states = series.states[ends[0]:ends[0] + len(truths[0])]
+    states = None if series.states is None else series.states[ends[0]:ends[0] + len(truths[0])]
     fig = draw_truth(f"{name}: continuation and truth{cut}", generated, labels, truths, states, ends[0],
                      inputs.noise_std, in_burst, series.n_circles)
     figures.save(fig, beside(args, "_truth.png"))

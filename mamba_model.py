@@ -196,16 +196,50 @@ class CausalTimeSeriesMamba(nn.Module):
             str(k): nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, n_outputs))
             for k in self.horizons})
         self.backends = {}
+        self.scaling = None
 
     @property
     def measures(self):
-        """What the model is measured by, and trained by the last of: "mse", and "nll" where it predicts densities."""
+        """What the model is measured by, and trained by the last of: "mse", and "nll" where it predicts densities.
+        A model with a `scaling` is trained by another row of `horizon_errors`."""
         return ("mse", "nll") if self.mixture else ("mse",)
+
+    @property
+    def n_error_rows(self):
+        return len(self.measures) + (self.scaling is not None)
 
     def errors_by_horizon(self, errors):
         """`horizon_errors`, a tensor, as {measure: {horizon: number}}."""
         return {measure: dict(zip(self.horizons, row, strict=True))
-                for measure, row in zip(self.measures, errors.tolist(), strict=True)}
+                for measure, row in zip(self.measures, errors.tolist(), strict=False)}
+
+    def train_scaled(self, scaling):
+        """Say that the model sees its data through this dataset.Scaling (--normalise): its `horizon_errors` are then in
+        data units all the same. None: it sees them as they are. Returns the model itself."""
+        self.scaling = None if scaling is None else torch.tensor(
+            scaling.std, dtype=torch.float32, device=self.input_proj.weight.device)
+        return self
+
+    @torch.no_grad()
+    def unscaled(self, scaling):
+        """The model of the data themselves, out of one that was trained through this dataset.Scaling.
+
+        Its first and its last layers are linear: they take over what the scaling did. A mixture needs one std for all
+        features. Returns the model itself.
+        """
+        mean, std = (torch.as_tensor(values, dtype=torch.float64) for values in scaling)
+        first = self.input_proj
+        weight = first.weight.double() / std
+        first.bias.copy_(first.bias.double() - weight @ mean)
+        first.weight.copy_(weight)
+        K = self.mixture
+        for head in self.output_heads.values():
+            last, points = head[-1], slice(2 * K, None)  # behind a mixture's logits and log scales
+            stds, means = std.repeat(max(K, 1)), mean.repeat(max(K, 1))
+            last.weight[points] = (last.weight[points].double() * stds[:, None]).float()
+            last.bias[points] = (last.bias[points].double() * stds + means).float()
+            last.bias[K:2 * K] += std[0].log()
+        return self
 
     def use_scan(self, requested, device):
         """Choose the scan's back end for this kind of device, by name as --scan has it; returns the model itself.
@@ -329,14 +363,20 @@ def horizon_errors(model, outputs, target):
 
     outputs: as from `forward(x, with_layers=True)`; target (batch, time, feature_dim). Row "mse" is the mean squared
     error of the predictions; row "nll", where the model predicts densities, their negative log-likelihood in nats per
-    time step, computed in float32 whatever autocast does.
+    time step, computed in float32 whatever autocast does. A model with a `scaling` gets these in data units,
+    and as one more row the error that it is trained by, in which each feature counts by its own std.
     """
-    errors = [horizon_mse(model.predictions(outputs), target)]
+    predictions, scale = model.predictions(outputs), model.scaling
+    in_its_units = [horizon_mse(predictions, target)]
+    errors = in_its_units if scale is None else [horizon_mse(
+        {k: at_least_float32(p) * scale for k, p in predictions.items()}, target * scale)]
     if model.mixture:
         densities = [mixture_head.log_density(*model.mixture_of(k, output[:, :-int(k)]), target[:, int(k):])
                      for k, output in outputs.items()]
-        errors.append(-torch.stack([density.mean() for density in densities]))
-    return torch.stack(errors)
+        nll = -torch.stack([density.mean() for density in densities])
+        in_its_units = [nll]
+        errors.append(nll if scale is None else nll + scale.log().sum())
+    return torch.stack(errors if scale is None else errors + in_its_units)
 
 
 @torch.no_grad()
@@ -471,15 +511,27 @@ def model_of(checkpoint, path, device):
     args = checkpoint["args"]
     with reading(path):
         model = model_from_state_dict(checkpoint["model_state_dict"], args.get("dropout", 0.1))
+        if "scaling" in checkpoint:
+            model.unscaled(saved_scaling(checkpoint["scaling"], model.feature_dim))
         return model.to(device).eval(), args
+
+
+def saved_scaling(saved, feature_dim):
+    """The dataset.Scaling in a checkpoint, a dict of two tensors. Raises an error when it makes none."""
+    scaling = dataset.Scaling(*(saved[name].double().cpu() for name in ("mean", "std")))
+    shapes = [tuple(values.shape) for values in scaling]
+    if shapes != [(feature_dim,)] * 2 or not all(v.isfinite().all() for v in scaling) or not (scaling.std > 0).all():
+        raise ValueError("its scaling does not fit its weights")
+    return scaling
 
 
 def open_model(path, data_dir, device, scan, series=None):
     """Load a checkpoint and the data that it is used on: (model, the flags of its training, the dataset.Series).
 
     data_dir: as from --data-dir, or None for the data that it was trained on; scan: the back end as --scan names it.
-    series: the data, when they are loaded already. A line says when they aren't those of its training. Raises UserError
-    when either is missing or damaged, when they don't fit each other or when the back end isn't there.
+    series: the data, when they are loaded already. A line says when they aren't those of its training. A model that was
+    trained with --normalise comes as one of the data themselves. Raises UserError when either is missing or damaged,
+    when they don't fit each other or when the back end isn't there.
     """
     checkpoint = read_checkpoint(path, device)
     model, args = model_of(checkpoint, path, device)

@@ -2,7 +2,8 @@
 
 Writes DIR/data.npz and DIR/config.json (see data/README.md) and, beside them, the figures state_sequence.png,
 transition_matrix.png, periods.png, sample_window_{0,1,2}.png and umap.png. The same flags give the same data,
-byte for byte; a longer series with the same seed begins with the shorter one.
+byte for byte; a longer series with the same seed begins with the shorter one. A data.npz that is there already and
+holds anything else than these flags make is never replaced.
 
 With --uncompressed, data.npz grows block by block while the series is drawn, so that the series may be larger than
 memory. It holds the same values, and every script then reads the parts it needs straight from the file.
@@ -38,6 +39,8 @@ FIRST_STEPS = 5000  # at the beginning of the series, drawn larger
 MOST_BARS, TIME_BINS = 2000, 1000  # up to so many visits are drawn as a bar each, more as shares of so many stretches
 ALIGNMENT = 64  # bytes; where the values of an uncompressed array begin in the file, as in an npy file
 FEW_CIRCLES = 12  # up to here each circle gets its tick and each probability its number
+FIGURES = ("state_sequence.png", "transition_matrix.png", "periods.png", "umap.png",
+           *(f"sample_window_{i}.png" for i in range(N_SAMPLE_WINDOWS)))
 UMAP_POINTS, UMAP_NEIGHBORS, DIMENSION_K = 5000, 15, 20
 
 
@@ -73,7 +76,7 @@ def parse_args(argv=None):
     variants.add_argument("--center-walk-std", type=cli.non_negative_float, default=0.0, metavar="S",
                           help="standard deviation per step and feature of the random walk of the common centre")
     files = parser.add_argument_group("files")
-    cli.add_data_dir(files)
+    cli.add_data_dir(files, own=False)
     files.add_argument("--uncompressed", action="store_true",
                        help="store data.npz uncompressed and write it while it is drawn: for series larger than memory")
     files.add_argument("--no-umap", action="store_true", help="skip the UMAP figure, by far the slowest part")
@@ -150,6 +153,38 @@ def writing_data(config, data_dir):
             config_file.unlink(missing_ok=True)
     print(f"wrote {data_dir / 'data.npz'} and config.json: {config['n_steps']:,} steps x {config['ambient_dim']} "
           "features")
+
+
+def refuse_other_data(config, data_dir):
+    """Whether data_dir has the data already that `config` makes. Raises UserError where it has others: a data.npz that
+    somebody else's flags, or somebody's own hands, have made is never replaced."""
+    path = data_dir / "data.npz"
+    if not path.exists():
+        return False
+    try:
+        older = dataset.load_config(data_dir)
+        if all(config[name] == value for name, value in older.items() if name in config) and holds_data(path, config):
+            return True
+    except cli.UserError:
+        pass  # it can't be read: then nobody knows what it holds
+    raise cli.UserError(f"{path} exists already and is not what these flags make; choose another --data-dir, or move "
+                        "it elsewhere first")
+
+
+def holds_data(path, config):
+    """Whether the npz at `path` holds exactly the arrays that `config` makes; they are drawn anew, block by block."""
+    arrays, process = dataset.read_npz(path, lambda names: names), circle_process.draw_process(config)
+    n_steps, names = config["n_steps"], dataset.ARRAYS[len(dataset.LONG_ARRAYS):]
+    if set(arrays) != set(dataset.ARRAYS) or arrays["X"].shape != (n_steps, config["ambient_dim"]) or not all(
+            np.array_equal(arrays[name], getattr(process, name)) for name in names):
+        return False
+    plan = circle_process.plan_series(process, config, n_steps, config["seed"])
+    for steps, X in circle_process.draw_points(plan, BLOCK_VALUES):
+        states, thetas, _, _ = circle_process.hidden_states(plan, steps)
+        if not all(np.array_equal(arrays[name][steps], values) for name, values in (
+                ("X", np.asarray(X, np.float32)), ("states", states), ("thetas", thetas))):
+            return False
+    return True
 
 
 def save(series, data_dir):
@@ -391,6 +426,9 @@ def save_umap(series, data_dir):
 
 def main(args):
     data_dir, config = cli.output_folder(args.data_dir), config_of(args)
+    if not refuse_other_data(config, data_dir):
+        for name in FIGURES:  # of data that are gone
+            (data_dir / name).unlink(missing_ok=True)
     if args.uncompressed:
         save_uncompressed(config, data_dir)
         series = load_series(data_dir)

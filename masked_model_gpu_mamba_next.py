@@ -1,11 +1,11 @@
 """Train a causal Mamba to predict the next time steps, with the ablations: frozen or slow gates, frozen A, several
 horizons, auxiliary losses, augmentation.
 
-Reads DATA_DIR/data.npz and config.json. A run named NAME.pt writes, beside it: NAME.pt (the weights with the lowest
-validation loss), NAME_last.pt (the last state, for --resume), NAME_log.csv (one row per epoch), NAME_run.json (command,
-versions, device), NAME_loss.png and NAME_prediction_{0,1,2}.png. A name that is taken is refused, never overwritten.
-Ctrl-C saves the state and ends. Under torchrun the processes share the windows of each step. (The script's name was
-given from outside and is kept for those who use it: nothing is masked, and no GPU is needed.)
+Reads DATA_DIR/data.npz and config.json, or your own --data. A run named NAME.pt writes, beside it: NAME.pt (the weights
+with the lowest validation loss), NAME_last.pt (the last state, for --resume), NAME_log.csv (one row per epoch),
+NAME_run.json (command, versions, device), NAME_loss.png and NAME_prediction_{0,1,2}.png. A name that is taken is
+refused. Ctrl-C saves the state and ends. Under torchrun the processes share the windows of each step. (The script's
+name was given from outside and is kept for those who use it: nothing is masked, and no GPU is needed.)
 
 Examples:
   python masked_model_gpu_mamba_next.py --d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval
@@ -39,6 +39,8 @@ def build_parser():
                       help="share of the series, at its end, that is validation")
     data.add_argument("--fresh", action="store_true",
                       help="train each epoch on a newly drawn series of the same process and length")
+    data.add_argument("--normalise", action="store_true", help="train on features of mean 0 and std 1 over the "
+                      "training part (with --mixture: one std for all); errors and predictions stay in data units")
     data.add_argument("--num-workers", type=cli.non_negative_int, default=0, metavar="N",
                       help="loader processes for a series that is read from its file or does not fit on the device")
     model = parser.add_argument_group("model")
@@ -66,7 +68,7 @@ def build_parser():
     ablation.add_argument("--contrastive-negatives", type=cli.positive_int, default=64, metavar="N",
                           help="InfoNCE negatives for each anchor")
     ablation.add_argument("--aug-noise", type=cli.non_negative_float, default=0.0, metavar="STD",
-                          help="std of the noise added to the training input (not to its target), data units")
+                          help="std of noise on the training input, not on its target; data units, or --normalise's")
     ablation.add_argument("--aug-rotate", action="store_true", help="rotate each training window at random")
     ablation.add_argument("--aug-rotate-eps", type=cli.positive_float, default=0.1, metavar="RAD",
                           help="size of that rotation: std of each plane's angle, radians")
@@ -134,7 +136,6 @@ def default_name(parser, args):
 if __name__ == "__main__":
     ARGS = parse_command_line(parse_args)  # before the slow imports: --help and a bad flag answer at once
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -160,7 +161,6 @@ WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
 CONTRASTIVE_ANCHORS = 1024  # per layer and step: enough for a steady InfoNCE, few enough to cost nothing
 SAVE_EVERY_SECONDS = 20  # between two saves of the last and the best state; also saved at every kind of end
-STEPS_SHOWN = 512  # at most, in the figure of a window
 
 
 # ---- Losses ---------------------------------------------------------------------------------------------------
@@ -305,14 +305,15 @@ def averaging_weight(step, decay):
 class Plan:
     """The steps of a run: which windows each sees, at what learning rate, and from which seed.
 
-    All follows from the flags and the length of the series, so that a run which is resumed, or spread over several
-    ranks, takes the same steps. Raises UserError when the series is too short.
+    All follows from the flags and the lengths of the series and its recordings, so that a run which is resumed, or
+    spread over several ranks, takes the same steps. Raises UserError when the series is too short.
     """
 
-    def __init__(self, args, n_steps):
+    def __init__(self, args, n_steps, recordings=None):
         self.args = args
         self.train_starts, self.val_starts, self.boundary = dataset.split_windows(
-            n_steps, args.seq_len, args.stride, args.val_fraction)
+            n_steps, args.seq_len, args.stride, args.val_fraction, recordings)
+        self.ends = self.boundary if recordings is None else dataset.training_ends(recordings, self.boundary)
         self.steps_per_epoch, self.batch_size = self.batches(0).shape
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
@@ -320,7 +321,7 @@ class Plan:
     def batches(self, epoch):
         """The window starts of each step of an epoch, (steps_per_epoch, batch_size)."""
         a = self.args
-        return dataset.epoch_batches(self.train_starts, self.boundary, a.seq_len, a.stride, a.batch_size, a.seed, epoch)
+        return dataset.epoch_batches(self.train_starts, self.ends, a.seq_len, a.stride, a.batch_size, a.seed, epoch)
 
     def lr(self, step, epochs=None):
         """The learning rate of a step, counted from 0; epochs: those of another plan, for comparison."""
@@ -441,17 +442,18 @@ class RunState:
     `averaged` has the weights that are evaluated and kept: with --ema a moving average, otherwise it is `model` itself.
     """
 
-    def __init__(self, args, model, steps_per_epoch, data_crc32):
+    def __init__(self, args, model, steps_per_epoch, data_crc32, scaling=None):
         device = next(model.parameters()).device
         self.flags = run_files.flags_to_save(args)
         self.model, self.steps_per_epoch = model, steps_per_epoch
         # Where the run comes from: in both of its checkpoints, so that either is understood wherever it is copied to.
         self.origin = {"data_crc32": data_crc32, "record": None,
-                       "data_dir": os.path.relpath(args.data_dir, args.checkpoint.parent)}
+                       "data_dir": os.path.relpath(args.data_dir, args.checkpoint.parent),
+                       **({} if scaling is None else {"scaling": scaling.tensors()})}
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
         self.optimizer = build_optimizer(
             parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
-        self.totals = torch.zeros(2 + len(model.measures) * len(model.horizons), device=device)
+        self.totals = torch.zeros(2 + model.n_error_rows * len(model.horizons), device=device)
         self.averaging_weight = torch.zeros((), device=device)  # set before each step; on the device, for the graph
         self.step, self.best_loss, self.train_loss, self.val_loss = 0, math.inf, None, None
 
@@ -495,22 +497,23 @@ class RunState:
         self.train_loss, self.val_loss = saved["train_loss"], saved["val_loss"]
 
 
-def open_state(args, saved, path, series, plan, device):
+def open_state(args, saved, path, series, plan, device, scaling=None):
     """The state of a new run, or of the one that `saved` describes, the content of NAME_last.pt at `path`.
 
     A restored model has the sizes of the saved tensors, and so no more memory than the file fills. Raises UserError.
     """
     data_crc32 = dataset.crc32(series.X)
     if saved is None:
-        model = build_model(args, series.feature_dim, series.X[:plan.boundary]).to(device).use_scan(args.scan, device)
-        return RunState(args, model, plan.steps_per_epoch, data_crc32)
+        X = dataset.scaled(series.X[:min(plan.boundary, mixture_head.STEPS_FOR_SCALE)], scaling)
+        model = build_model(args, series.feature_dim, X).to(device).use_scan(args.scan, device).train_scaled(scaling)
+        return RunState(args, model, plan.steps_per_epoch, data_crc32, scaling)
     try:
         if saved["data_crc32"] != data_crc32:
             raise cli.UserError(f"--resume: {args.data_dir} is not the data that {path} was trained on; give the right "
                                 "--data-dir")
         model = model_from_state_dict(saved["model_state_dict"], args.dropout).to(device).use_scan(args.scan, device)
         dataset.check_fits_model(series, model, path)
-        state = RunState(args, model, plan.steps_per_epoch, data_crc32)
+        state = RunState(args, model.train_scaled(scaling), plan.steps_per_epoch, data_crc32, scaling)
         state.restore(saved)
         return state
     except (cli.UserError, torch.OutOfMemoryError):
@@ -526,16 +529,14 @@ def prepare(args, files, ranks):
     """(flags, series, windows, plan, state) of a run that is about to start or to go on. Raises UserError."""
     args, saved = run_files.open_run(args, files, ranks.first, parse_args)
     series = dataset.load_series(args.data_dir)
-    plan = Plan(args, series.n_steps)
+    plan = Plan(args, series.n_steps, series.recordings)
     if plan.batch_size < ranks.world:
         raise cli.UserError(f"more processes ({ranks.world}) than windows in a step ({plan.batch_size}); start fewer, "
                             "or use a larger --batch-size or more data")
-    windows = dataset.Windows(series.X.copy() if args.fresh else series.X, args.seq_len, ranks.device)
-    if args.fresh:
-        dataset.check_drawable(series, windows, plan.boundary, args.epochs)
+    windows, scaling = dataset.training_windows(args, series, plan.boundary, ranks.device)
     if args.num_workers and windows.on_device:
         print(f"--num-workers {args.num_workers} is not used: the series fits on {ranks.device}")
-    state = open_state(args, saved, files["last"], series, plan, ranks.device)
+    state = open_state(args, saved, files["last"], series, plan, ranks.device, scaling)
     if saved is not None:
         run_files.check_resumed(plan, state.step, int(saved["args"].get("epochs", args.epochs)))
     state.origin["record"] = run_files.record_of_start(args, ranks, state, files["record"], saved)
@@ -589,7 +590,7 @@ def train(args, ranks):
     with ranks.together():
         saver.save()
         if ranks.first:
-            finish(args, files, log, series, windows, plan.val_starts)
+            finish(args, files, log, series, ranks.device, plan.val_starts)
 
 
 def train_epoch(epoch, state, plan, runner, saver, bar):
@@ -653,22 +654,15 @@ def floors(series, starts, seq_len, model):
 
 
 @torch.no_grad()
-def finish(args, files, log, series, windows, val_starts):
+def finish(args, files, log, series, device, val_starts):
     """Draw the figures, from the best weights, and say where everything is. Raises UserError when the log is lost."""
     if not log.rows:
         raise cli.UserError(f"{files['log']} is lost, and the run has no epoch left to train: its curve can't be "
                             f"drawn; {files['best']} is unharmed")
     name = stem(args.checkpoint)
-    model, _, _ = open_model(files["best"], args.data_dir, windows.device, args.scan, series)
-    first_steps = val_starts[np.linspace(0, len(val_starts) - 1, 3).round().astype(int)]
-    x = windows.at(torch.from_numpy(first_steps).to(windows.starts_device))
-    predictions, x = model(x)["1"][:, :-1].cpu().numpy(), x.cpu().numpy()  # prediction t - 1 is of x[:, t]
-    shown = min(args.seq_len - 1, STEPS_SHOWN)
-    drawn = {files["loss"]: run_files.draw_loss(log.rows, model.horizons, name)}
-    for i, end in enumerate((first_steps + args.seq_len).tolist()):
-        drawn[files[f"prediction_{i}"]] = run_files.draw_prediction(
-            x[i, -shown:], predictions[i, -shown:], series.states[end - shown:end], series.n_circles, end - shown,
-            f"{name}: next-step prediction, validation window {i}")
+    model, _, _ = open_model(files["best"], args.data_dir, device, args.scan, series)
+    drawn = {files["loss"]: run_files.draw_loss(log.rows, model.horizons, name),
+             **run_files.draw_predictions(files, model, series, val_starts, args.seq_len, name)}
     figures.save_all(drawn)
     log.add_figures(list(drawn))
     best = min(log.rows, key=lambda row: row["val_loss"])

@@ -188,8 +188,11 @@ def standardise(values):
 def circle_probe(train, train_states, test, test_states):
     """Accuracy on the test set of a multinomial logistic regression that is fitted on the train set.
 
-    train, test (rows, width), whitened; states (rows,) int. None when the train set has one circle only, or no width.
+    train, test (rows, width), whitened; states (rows,) int, or None. None without states, when the train set has one
+    circle only, or no width.
     """
+    if train_states is None:
+        return None
     from sklearn.linear_model import LogisticRegression
 
     if len(np.unique(train_states)) < 2 or train.shape[1] == 0:
@@ -201,8 +204,11 @@ def circle_probe(train, train_states, test, test_states):
 def phase_probe(train, train_thetas, test, test_thetas):
     """R² on the test set of a ridge regression to (cos θ, sin θ), fitted on the train set: the mean of both targets.
 
-    train, test (rows, width), whitened; thetas (rows,) radians. Negative when worse than the mean of the test set.
+    train, test (rows, width), whitened; thetas (rows,) radians. Negative when worse than the mean of the test set. None
+    without thetas.
     """
+    if train_thetas is None:
+        return None
     from sklearn.metrics import r2_score
 
     target = np.stack([np.cos(train_thetas), np.sin(train_thetas)], axis=1)
@@ -244,8 +250,11 @@ def majority_vote(labels, n_labels, width):
 def agreement(labels, states, n_labels, prefix):
     """ARI and NMI of cluster labels (n,) against the states (n,), as they are and after a vote over VOTE_STEPS steps.
 
-    Returns {prefix_ari, prefix_nmi, prefix_ari_smooth, prefix_nmi_smooth}.
+    Returns {prefix_ari, prefix_nmi, prefix_ari_smooth, prefix_nmi_smooth}: None each without states, or where there is
+    one only, with which any single cluster would agree perfectly.
     """
+    if states is None or len(np.unique(states)) < 2:
+        return dict.fromkeys((f"{prefix}_ari", f"{prefix}_nmi", f"{prefix}_ari_smooth", f"{prefix}_nmi_smooth"))
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
     smooth = majority_vote(labels, n_labels, VOTE_STEPS)
@@ -258,8 +267,11 @@ def agreement(labels, states, n_labels, prefix):
 def cluster_scores(values, rows, states, n_circles, seed):
     """`agreement` with the states (n,) of the k-means clusters of values (n, width).
 
-    The centres are fitted on the given rows; every step then gets the cluster of the nearest centre.
+    The centres are fitted on the given rows; every step then gets the cluster of the nearest centre. None for all of it
+    without states.
     """
+    if states is None:
+        return agreement(None, None, 0, "kmeans")
     kmeans = fit_kmeans(values[rows], n_circles, seed)
     return agreement(kmeans.predict(values), states, kmeans.n_clusters, "kmeans")
 
@@ -268,8 +280,11 @@ def embedding_scores(embedding, nearest, shown_states, states, n_circles, seed):
     """What can be told apart in a UMAP: the silhouette of its circles, and `agreement` of its k-means clusters.
 
     embedding (n_shown, 2) and shown_states (n_shown,) belong to the sampled steps; nearest (n,) int names for every
-    step of the series the sampled one that is nearest to it in the level itself, whose cluster it gets.
+    step of the series the sampled one that is nearest to it in the level itself, whose cluster it gets. None for all of
+    it without states.
     """
+    if states is None:
+        return {"umap_silhouette": None, **agreement(None, None, 0, "umap")}
     kmeans = fit_kmeans(embedding, n_circles, seed)
     return {"umap_silhouette": silhouette(embedding, shown_states),
             **agreement(kmeans.labels_[nearest], states, kmeans.n_clusters, "umap")}
@@ -282,8 +297,11 @@ def embedding_scores(embedding, nearest, shown_states, states, n_circles, seed):
 def silhouette(points, states):
     """Mean silhouette of the circles, Euclidean (Rousseeuw 1987).
 
-    points (n, width), states (n,) int. None with fewer than two circles, or when each point has one of its own.
+    points (n, width), states (n,) int, or None. None without states, with fewer than two circles, or when each point
+    has one of its own.
     """
+    if states is None:
+        return None
     from sklearn.metrics import silhouette_score
 
     n_present = len(np.unique(states))

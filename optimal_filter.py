@@ -51,6 +51,7 @@ COST_WINDOWS = 32  # about so many windows tell what a MovingFilter's limits cos
 UNKNOWN = -1.0  # in place of a probability that nobody has asked for yet
 STRETCH = 50_000  # steps, about, that one thread filters of a long series
 FORGOTTEN = 1e-8  # how far two threads may be apart where they meet, absolutely and relatively
+CHECKED_STRETCHES, CHECKED_STEPS = 8, 512  # of the series, whose likelihood is compared with the process's
 NEGLIGIBLE = -45.0  # exp(-45) < 3e-20: adding it to a sum that holds a 1 changes nothing in float64
 
 
@@ -85,9 +86,12 @@ def parse_args(argv=None):
 def process_from_series(series):
     """The Process that made a `dataset.Series`, with the dwell law that config.json gives.
 
-    Planes that the file lacks are recovered from its arrays. Raises cli.UserError for tilting planes, for data without
-    noise, when config.json lacks what is needed, and when there are too many hidden states.
+    Planes that the file lacks are recovered from its arrays. Raises cli.UserError for data whose process isn't known
+    or isn't theirs, for tilting planes, for data without noise, when config.json lacks what is needed, and when there
+    are too many hidden states.
     """
+    if series.process is None:
+        raise cli.UserError("the exact filter needs the process that made the data, and these come without one")
     config = series.config
     noise_std, dwell_mean, dwell_std = (config_number(config, name) for name in
                                         ("noise_std", "dwell_mean", "dwell_std"))
@@ -100,14 +104,55 @@ def process_from_series(series):
     check_size(process.periods, dwell_mean, dwell_std)
     planes = process.planes
     if planes is None and (walk_std or tilt_rate):
-        raise cli.UserError("data.npz has no planes, and circles that move do not show theirs; make the data anew "
-                            "with markov_circles_timeseries.py")
+        raise cli.UserError("data.npz has no planes, and circles that move do not show theirs; use data that "
+                            "markov_circles_timeseries.py made")
     if planes is None:
         planes = circle_process.recover_planes(series.X, series.states, series.thetas, series.n_circles)
-    return dataclasses.replace(process, planes=planes, noise_std=noise_std, center_walk_std=walk_std,
-                               tilt_rate=tilt_rate,
-                               basis=tilt_subspace(process, config) if tilt_rate else process.basis,
-                               dwell_law=circle_process.dwell_law(process.periods, dwell_mean, dwell_std))
+    process = dataclasses.replace(process, planes=planes, noise_std=noise_std, center_walk_std=walk_std,
+                                  tilt_rate=tilt_rate,
+                                  basis=tilt_subspace(process, config) if tilt_rate else process.basis,
+                                  dwell_law=circle_process.dwell_law(process.periods, dwell_mean, dwell_std))
+    check_describes(process, series)
+    return process
+
+
+def check_describes(process, series):
+    """Raise cli.UserError where the process can't have made the data: config.json is of others, or they were changed.
+
+    What the filter says of some stretches of the series is compared with what the process gives. Per time step, the
+    log-likelihood of data of the process is at most that of their noise, -dim/2 log(2π e σ²) on average; below that by
+    at most the entropy rate of the hidden states and, once per stretch, the surprise at the first state. σ² is the
+    variance of the noise and, where the centre walks, of what is unknown about it. All stretches together show a
+    noise_std that is wrong by a tenth; a single one shows what came later.
+    """
+    n, dim = min(CHECKED_STEPS, series.n_steps), process.feature_dim
+    walk_variance, variance = process.center_walk_std**2, process.noise_std**2
+    # The stationary variance of a Kalman filter's prediction of a random walk under noise
+    variance += (walk_variance + math.sqrt(walk_variance**2 + 4 * walk_variance * variance)) / 2
+    noise = -dim / 2 * math.log(2 * math.pi * math.e * variance)
+    n_states = float((process.periods * process.dwell_law.shape[1]).sum())
+    surprise = 3 * hidden_entropy(process) + 2 * math.log(n_states) / n
+    starts = np.unique(np.linspace(0, series.n_steps - n, CHECKED_STRETCHES).astype(int)).tolist()
+    filtered = [predict(process, series.X[start:start + n], (), "stationary", False, start) for start in starts]
+    values = [float(stretch["log_likelihood"].mean()) for stretch in filtered]
+    for value, weight in ((np.mean(values), len(values)), (min(values), 1), (max(values), 1)):
+        # Six standard deviations of the mean of so many draws of the noise, and room for what is nearly right; of
+        # circles that move there is more to know, and their filter is an approximation
+        room = (0.2 if walk_variance or process.tilt_rate else 0.1) * dim / (2 if weight > 1 else 1)
+        slack = 6 * math.sqrt(dim / (2 * n * weight)) + room
+        if not noise - surprise - slack <= value <= noise + slack:
+            raise cli.UserError(
+                f"config.json does not describe these data: the exact filter gives them {value:.4g} nats per step, "
+                f"and data of its process have {noise - hidden_entropy(process):.4g}; use their own config.json")
+
+
+def hidden_entropy(process):
+    """The entropy of the hidden states of a Process in nats per time step: of each visit, its length and what
+    follows."""
+    def entropies(rows):
+        return -np.where(rows > 0, rows * np.log(np.where(rows > 0, rows, 1)), 0).sum(axis=1)
+
+    return float(entry_rates(process) @ (entropies(process.dwell_law) + entropies(process.transition_matrix)))
 
 
 def tilt_subspace(process, config):
@@ -125,7 +170,7 @@ def tilt_subspace(process, config):
     except (KeyError, TypeError, ValueError):
         pass
     raise cli.UserError("these data were made with --drift, and config.json does not give the subspace that planes "
-                        "tilt in; make the data anew with markov_circles_timeseries.py")
+                        "tilt in; use the config.json that is theirs")
 
 
 def process_or_none(series, without):
@@ -157,7 +202,7 @@ def config_number(config, name):
     value = config.get(name)
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise cli.UserError(f"config.json has no usable {name} ({value}); the filter needs the generator's parameters, "
-                            "so make the data anew with markov_circles_timeseries.py")
+                            "so use data that markov_circles_timeseries.py made, with their config.json")
     return float(value)
 
 

@@ -131,10 +131,10 @@ def log_columns(model, train_eval, fresh=False):
 
 def error_cells(model, train_errors, val_errors, floor):
     """The cells of a row that hold errors. train_errors, val_errors: measure by measure, one number per horizon;
-    floor: as from `window_floors`, or {}."""
+    floor: as from `window_floors`, or {}. A last row of errors that is no measure, but trained by, is left out."""
     cells = {}
     names = [(measure, k) for measure in model.measures for k in model.horizons]
-    for (measure, k), train_error, val_error in zip(names, train_errors, val_errors, strict=True):
+    for (measure, k), train_error, val_error in zip(names, train_errors, val_errors, strict=False):
         optimum = floor.get(measure, {}).get(k)
         _, excess, _, _ = MEASURES[measure]
         excess_over = {"excess_percent": excess_percent, "excess_nats": excess_nats}[excess]
@@ -450,10 +450,10 @@ def print_evaluation(args, parse_args, floors):
         getattr(args if name in args.flags_given else trained, name) for name in used)
     if seq_len <= model.horizons[-1]:
         raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
-    _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction)
+    _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction, series.recordings)
     windows = dataset.Windows(series.X, seq_len, device)
     errors = validation_errors(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
-                               not args.no_amp)
+                               not (args.no_amp or "scaling" in checkpoint))  # data far from 0 need float32
     floor = floors(series, val_starts, seq_len, model)
     print(f"{path}: epoch {checkpoint.get('epoch')}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
@@ -656,21 +656,44 @@ def loss_handles(rows, horizons, measures, best, has_floor):
             line([], [], color="0.6", linewidth=0.8, label="learning rate")]
 
 
+STEPS_SHOWN = 512  # at most, in the figure of a window
+
+
+def draw_predictions(files, model, series, val_starts, seq_len, name):
+    """{path: Figure} of three validation windows, evenly spread; model: on the data themselves, in eval mode.
+
+    files: as from `files_of`; val_starts: the first steps of all validation windows; name: the run's, for the titles.
+    """
+    first_steps = val_starts[np.linspace(0, len(val_starts) - 1, 3).round().astype(int)]
+    x = dataset.gather(series.X, first_steps, seq_len)
+    predictions = model(x.to(next(model.parameters()).device))["1"][:, :-1].cpu().numpy()  # number t - 1 is of x[:, t]
+    x, shown, drawn = x.numpy(), min(seq_len - 1, STEPS_SHOWN), {}
+    for i, end in enumerate((first_steps + seq_len).tolist()):
+        states = None if series.states is None else series.states[end - shown:end]
+        drawn[files[f"prediction_{i}"]] = draw_prediction(
+            x[i, -shown:], predictions[i, -shown:], states, series.n_circles, end - shown,
+            f"{name}: next-step prediction, validation window {i}")
+    return drawn
+
+
 @cli.in_style
 def draw_prediction(window, prediction, states, n_circles, start, title):
     """One validation window: its circles, data, next-step prediction, and error (prediction minus data).
 
-    window, prediction: (time, feature_dim); states: (time,); all for the same time steps, from `start` on.
+    window, prediction: (time, feature_dim); states: (time,), or None without labels; all for the same time steps, from
+    `start` on.
     """
     fig, axes = figures.new_figure(4, 1, (9, 1.9), title, sharex=True,
                                    gridspec_kw={"height_ratios": [0.25, 1, 1, 1]})
-    figures.state_strip(axes[0, 0], states, n_circles, start)
+    if states is None:
+        figures.leave_out(axes[0, 0])
+    else:
+        figures.state_strip(axes[0, 0], states, n_circles, start)
+        figures.circle_legend(fig, n_circles, sorted(set(states.tolist())))
     high = float(np.percentile(np.abs(window), 99))
     for ax, values, name in ((axes[1, 0], window, "data"), (axes[2, 0], prediction, "predicted"),
                              (axes[3, 0], prediction - window, "error")):
         figures.heatmap_panel(fig, ax, values, start, f"{name}\nfeature", cmap="RdBu_r", limits=(-high, high),
                               unit="data units")
     axes[3, 0].set_xlabel("time step")
-    present = sorted(set(states.tolist()))
-    figures.circle_legend(fig, n_circles, present)
     return fig

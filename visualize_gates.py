@@ -68,15 +68,19 @@ MAX_WINDOWS = 64  # sampled time steps come from at most so many windows, which 
 # Samples
 
 
-def sample_starts(n_steps, seq_len, val_fraction):
+def sample_starts(n_steps, seq_len, val_fraction, recordings=None):
     """First time steps of the samples: validation windows end to end, so that no two share a step.
 
-    Raises UserError when the validation part holds no window.
+    recordings: as Series.recordings where there are several; no window crosses a border. Raises UserError when the
+    validation part holds no window.
     """
     first = dataset.first_validation_step(n_steps, val_fraction)
-    starts = dataset.window_starts(first, n_steps, seq_len, seq_len)
+    recordings = [(0, n_steps)] if recordings is None else recordings
+    starts = dataset.starts_in_recordings(recordings, first, n_steps, seq_len, seq_len)
     if len(starts) == 0:
-        raise cli.UserError(f"the validation part has {n_steps - first} steps, fewer than the {seq_len} of the model's "
+        part = "the validation part" if len(recordings) == 1 else "every recording of the validation part"
+        steps = max(end - max(begin, first) for begin, end in recordings)
+        raise cli.UserError(f"{part} has {steps} steps, fewer than the {seq_len} of the model's "
                             "windows; give the --data-dir the model was trained on, or a longer series")
     return starts
 
@@ -175,7 +179,7 @@ def draw_layer(signals, X, states, n_circles, start, title):
     fig, axes = figures.new_figure(len(heights), 1, panel=(13.0, 9.5 / len(heights)), title=title, sharex=True,
                                    gridspec_kw={"height_ratios": heights})
     strip, inputs, conv, delta, z, B, C = axes[:, 0]
-    figures.state_strip(strip, states, n_circles, start)
+    label_strips(fig, [strip], states, n_circles, start)
     figures.heatmap_panel(fig, inputs, X, start, ylabel="feature", title="input x", unit="data units", cmap="RdBu_r",
                           symmetric=True)
     channel = "channel\n(by mean Δ)"
@@ -191,8 +195,19 @@ def draw_layer(signals, X, states, n_circles, start, title):
                               cmap="RdBu_r", symmetric=True)
     C.set_xlabel("time step")
     fig.align_ylabels(axes[1:, 0])
-    figures.circle_legend(fig, n_circles, np.unique(states))
     return fig
+
+
+def label_strips(fig, panels, states, n_circles, start, **label):
+    """The circles (n,) from time step `start` on in each of these panels, and their legend; without labels, states
+    None, the panels are empty."""
+    for ax in panels:
+        if states is None:
+            ax.axis("off")
+        else:
+            figures.state_strip(ax, states, n_circles, start, **label)
+    if states is not None:
+        figures.circle_legend(fig, n_circles, np.unique(states))
 
 
 @cli.in_style
@@ -200,7 +215,8 @@ def draw_summary(layers, shares, input_share, states, n_circles, start, title):
     """All layers, one sample: one row per layer, with the mean step size, all signals and what the circle explains.
 
     layers: a list of {name: (seq_len, channels)}, standardised except for "mean_delta" (seq_len,); shares: a list of
-    {name: η²} and input_share the η² of the series itself, in [0, 1]; start: the first time step. Returns a Figure.
+    {name: η²} and input_share the η² of the series itself, in [0, 1], both None without labels; start: the first time
+    step. Returns a Figure.
     """
     n_layers = len(layers)
     fig, axes = figures.new_figure(
@@ -209,23 +225,25 @@ def draw_summary(layers, shares, input_share, states, n_circles, start, title):
 
     # ---- the first row: titles and state strips
     for ax, name in zip(axes[0, :-1], ("mean Δ of channels", *(SYMBOLS[name] for name in SIGNALS)), strict=True):
-        figures.state_strip(ax, states, n_circles, start, label="")
         ax.set_title(name)
+    label_strips(fig, axes[0, :-1], states, n_circles, start, label="")
     axes[0, -1].axis("off")
-    axes[0, -1].set_title("η² (dotted: of input)")
+    axes[0, -1].set_title("" if shares is None else "η² (dotted: of input)")
 
     # ---- one row per layer
-    top = 1.1 * max(input_share, *(max(share.values()) for share in shares))
-    for i, (signals, share) in enumerate(zip(layers, shares, strict=True)):
+    top = None if shares is None else 1.1 * max(input_share, *(max(share.values()) for share in shares))
+    for i, signals in enumerate(layers):
         image = layer_row(axes[i + 1], signals, start, f"layer {i + 1}", last=i == n_layers - 1)
-        share_bars(axes[i + 1, -1], share, input_share, top, last=i == n_layers - 1)
+        if shares is None:
+            axes[i + 1, -1].axis("off")
+        else:
+            share_bars(axes[i + 1, -1], shares[i], input_share, top, last=i == n_layers - 1)
 
     bar = fig.colorbar(image, ax=axes[1:, 1:-1], location="bottom", fraction=0.02, aspect=60, extend="both",
                        extendfrac=0.02)
-    bar.set_label("standard deviations from the channel's mean (d_inner channels sorted by mean Δ)   |   "
-                  "η²: share of variance that the circle explains, over the validation part")
+    bar.set_label("standard deviations from the channel's mean (d_inner channels sorted by mean Δ)" + (
+        "" if shares is None else "   |   η²: share of variance that the circle explains, over the validation part"))
     fig.align_ylabels(axes[1:, 0])
-    figures.circle_legend(fig, n_circles, np.unique(states))
     return fig
 
 
@@ -266,8 +284,10 @@ def share_bars(ax, share, input_share, top, last):
 def explained_by_circle(model, series, starts, seq_len, seed):
     """η² of the circle, averaged over channels, at up to ANOVA_POINTS random time steps of the validation windows.
 
-    Returns (a list with {signal: share} per layer, the share of the series itself).
+    Returns (a list with {signal: share} per layer, the share of the series itself); (None, None) without labels.
     """
+    if series.states is None:
+        return None, None
     steps = sample_steps(starts, seq_len, ANOVA_POINTS, np.random.default_rng(seed))
     states = series.states[steps]
     points = signals_at(model, series.X, starts, seq_len, steps, range(model.n_layers))
@@ -291,7 +311,7 @@ def write_layers(args, model, series, starts, seq_len, folder):
         window = slice(start, start + seq_len)
         signals = by_mean_delta(window_signals(model, series.X, start, seq_len)[args.layer - 1])
         signals |= {"log2_over_mean": log2_over_mean(signals["delta"]), "mean_delta": signals["delta"].mean(axis=0)}
-        fig = draw_layer(signals, series.X[window], series.states[window], series.n_circles, start,
+        fig = draw_layer(signals, series.X[window], dataset.rows_of(series.states, window), series.n_circles, start,
                          f"{name}: layer {args.layer} of {model.n_layers}, sample {sample}")
         figures.save(fig, folder / f"{name}_gates_layer{args.layer}_{sample}{args.data_suffix}.png")
 
@@ -300,14 +320,15 @@ def write_summaries(args, model, series, starts, seq_len, folder):
     """Without --layer: a table of what the circle explains, and one figure per sample, all signals of all layers."""
     name = mamba_model.stem(args.checkpoint)
     shares, input_share = explained_by_circle(model, series, starts, seq_len, args.seed)
-    print(share_table(shares, input_share))
+    if shares is not None:
+        print(share_table(shares, input_share))
     for sample in range(args.sample, args.sample + args.n_samples):
         start = int(starts[sample])
         layers = [by_mean_delta(signals) for signals in window_signals(model, series.X, start, seq_len)]
         scaled = [{signal: standardise(values) for signal, values in layer.items()}
                   | {"mean_delta": layer["delta"].mean(axis=1)} for layer in layers]
-        fig = draw_summary(scaled, shares, input_share, series.states[start:start + seq_len], series.n_circles, start,
-                           f"{name}: signals of all layers, sample {sample}")
+        fig = draw_summary(scaled, shares, input_share, dataset.rows_of(series.states, slice(start, start + seq_len)),
+                           series.n_circles, start, f"{name}: signals of all layers, sample {sample}")
         figures.save(fig, folder / f"{name}_gates_summary_{sample}{args.data_suffix}.png")
 
 
@@ -319,7 +340,7 @@ def write_umaps(args, model, series, starts, seq_len, folder):
                             "give a larger --umap-points or a longer series")
     if len(steps) < args.umap_points:
         print(f"the validation windows used have {len(steps)} time steps: all are taken")
-    name, states = mamba_model.stem(args.checkpoint), series.states[steps]
+    name, states = mamba_model.stem(args.checkpoint), dataset.rows_of(series.states, steps)
     layers = range(model.n_layers) if args.layer is None else [args.layer - 1]
     points = signals_at(model, series.X, starts, seq_len, steps, layers)
     prefix = f"{name}_gates" + ("" if args.layer is None else f"_layer{args.layer}")
@@ -329,8 +350,9 @@ def write_umaps(args, model, series, starts, seq_len, folder):
             values = points[layer][signal]
             scaled = standardise(values)
             embeddings.append(umap_embedding(scaled, knn(scaled, UMAP_NEIGHBORS - 1), args.seed))
-            titles.append(f"layer {layer + 1}   (η² {eta_squared(values, states).mean():.2f})")
-        fig = figures.draw_umaps(embeddings, titles, states, series.n_circles,
+            share = "" if states is None else f"   (η² {eta_squared(values, states).mean():.2f})"
+            titles.append(f"layer {layer + 1}{share}")
+        fig = figures.draw_umaps(embeddings, titles, steps if states is None else states, series.n_circles,
                                  f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
         figures.save(fig, folder / f"{prefix}_umap_{signal}{args.data_suffix}.png")
 
@@ -342,7 +364,9 @@ def main(args):
     if args.layer is not None and args.layer > model.n_layers:
         raise cli.UserError(f"--layer {args.layer} is out of range: the model has layers 1…{model.n_layers}")
     seq_len, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)
-    starts = sample_starts(series.n_steps, seq_len, val_fraction)
+    starts = sample_starts(series.n_steps, seq_len, val_fraction, series.recordings)
+    if series.states is None:
+        print("these data have no labels: no circles are shown, and no share of variance that they explain")
     if not args.umap:
         check_samples(args.sample, args.n_samples, len(starts))
     folder = cli.output_folder(args.save_dir)

@@ -206,14 +206,18 @@ class Fate:
 
 
 def killed_generations(folder, fate):
-    """Two series in turn into the same folder: what is there is one or the other, never a mixture."""
+    """Two series in turn into the same folder, out of which the other one is taken first, though not its config.json:
+    what is there is one or the other, never a mixture."""
     variants = {seed: [*DATA, "--data-dir", folder, "--n-steps", steps, "--seed", seed, *more]
                 for seed, steps, more in ((1, 3000, []), (2, 4000, ["--uncompressed"]))}
     true = {seed: generator.generate(generator.config_of(generator.parse_args([str(w) for w in argv]))).X
             for seed, argv in variants.items()}
     seconds = 2.0
     while True:
-        for argv in variants.values():
+        for own_seed, argv in variants.items():
+            data = folder / "data.npz"
+            if data.exists() and not np.array_equal(dataset.load_series(folder).X, true[own_seed]):
+                data.unlink()
             started = time.monotonic()
             plan = fate.choose(PLANS[:4])
             killed, code, output = live(generator, argv, folder, plan, fate.rng, seconds)

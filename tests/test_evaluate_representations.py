@@ -145,7 +145,7 @@ def test_errors_are_measured_without_reduced_precision(monkeypatch):
     asked, measure = [], mamba_model.validation_errors
     monkeypatch.setattr(mamba_model, "validation_errors",
                         lambda *given, amp: asked.append(amp) or measure(*given, amp=amp))
-    series = SimpleNamespace(X=np.zeros((400, 6), np.float32), n_steps=400)
+    series = dataset.Series(np.zeros((400, 6), np.float32))
     ev.prediction_errors(tiny_model(), series, (40, 25, 0.3), NoFilter())
     assert asked == [False]
 
@@ -158,7 +158,7 @@ class NoFilter:
 def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows(monkeypatch):
     monkeypatch.setattr(ev, "STEPS_IN_BATCH", {"cpu": 120})  # three windows at a time; there are four
     model, X = tiny_model(max_horizon=3), np.random.default_rng(1).standard_normal((400, 6)).astype(np.float32)
-    series = SimpleNamespace(X=X, n_steps=400)
+    series = dataset.Series(X)
     found = ev.prediction_errors(model, series, (40, 25, 0.3), NoFilter())
     assert [row["horizon"] for row in found] == [1, 2, 3]
     for row in found:
@@ -237,7 +237,7 @@ def test_a_pool_is_used_where_it_pays(monkeypatch):
 
 def level_args(**changes):
     return SimpleNamespace(**{"umap_points": 150, "lb_points": 220, "umap_neighbors": 12, "no_umap": False,
-                              "no_lb": False, "pca": None, "seed": 3, **changes})
+                              "no_lb": False, "pca": None, "velocity": False, "seed": 3, **changes})
 
 
 def rings(n, n_circles=3, width=7, noise=0.9):
@@ -249,7 +249,7 @@ def rings(n, n_circles=3, width=7, noise=0.9):
     wave = np.stack([np.cos(thetas), np.sin(thetas)], axis=1)[2:]
     values = np.einsum("tp,tpw->tw", wave, axes[states[2:]]) + 0.5 * rng.standard_normal((n_circles, width))[states[2:]]
     values = (values + noise * rng.standard_normal((n, width))).astype(np.float32)
-    return values, SimpleNamespace(states=states, thetas=thetas, n_circles=n_circles, n_steps=n + 2)
+    return values, dataset.Series(np.zeros((n + 2, 1), np.float32), states, thetas)
 
 
 def vote(labels, width):

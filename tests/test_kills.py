@@ -146,6 +146,7 @@ def test_the_log_keeps_its_rows_when_a_resumed_run_has_other_columns(script, sha
 
 def test_new_data_never_lie_beside_an_older_config(data_dir):
     argv = [*TINY_DATA, "--data-dir", str(data_dir), "--n-steps", "4000"]
+    (data_dir / "data.npz").unlink()  # while it is there, it is not replaced
     with kill_at(0) as names, pytest.raises(Killed):
         generator.main(generator.parse_args(argv))
     assert names == ["data.npz"]
@@ -185,7 +186,7 @@ def test_generation_on_a_full_disk_keeps_the_older_data(refused, data_dir, full_
     before = contents(data_dir)
     for n_bytes in (3_000, 10_000):
         with full_disk(n_bytes):
-            line = refused("markov_circles_timeseries", *TINY_DATA, "--data-dir", data_dir, "--n-steps", "4000")
+            line = refused("markov_circles_timeseries", *TINY_DATA, "--data-dir", data_dir)
         assert "can't write" in line and "data.npz" in line and "free some space" in line
         assert contents(data_dir) == before
 

@@ -54,6 +54,7 @@ class Given(torch.nn.Module):
         super().__init__()
         self.outputs, self.layers, self.bias = outputs, layers, bias
         self.mixture = 0 if bias is None else len(bias) // 6
+        self.scaling = None
 
     def forward(self, x, with_layers=False):
         self.input = x
