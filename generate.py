@@ -618,7 +618,7 @@ def load_inputs(args):
         raise cli.UserError("--compare judges by the exact filter, which does not know these data; leave it out")
     noise_std = series.config.get("noise_std")
     if args.temperature and noise_std is None and not model.mixture:
-        raise cli.UserError(f"--temperature is in units of noise_std, which no config.json of these data gives; "
+        raise cli.UserError("--temperature is in units of noise_std, which no config.json of these data gives; "
                             "use --temperature 0")
     offset = args.seed_offset
     if offset is None:
