@@ -87,7 +87,7 @@ def process_from_series(series):
     """The Process that made a `dataset.Series`, with the dwell law that config.json gives.
 
     Planes that the file lacks are recovered from its arrays. Raises cli.UserError for data whose process isn't known
-    or isn't theirs, for tilting planes, for data without noise, when config.json lacks what is needed, and when there
+    or isn't theirs, for data without noise, when config.json lacks what is needed, and when there
     are too many hidden states.
     """
     if series.process is None:
