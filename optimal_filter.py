@@ -5,8 +5,9 @@ exactly. No predictor that sees the same past can have a lower expected mean squ
 DATA_DIR/data.npz and config.json; prints the noise floor noise_std², the mean squared error of the filter per horizon,
 and how often it names the true circle; writes SAVE_DIR/optimal_filter.json and optimal_filter.png.
 
-When the centre walks, the filter of moving_filter.py takes its place, which merges and drops hidden paths; the report
-tells by how much the errors change when more are kept, and the error of an observer who is told circle and phase.
+When the circles move (--center-walk-std, --drift), the filter of moving_filter.py takes its place, which merges and
+drops hidden paths; the report tells by how much the errors change when more are kept and, when the centre walks, the
+error of an observer who is told circle and phase.
 
 The error is given three times: over the whole series; over its validation part; and over windows of --seq-len steps
 in the validation part, where the filter starts each window without any past. The last is the floor of a model that
