@@ -91,6 +91,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.umap_neighbors < 2:
         parser.error("--umap-neighbors must be 2 or more: the point itself counts as one")
+    if not args.no_umap and args.umap_points < 4:
+        parser.error(f"--umap-points {args.umap_points}: a UMAP needs 4 points or more")
     if not args.no_umap and args.umap_points <= args.umap_neighbors:
         parser.error(f"--umap-points {args.umap_points} must be more than --umap-neighbors {args.umap_neighbors}")
     return args

@@ -106,7 +106,10 @@ def umap_embedding(points, graph, seed):
 
     graph: the distances and indices (n, k) of `knn`, which leave out the point itself; UMAP's n_neighbors is k + 1,
     because UMAP counts the point as its own first neighbour. McInnes, Healy & Melville 2018, arXiv 1802.03426.
+    Raises UserError for fewer than 4 points: UMAP starts from 3 eigenvectors of the graph.
     """
+    if len(points) < 4:
+        raise cli.UserError(f"a UMAP needs 4 points or more, and there are {len(points)}; use more points or no UMAP")
     from kernels import numba_cache
 
     numba_cache.install()  # before umap and pynndescent decorate their functions

@@ -476,3 +476,10 @@ def test_dimension_of_two_points_by_hand():
     inverse = ((math.log(8) + math.log(4)) / 2 + (math.log(4) + math.log(4)) / 2) / 2
     assert dimension_from_distances(distances, [3])[3] == pytest.approx(1 / inverse)
     assert dimension_from_distances(distances, [2])[2] == pytest.approx(1 / (math.log(2) / 2))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_a_umap_of_very_few_points_is_refused_in_one_line(n):
+    points = np.eye(3)[:n]
+    with pytest.raises(cli.UserError, match="4 points or more"):
+        measures.umap_embedding(points, measures.knn(points, n - 1) if n > 1 else None, 0)
