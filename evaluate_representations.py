@@ -43,6 +43,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
@@ -694,9 +695,18 @@ def load_models(args, device):
         model, saved, series = mamba_model.open_model(path, args.data_dir, device, args.scan, series)
         trained_with = {key: value for key, value in saved.items()
                         if isinstance(value, str | int | None) or (isinstance(value, float) and np.isfinite(value))}
+        name += mamba_model.data_suffix(series, saved)
         models.append(LoadedModel(name, path, model, dataset.window_settings(saved, path),
                                   chosen_depths(args.layers, model.n_layers, path), trained_with))
     return models, series
+
+
+def weights_crc32(model):
+    """A number that tells the weights of two models apart."""
+    value = 0
+    for tensor in model.state_dict().values():
+        value = zlib.crc32(tensor.cpu().numpy().tobytes(), value)
+    return value
 
 
 def measure_levels(loaded, series, rows, args, pool):
@@ -725,8 +735,10 @@ def evaluate(loaded, series, optimum, rows, args, pool):
     The report is what NAME_metrics.json holds; the list is empty without UMAP.
     """
     report = {
-        "name": loaded.name, "checkpoint": str(loaded.path), "data_dir": str(args.data_dir), "seed": args.seed,
+        "name": loaded.name, "checkpoint": str(loaded.path), "data_dir": str(args.data_dir or series.folder),
+        "weights_crc32": weights_crc32(loaded.model), "data_crc32": dataset.crc32(series.X), "seed": args.seed,
         "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
+        "umap_neighbors": None if args.no_umap else args.umap_neighbors,
         "lb_points": None if args.no_lb else min(args.lb_points, len(rows)), "n_layers": loaded.model.n_layers,
         "seq_len": loaded.window_settings[0], "filter_circle_accuracy": optimum.circle_accuracy, "errors": [],
         "trained_with": loaded.trained_with,
@@ -753,11 +765,41 @@ def evaluate(loaded, series, optimum, rows, args, pool):
     return report, embeddings
 
 
+# Reports that agree in these are measured on the same, and those in which they agree or one has none (null), alike.
+SAME_SUBJECT = ("weights_crc32", "data_crc32", "seed", "velocity", "pca", "seq_len", "umap_points")
+SAME_SETTINGS = ("umap_neighbors", "lb_points")
+
+
+def with_earlier(report, path):
+    """The report with what an earlier one, in the file at `path`, has and this one leaves out (--no-umap, --no-lb,
+    --layers), where all that both measure is measured alike; so a quick look at a model costs none of its numbers."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if (any(earlier[key] != report[key] for key in SAME_SUBJECT)
+                or any(earlier[key] != report[key] and None not in (earlier[key], report[key])
+                       for key in SAME_SETTINGS)):
+            return report
+        levels = {level["depth"]: level for level in earlier["levels"]}
+        for level in levels.values():
+            if level["dimension"]:
+                level["dimension"] = {int(k): value for k, value in level["dimension"].items()}
+        for level in report["levels"]:
+            measured = {key: value for key, value in level.items() if value is not None}
+            levels[level["depth"]] = {**level, **levels.get(level["depth"], {}), **measured}
+        levels = [levels[depth] for depth in sorted(levels)]
+        best = best_layer(levels)
+        settings = {key: report[key] if report[key] is not None else earlier[key] for key in SAME_SETTINGS}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return report  # there is none, or it is one of an older version
+    return {**report, **settings, "levels": levels, "best_layer": best["level"] if best else None}
+
+
 def write_report(report, args, prefix, subtitle):
     """Print the tables of a model, write its numbers and its summary figure."""
     print(level_table(report))
     if report["levels"][0].get("umap_silhouette") is not None:
         print(umap_table(report))
+    report = with_earlier(report, args.save_dir / f"{prefix}_metrics.json")
     cli.write_text(args.save_dir / f"{prefix}_metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
     figures.save(draw_summary([report], f"{report['name']}: measures against depth{subtitle}"),

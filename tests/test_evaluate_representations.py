@@ -816,9 +816,10 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
     wanted = {"name": "tiny", "checkpoint": str(tiny_checkpoint), "data_dir": str(shared_data), "seed": 5,
               "velocity": True, "pca": 4, "umap_points": 2999, "lb_points": 250, "n_layers": 2, "seq_len": 128,
               "filter_circle_accuracy": float((posterior.argmax(axis=1)[tail:] == series.states[tail:]).mean()),
-              "trained_with": {**SAVED, "dropout": 0.1}, "best_layer": "layer 2"}
+              "trained_with": {**SAVED, "dropout": 0.1, "data_dir": str(shared_data)}, "best_layer": "layer 2",
+              "umap_neighbors": 9, "data_crc32": dataset.crc32(series.X)}
     assert {key: report[key] for key in wanted} == wanted
-    assert set(report) == {*wanted, "errors", "levels"}
+    assert set(report) == {*wanted, "errors", "levels", "weights_crc32"}
     starts = np.arange(2700, 3000 - 128 + 1, 64)
     floor = optimal_filter.window_floors(process, series, starts, 128, [1])
     assert report["errors"][0]["optimal_mse"] == pytest.approx(floor["mse"][1], rel=1e-9)
@@ -953,7 +954,7 @@ def test_without_flags_the_readmes_defaults_hold():
     assert args == {"layers": None, "velocity": False, "pca": None, "no_umap": False, "umap_points": 5000,
                     "umap_neighbors": 30, "per_layer": False, "no_lb": False, "lb_points": 10_000, "seed": 42,
                     "device": "auto", "scan": "auto", "checkpoint": [Path("model_next.pt")],
-                    "data_dir": Path("data"), "save_dir": Path("plots")}
+                    "data_dir": None, "save_dir": Path("plots")}
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------

@@ -309,3 +309,30 @@ def test_saves_within_an_epoch_are_agreed_upon_without_a_wait_per_step():
     two = ranks.Ranks(torch.device("cuda"), SimpleNamespace(signal=None), 0, 2)  # no group that could answer
     assert all(two.agree(True, step) == (False, False) for step in range(1, ranks.STOP_CHECK_STEPS))
     assert ranks.Ranks(torch.device("cpu")).agree(True, 1) == (False, True)
+
+
+# ---- what was measured before
+
+
+def test_a_quick_look_leaves_what_was_measured_of_the_same_model(script, shared_data, tiny_checkpoint, tmp_path):
+    other = tmp_path / "other.pt"
+    shutil.copy(tiny_checkpoint, other)
+    plots = tmp_path / "plots"
+    common = ["--save-dir", plots, "--umap-points", 100, "--umap-neighbors", 10, "--lb-points", 300, "--device", "cpu"]
+
+    def levels(name="tiny"):
+        return json.loads((plots / f"{name}_metrics.json").read_text())["levels"]
+
+    assert script("evaluate_representations", "--checkpoint", tiny_checkpoint, *common).code == 0
+    before = levels()
+    assert len(before) == 4 and all(level["umap_silhouette"] is not None for level in before)
+    for more in (["--no-umap"], ["--no-umap", "--no-lb", "--layers", "1"]):
+        assert script("evaluate_representations", "--checkpoint", tiny_checkpoint, other, *common, *more).code == 0
+        assert levels() == before
+    assert "umap_silhouette" not in levels("other")[0]
+    # Other weights, or another seed: what was measured of the old ones is not theirs.
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    checkpoint["model_state_dict"]["input_proj.weight"] *= 2
+    torch.save(checkpoint, tiny_checkpoint)
+    assert script("evaluate_representations", "--checkpoint", tiny_checkpoint, *common, "--no-umap").code == 0
+    assert all("umap_silhouette" not in level for level in levels())

@@ -438,7 +438,7 @@ def test_device_and_scan_are_those_asked_for(work, saved, monkeypatch):
 def test_without_flags_the_readmes_defaults_hold():
     assert vars(vg.parse_args(["--checkpoint", "m.pt"])) == {
         "layer": None, "sample": 0, "n_samples": 1, "umap": False, "umap_points": 3000, "seed": 42, "device": "auto",
-        "scan": "auto", "checkpoint": Path("m.pt"), "data_dir": Path("data"), "save_dir": Path("plots")}
+        "scan": "auto", "checkpoint": Path("m.pt"), "data_dir": None, "save_dir": Path("plots")}
 
 
 def test_umap_names_a_grid_a_signal_and_colours_by_circle(monkeypatch, work):
