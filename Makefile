@@ -69,11 +69,11 @@ $(DEMO)/plots/.generated: $(DEMO)/model_prediction_2.png
 $(DEMO)/plots/model_gates_summary_0.png: $(DEMO)/model_prediction_2.png
 	$(PY) visualize_gates.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots
 
-$(DEMO)/plots/dimension.png: $(DEMO)/data/umap.png
+$(DEMO)/plots/dimension_$(DEMO).png: $(DEMO)/data/umap.png
 	$(PY) estimate_dimension.py --data-dir $(DEMO)/data --save-dir $(DEMO)/plots
 
 $(DEMO)/plots/model_report.html: $(DEMO)/plots/model_umap.png $(DEMO)/plots/model_gates_summary_0.png \
-                                 $(DEMO)/plots/dimension.png $(DEMO)/plots/.generated
+                                 $(DEMO)/plots/dimension_$(DEMO).png $(DEMO)/plots/.generated
 	$(PY) report.py $(DEMO)/model.pt --save-dir $(DEMO)/plots
 
 # The runs of the study. All have STUDY_FLAGS; what a run adds to them stands beside its name below.

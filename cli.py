@@ -387,6 +387,11 @@ def number_name(value):
     return short if float(short) == value else repr(value).removesuffix(".0")
 
 
+def named_after(name, data_dir):
+    """The file name's stem `name`, with what `data_name` adds: so files of two data sets in one folder differ."""
+    return "_".join(filter(None, (name, data_name(data_dir))))
+
+
 def data_name(data_dir, default="data"):
     """What data are called in the names of files: nothing where they are those of the folder `default`, otherwise
     their folder's name, or of a folder that is called data, too, that of the folder around it."""

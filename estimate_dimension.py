@@ -1,8 +1,8 @@
 """Estimate the intrinsic dimension of the data, for all points and for each circle, over k nearest neighbours.
 
-Reads DIR/data.npz or your own --data; writes dimension.json and dimension.png to the save folder. The
-maximum-likelihood estimator of Levina & Bickel (NeurIPS 2004), averaged over points as MacKay & Ghahramani (2005)
-correct it.
+Reads DIR/data.npz or your own --data; writes dimension.json and dimension.png to the save folder, with the name of
+the data where these aren't data/, as in dimension_subspace4.json. The maximum-likelihood estimator of Levina & Bickel
+(NeurIPS 2004), averaged over points as MacKay & Ghahramani (2005) correct it.
 
 Examples:
   python estimate_dimension.py
@@ -97,7 +97,7 @@ def draw_dimension(entries, ks, ambient_dim, title):
 
 
 def main(args):
-    save_dir = cli.output_folder(args.save_dir)
+    save_dir, name = cli.output_folder(args.save_dir), cli.named_after("dimension", args.data_dir)
     series = dataset.load_series(args.data_dir)
     ks = sorted(set(args.k))
     n = min(args.points, series.n_steps)
@@ -115,10 +115,10 @@ def main(args):
         print(f"{n - n_distinct:,} of {n:,} points repeat another and count once")
     print(dimension_table(entries, ks))
     report = {"points": n, "seed": args.seed, "k": ks, "entries": entries}
-    cli.write_text(save_dir / "dimension.json", json.dumps(report, indent=2) + "\n")
-    print(f"wrote {save_dir / 'dimension.json'}")
+    cli.write_text(save_dir / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    print(f"wrote {save_dir / name}.json")
     figures.save(draw_dimension(entries, ks, series.feature_dim, f"Intrinsic dimension of {n:,} points"),
-                 save_dir / "dimension.png")
+                 save_dir / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 The generator is a hidden semi-Markov process whose parameters are known, so E[x_{t+k} | x_1 … x_t] can be computed
 exactly. No predictor that sees the same past can have a lower expected mean squared error. Reads
 DATA_DIR/data.npz and config.json; prints the noise floor noise_std², the mean squared error of the filter per horizon,
-and how often it names the true circle; writes SAVE_DIR/optimal_filter.json and optimal_filter.png.
+and how often it names the true circle; writes SAVE_DIR/optimal_filter.json and optimal_filter.png
+(with the name of the data's folder where that isn't data/, as in optimal_filter_subspace4.json).
 
 When the circles move (--center-walk-std, --drift), the filter of moving_filter.py takes its place, which merges and
 drops hidden paths; the report tells by how much the errors change when more are kept and, when the centre walks, the
@@ -1153,18 +1154,18 @@ def center_paths(series, process, shown, inferred):
 
 
 def main(args):
-    save_dir = cli.output_folder(args.save_dir)
+    save_dir, name = cli.output_folder(args.save_dir), cli.named_after("optimal_filter", args.data_dir)
     series = dataset.load_series(args.data_dir)
     process = process_from_series(series)
     report, posterior, center = measure(args, series, process)
     print_report(report, process, series)
-    cli.write_text(save_dir / "optimal_filter.json", json.dumps(report, indent=2) + "\n")
-    print(f"wrote {save_dir / 'optimal_filter.json'}")
+    cli.write_text(save_dir / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    print(f"wrote {save_dir / name}.json")
     start = report["first_validation_step"]
     shown = slice(start, min(start + SHOWN_STEPS, series.n_steps))
     centers = center_paths(series, process, shown, center) if process.center_walk_std else None
     fig = draw_filter(report, posterior[shown], series.states[shown], start, centers)
-    figures.save(fig, save_dir / "optimal_filter.png")
+    figures.save(fig, save_dir / f"{name}.png")
 
 
 if __name__ == "__main__":

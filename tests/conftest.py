@@ -124,6 +124,12 @@ def tiny_checkpoint(tmp_path, shared_data):
     return path
 
 
+def only(folder, pattern):
+    """The only file of this pattern in the folder; names of files tell the data's folder, which pytest names."""
+    (path,) = folder.glob(pattern)
+    return path
+
+
 def arrays_of(series):
     """The arrays of a dataset.Series under their names in data.npz."""
     long, short = ("X", "states", "thetas"), ("transition_matrix", "radii", "entry_angles", "periods", "planes")

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skdim
+from conftest import only
 
+import cli
 import dataset
 import estimate_dimension as ed
 import figures
@@ -47,14 +49,15 @@ def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tm
                     "--save-dir", tmp_path / "plots")
     steps = np.random.default_rng(9).choice(3000, 2500, replace=False)
     points, circles = X[steps], states[steps]
-    report = json.loads((tmp_path / "plots" / "dimension.json").read_text())
+    report = json.loads(only(tmp_path / "plots", "dimension*.json").read_text())
     assert {key: report[key] for key in ("points", "seed", "k")} == {"points": 2500, "seed": 9, "k": [6, 20]}
     assert set(report) == {"points", "seed", "k", "entries"}
     lines = result.out.splitlines()
     n_distinct = len({tuple(x) for x in points.tolist()})
     assert lines[0] == f"{2500 - n_distinct} of 2,500 points repeat another and count once"
     assert re.split("  +", lines[1]) == ["circle", "points", "k = 6", "k = 20"]
-    fig = saved[tmp_path / "plots" / "dimension.png"]
+    ((path, fig),) = saved.items()
+    assert path == tmp_path / "plots" / f"dimension_{cli.data_name(folder)}.png"
     assert fig.axes[0].get_title() == "Intrinsic dimension of 2,500 points"
     for i, name in enumerate(["all", 0, 1, 2, 3]):
         own = points if name == "all" else points[circles == name]
@@ -71,7 +74,7 @@ def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tm
         np.testing.assert_allclose(line.get_ydata(), [np.nan if value is None else value for value in wanted.values()],
                                    rtol=1e-4)
     assert report["entries"][2]["dimension"]["20"] is None  # the circle of twenty steps at most
-    assert lines[8] == f"wrote {tmp_path / 'plots' / 'dimension.json'}"
+    assert lines[8] == f"wrote {only(tmp_path / 'plots', '*.json')}"
 
 
 @pytest.mark.parametrize(("ambient", "shown"), [(20, False), (9, True), (3, True), (11, False)])
@@ -103,7 +106,7 @@ def test_the_figure_has_one_line_per_circle_and_tells_the_ambient_dimension_wher
 
 def test_the_script_draws_the_ambient_dimension_of_the_data(script, data_dir, tmp_path, saved):
     script("estimate_dimension", "--data-dir", data_dir, "--k", 10, "--points", 500, "--save-dir", tmp_path)
-    assert [text.get_text() for text in saved[tmp_path / "dimension.png"].axes[0].texts] == ["ambient dimension 6"]
+    assert [text.get_text() for fig in saved.values() for text in fig.axes[0].texts] == ["ambient dimension 6"]
 
 
 def test_notebooks_still_import_the_estimator_and_the_umap_from_here():
@@ -119,8 +122,8 @@ def test_script_reports_all_points_and_each_circle(script, data_dir, tmp_path):
     result = script("estimate_dimension", "--data-dir", data_dir, "--k", 30, 10, "--points", 2000, "--save-dir",
                     tmp_path / "plots")
     assert result.code == 0 and result.err == ""
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"dimension.json", "dimension.png"}
-    report = json.loads((tmp_path / "plots" / "dimension.json").read_text())
+    assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".json", ".png"}
+    report = json.loads(only(tmp_path / "plots", "dimension*.json").read_text())
     assert report["k"] == [10, 30] and report["points"] == 2000
     entries = report["entries"]
     assert [entry["name"] for entry in entries] == ["all", 0, 1, 2, 3]
@@ -133,7 +136,7 @@ def test_script_reports_all_points_and_each_circle(script, data_dir, tmp_path):
 def test_script_uses_every_point_when_asked_for_more(script, data_dir, tmp_path):
     assert script("estimate_dimension", "--data-dir", data_dir, "--k", 10, "--points", 10**6, "--save-dir",
                   tmp_path).code == 0
-    entries = json.loads((tmp_path / "dimension.json").read_text())["entries"]
+    entries = json.loads(only(tmp_path, "dimension*.json").read_text())["entries"]
     series = dataset.load_series(data_dir)
     own = levina_bickel(series.X[series.states == 2], [10])[10]
     assert entries[0]["points"] == series.n_steps
@@ -149,7 +152,7 @@ def test_script_marks_circles_with_too_few_points(script, rewrite_data, tmp_path
     rewrite_data(states=states)
     result = script("estimate_dimension", "--data-dir", folder, "--k", 3, 5, "--points", 10**6, "--save-dir", tmp_path)
     assert result.code == 0
-    entry = json.loads((tmp_path / "dimension.json").read_text())["entries"][4]
+    entry = json.loads(only(tmp_path, "dimension*.json").read_text())["entries"][4]
     assert entry["points"] == 5 and entry["dimension"]["5"] is None and entry["dimension"]["3"] > 0
     assert result.out.splitlines()[6].split()[-1] == "–"
 

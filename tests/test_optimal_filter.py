@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import arrays_of
+from conftest import arrays_of, only
 from figure_checks import check_circle_legend, check_heatmap, check_strip, colour_bars, lines
 from scipy.special import logsumexp
 from scipy.stats import norm
@@ -348,9 +348,9 @@ def test_script(tmp_path):
     done = run_script("--data-dir", tmp_path / "data", "--save-dir", tmp_path / "out", "--horizons", "4,1",
                       "--seq-len", 50, "--stride", 10, "--val-fraction", 0.2)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out" / "optimal_filter.json").read_text())
-    assert (tmp_path / "out" / "optimal_filter.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["optimal_filter.json", "optimal_filter.png"]
+    report = json.loads(only(tmp_path / "out", "optimal_filter*.json").read_text())
+    assert only(tmp_path / "out", "optimal_filter*.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.suffix for p in (tmp_path / "out").iterdir()) == [".json", ".png"]
     result = optimal_filter.predict(process, series.X, (1, 4))
     windows = optimal_filter.window_floors(process, series, range(1600, 1951, 10), 50, (1, 4))
     assert report["noise_floor"] == NOISE**2 and [row["horizon"] for row in report["horizons"]] == [1, 4]
@@ -481,8 +481,8 @@ def report(written, script, tmp_path, monkeypatch):
                   "--seq-len", 30, "--stride", 20, "--val-fraction", 0.25)
     assert done.code == 0, done.err
     (fig,) = saved.values()
-    assert list(saved) == [tmp_path / "out" / "optimal_filter.png"]
-    return SimpleNamespace(json=json.loads((tmp_path / "out" / "optimal_filter.json").read_text()), out=done.out,
+    assert [path.stem for path in saved] == [only(tmp_path / "out", "optimal_filter*.json").stem]
+    return SimpleNamespace(json=json.loads(only(tmp_path / "out", "optimal_filter*.json").read_text()), out=done.out,
                            fig=fig)
 
 
@@ -555,7 +555,7 @@ def test_a_file_without_planes_is_said_to_make_errors_too_low(written, script, t
         np.savez(folder / "data.npz", **{name: file[name] for name in file.files if name != "planes"})
     done = script("optimal_filter", "--data-dir", folder, "--save-dir", tmp_path, "--horizons", 1, "--seq-len", 30)
     assert done.code == 0, done.err
-    assert json.loads((tmp_path / "optimal_filter.json").read_text())["planes_recovered"] is True
+    assert json.loads(only(tmp_path, "optimal_filter*.json").read_text())["planes_recovered"] is True
     assert f"too low by about {NOISE**2 * 3 * (2 * 4 - 3) / (400 * 4):.1e}" in done.out
 
 
