@@ -457,5 +457,5 @@ def test_data_of_the_process_keep_their_floor(flags):
 def test_what_begins_late_is_seen(shared_data):
     series = dataset.load_series(shared_data)
     X = series.X.copy()
-    X[2800:] += 2.0
+    X[2800:] += 8.0
     assert optimal_filter.process_or_none(dataclasses.replace(series, X=X), "") is None
