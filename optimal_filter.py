@@ -128,6 +128,8 @@ def check_describes(process, series):
     noise_std that is wrong by a tenth; a single one shows what came later.
     """
     n, dim = min(CHECKED_STEPS, series.n_steps), process.feature_dim
+    if n == 0:
+        return
     walk_variance, variance = process.center_walk_std**2, process.noise_std**2
     # The stationary variance of a Kalman filter's prediction of a random walk under noise
     variance += (walk_variance + math.sqrt(walk_variance**2 + 4 * walk_variance * variance)) / 2
