@@ -43,7 +43,7 @@ WINDOW_DEFAULTS = {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 # Flags of training that say how to compute, or that name files: two runs that differ in them alone differ in nothing.
 WITHOUT_EFFECT = ("checkpoint", "resume", "eval", "device", "scan", "num_workers", "no_compile", "no_train_eval",
-                  "log_dir")
+                  "log_dir", "format", "style")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -107,7 +107,8 @@ def run(main, args):
     if _ENDS_AT_ONCE and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        main(args)
+        with _running(args):
+            main(args)
         sys.stdout.flush()  # here a full disk, or a reader that has left, can still be reported
     except UserError as error:
         fail(error)
@@ -130,6 +131,54 @@ def run(main, args):
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
         fail("out of memory on the device; use a smaller --batch-size or --seq-len")
+
+
+# The flags of the script that runs, for what all its files share: format and style of figures, and their origin.
+_FLAGS = {}
+
+
+@contextlib.contextmanager
+def _running(args):
+    _FLAGS.update(vars(args) if args is not None else {}, running=True)
+    try:
+        yield
+    finally:
+        _FLAGS.clear()
+
+
+def drawing_flags():
+    """--format and --style of the script that runs; ("png", None) in a notebook and in scripts without them."""
+    return _FLAGS.get("format", "png"), _FLAGS.get("style")
+
+
+@functools.cache
+def git_commit():
+    """The commit of this project's folder, with "-dirty" where files differ from it, or None when git doesn't know."""
+    import subprocess
+
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
+                                   text=True, cwd=Path(__file__).parent, timeout=10)
+        return described.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def reads_data(folder):
+    """Remember the folder of the data that the running script reads, for `made_by`."""
+    if _FLAGS:
+        _FLAGS["data"] = folder
+
+
+def made_by():
+    """Where a file comes from, for its metadata: {"command": …, "commit": …, "data": …}; {} in a notebook."""
+    import shlex
+
+    if not _FLAGS:
+        return {}
+    data = _FLAGS.get("data") or _FLAGS.get("data_dir")
+    return {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git_commit(),
+            "data": None if data is None else str(data)}
 
 
 def fail(message, code=EXIT_BAD_INPUT):
@@ -255,6 +304,15 @@ def add_data_dir(group, of_checkpoint=False, own=True):
 def add_save_dir(group, default="plots"):
     group.add_argument("--save-dir", type=Path, default=Path(default), metavar="DIR",
                        help="folder for figures and tables, made if needed")
+
+
+def add_drawing(parser):
+    """The group of flags of every script that draws: --format and --style."""
+    group = parser.add_argument_group("figures")
+    group.add_argument("--format", default="png", choices=["png", "pdf", "svg"], help="file format of the figures")
+    group.add_argument("--style", choices=["paper", "talk"],
+                       help="paper: at most 7 inches wide; talk: as large as a slide of 13.3 x 7.5 inches; in both no "
+                            "text is below 8 points (default: the size that suits a screen)")
 
 
 def add_seed(group):
@@ -412,6 +470,15 @@ def write_text(path, text):
     """Write a text file, whole or not at all."""
     with writing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, report, **options):
+    """Write a dict as a JSON file, whole or not at all; "made_by" in it tells command, commit and data. The options
+    are json.dumps's."""
+    import json
+
+    origin = {"made_by": made_by()} if made_by() else {}
+    write_text(path, json.dumps({**report, **origin}, indent=2, **options) + "\n")
 
 
 def table(header, rows, align=None):

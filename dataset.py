@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from circle_process import LARGEST_VALUE, LONGEST_PERIOD, Process, draw_series
-from cli import STOP_SIGNALS, WINDOW_DEFAULTS, UserError, one_line
+from cli import STOP_SIGNALS, WINDOW_DEFAULTS, UserError, one_line, reads_data
 from text_tables import read_table
 
 MISSING = "make it with: python markov_circles_timeseries.py --data-dir {}; or name your own recordings by --data FILE"
@@ -98,6 +98,7 @@ def load_series(source):
     or type, holds NaN or leaves its range. Nothing is unpickled.
     """
     source = Path(source)
+    reads_data(source)
     path, names = split_names(source)
     if path.is_file() and path.suffix.lower() in RECORDING_SUFFIXES:
         return load_recordings(source, [path], names)

@@ -12,8 +12,6 @@ Examples:
 import cli  # first: from here on Ctrl-C ends the script without a traceback
 
 # isort: split
-import json
-
 import numpy as np
 
 import dataset
@@ -32,6 +30,7 @@ def parse_args(argv=None):
     estimate.add_argument("--k", type=cli.positive_int, nargs="+", default=[5, 10, 20, 50, 100], metavar="K",
                           help="numbers of nearest neighbours, each 2 or more")
     cli.add_seed(estimate)
+    cli.add_drawing(parser)
     files = parser.add_argument_group("files")
     cli.add_data_dir(files)
     cli.add_save_dir(files)
@@ -115,7 +114,7 @@ def main(args):
         print(f"{n - n_distinct:,} of {n:,} points repeat another and count once")
     print(dimension_table(entries, ks))
     report = {"points": n, "seed": args.seed, "k": ks, "entries": entries}
-    cli.write_text(save_dir / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    cli.write_json(save_dir / f"{name}.json", report)
     print(f"wrote {save_dir / name}.json")
     figures.save(draw_dimension(entries, ks, series.feature_dim, f"Intrinsic dimension of {n:,} points"),
                  save_dir / f"{name}.png")

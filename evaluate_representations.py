@@ -84,6 +84,7 @@ def parse_args(argv=None):
     dimension.add_argument("--lb-points", type=cli.positive_int, default=10_000, metavar="N",
                            help="random time steps for the dimension")
     cli.add_computing(parser)
+    cli.add_drawing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, nargs="+", default=[Path("model_next.pt")], metavar="NAME.pt",
                        help="trained models; several are compared")
@@ -800,7 +801,7 @@ def write_report(report, args, prefix, subtitle):
     if report["levels"][0].get("umap_silhouette") is not None:
         print(umap_table(report))
     report = with_earlier(report, args.save_dir / f"{prefix}_metrics.json")
-    cli.write_text(args.save_dir / f"{prefix}_metrics.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    cli.write_json(args.save_dir / f"{prefix}_metrics.json", report, allow_nan=False)
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
     figures.save(draw_summary([report], f"{report['name']}: measures against depth{subtitle}"),
                  args.save_dir / f"{prefix}_summary.png")

@@ -12,7 +12,9 @@ What makes a Figure is decorated with `cli.in_style`: the style holds while it i
 are left alone.
 """
 
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import matplotlib
 import matplotlib.image
@@ -21,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 
 import cli
@@ -39,6 +42,9 @@ STYLE = {
     "ytick.labelsize": 9,
     "lines.linewidth": 1.5,
 }
+
+PAGE = {"paper": (7.0, 9.0), "talk": (13.3, 7.5)}  # inches: the text of a page of A4 or letter, and a wide slide
+SMALLEST = 8  # points: no smaller text on either
 
 # matplotlib's petroff10 (Petroff 2021, arXiv 2107.02270): ten colours that readers with a colour deficiency tell apart.
 TEN_COLORS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -101,35 +107,94 @@ def laid_out(fig):
     """The figure after its constrained layout has been computed and switched off, so that drawing it later is quick."""
     engine = fig.get_layout_engine()
     if engine is not None:
+        fit_to_page(fig, cli.drawing_flags()[1])
         engine.execute(fig)
         fig.set_layout_engine(None)
     return fig
 
 
+def fit_to_page(fig, style):
+    """Give a figure the size and the text of a page (style "paper") or a slide ("talk"); None leaves it as it is.
+
+    A page is PAGE inches, and no text on it is below SMALLEST points. Titles that are wider than their panel are
+    broken into lines.
+    """
+    if style is None:
+        return
+    width, height = fig.get_size_inches()
+    grow = min(PAGE[style][0] / width, PAGE[style][1] / height)
+    if style == "talk":
+        fig.set_size_inches(grow * width, grow * height)
+    elif grow < 1:
+        fig.set_size_inches(min(width, PAGE[style][0]), min(height, PAGE[style][1]))
+    fig.set_dpi(300 if style == "paper" else fig.dpi)
+    # On a page all text is small. On a slide it grows with the figure.
+    largest, factor = (10, 1) if style == "paper" else (np.inf, max(grow, 1))
+
+    def size(points):
+        return float(np.clip(factor * points, SMALLEST, largest))
+
+    for text in fig.findobj(Text):
+        text.set_fontsize(size(text.get_fontsize()))
+    for ax in fig.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            ticks = axis.get_ticklabels()
+            axis.set_tick_params(labelsize=ticks[0].get_fontsize() if ticks else SMALLEST)
+    if fig.get_suptitle():
+        columns = int(fig.get_figwidth() * 72 / (0.62 * size(fig._suptitle.get_fontsize())))
+        fig.suptitle(textwrap.fill(fig.get_suptitle(), columns), fontsize=fig._suptitle.get_fontsize())
+    for legend in fig.legends:
+        legend.set_ncols(min(legend._ncols, 2))
+    fig.get_layout_engine().execute(fig)
+    for ax in fig.axes:
+        for title in (ax.title, ax._left_title):
+            wanted, room = title.get_window_extent().width, ax.get_window_extent().width
+            if title.get_text() and wanted > room:
+                title.set_text(textwrap.fill(title.get_text(), max(12, int(len(title.get_text()) * room / wanted))))
+
+
 def save(fig, path):
-    """Write the figure as a PNG, whole or not at all, and print its path."""
+    """Write the figure, whole or not at all, and print its path; its metadata tell command, commit and data."""
     save_all({path: fig})
 
 
 def save_all(figs):
-    """Write figures, {path: figure}, as PNGs, each whole or not at all, and print their paths in this order.
+    """Write figures, {path.png: figure}, each whole or not at all, print their paths in this order and return them.
 
-    A thread compresses one figure while the next is drawn. savefig would draw each figure twice, the first time only
-    to compute its layout.
+    With --format pdf or svg the paths end in that. A thread compresses one PNG while the next is drawn. savefig would
+    draw each of them twice, the first time only to compute its layout.
     """
     def write(path, pixels, dpi):
         with cli.writing(path) as part:
             # Without the version of matplotlib in the file, the same numbers give the same bytes.
-            matplotlib.image.imsave(part, pixels, format="png", dpi=dpi, metadata={"Software": None})
+            origin = {key.capitalize(): value for key, value in cli.made_by().items() if value is not None}
+            matplotlib.image.imsave(part, pixels, format="png", dpi=dpi, metadata={"Software": None, **origin})
         return path
 
-    with ThreadPoolExecutor(1) as pool, matplotlib.rc_context(STYLE):
+    form, _ = cli.drawing_flags()
+    with ThreadPoolExecutor(1) as pool, matplotlib.rc_context({**STYLE, "pdf.fonttype": 42, "svg.hashsalt": "figure"}):
         jobs = []
         for path, fig in figs.items():
-            laid_out(fig).canvas.draw()
-            jobs.append(pool.submit(write, path, np.array(fig.canvas.buffer_rgba()), fig.dpi))
+            laid_out(fig)
+            if form == "png":
+                fig.canvas.draw()
+                jobs.append(pool.submit(write, path, np.array(fig.canvas.buffer_rgba()), fig.dpi))
+            else:
+                jobs.append(pool.submit(write_vectors, fig, Path(path).with_suffix(f".{form}"), form))
+        paths = []
         for job in jobs:
-            print(f"wrote {job.result()}")
+            paths.append(job.result())
+            print(f"wrote {paths[-1]}")
+    return paths
+
+
+def write_vectors(fig, path, form):
+    """Write a figure as PDF or SVG, whole or not at all, with its origin and without a date; returns the path."""
+    origin = "; ".join(f"{key}: {value}" for key, value in cli.made_by().items() if value is not None)
+    metadata = {"Subject": origin, "CreationDate": None} if form == "pdf" else {"Description": origin, "Date": None}
+    with cli.writing(path) as part:
+        fig.savefig(part, format=form, metadata=metadata)
+    return path
 
 
 def bare(ax):

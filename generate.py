@@ -87,6 +87,7 @@ def parse_args(argv=None):
                         help="compare greedy generation, temperature, output bursts and hidden bursts "
                              f"(temperature {COMPARE_TEMPERATURE:g}, interval {COMPARE_INTERVAL} unless given)")
     cli.add_computing(parser)
+    cli.add_drawing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
     cli.add_data_dir(files, of_checkpoint=True)

@@ -75,6 +75,7 @@ def parse_args(argv=None):
                           help="tilt reached at the end of a visit, with --drift")
     variants.add_argument("--center-walk-std", type=cli.non_negative_float, default=0.0, metavar="S",
                           help="standard deviation per step and feature of the random walk of the common centre")
+    cli.add_drawing(parser)
     files = parser.add_argument_group("files")
     cli.add_data_dir(files, own=False)
     files.add_argument("--uncompressed", action="store_true",
@@ -91,7 +92,8 @@ def parse_args(argv=None):
 
 def config_of(args):
     """The flags that shape the data, as the dict that config.json holds."""
-    config = {name: value for name, value in vars(args).items() if name not in ("data_dir", "no_umap", "uncompressed")}
+    others = ("data_dir", "no_umap", "uncompressed", "format", "style")
+    config = {name: value for name, value in vars(args).items() if name not in others}
     if config["subspace_dim"] is None:
         config["subspace_dim"] = config["ambient_dim"]
     return config

@@ -89,6 +89,7 @@ def build_parser():
     training.add_argument("--no-train-eval", action="store_true",
                           help="do not evaluate the training windows after each epoch (log column train_eval_mse)")
     cli.add_computing(parser)
+    cli.add_drawing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, metavar="NAME.pt",
                        help="names the run (default: model_next.pt, with each flag in the name that isn't the default)")
@@ -663,8 +664,7 @@ def finish(args, files, log, series, device, val_starts):
     model, _, _ = open_model(files["best"], args.data_dir, device, args.scan, series)
     drawn = {files["loss"]: run_files.draw_loss(log.rows, model.horizons, name),
              **run_files.draw_predictions(files, model, series, val_starts, args.seq_len, name)}
-    figures.save_all(drawn)
-    log.add_figures(list(drawn))
+    log.add_figures(figures.save_all(drawn))
     best = min(log.rows, key=lambda row: row["val_loss"])
     print(f"best: {run_files.progress_line(best, args.epochs, model.horizons)}")
     print(f"wrote {files['best']}, {files['last']}, {files['log']}, {files['record']}")

@@ -24,7 +24,6 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 # isort: split
 import dataclasses
 import itertools
-import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +72,7 @@ def parse_args(argv=None):
                          help="steps per window that starts without a past")
     targets.add_argument("--stride", type=cli.positive_int, default=WINDOW_DEFAULTS["stride"], metavar="N",
                          help="steps between the starts of these windows")
+    cli.add_drawing(parser)
     files = parser.add_argument_group("files")
     cli.add_data_dir(files)
     cli.add_save_dir(files)
@@ -1161,7 +1161,7 @@ def main(args):
     process = process_from_series(series)
     report, posterior, center = measure(args, series, process)
     print_report(report, process, series)
-    cli.write_text(save_dir / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    cli.write_json(save_dir / f"{name}.json", report)
     print(f"wrote {save_dir / name}.json")
     start = report["first_validation_step"]
     shown = slice(start, min(start + SHOWN_STEPS, series.n_steps))

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,7 +37,8 @@ except ImportError:  # not on Windows, where nothing keeps two runs apart that s
 PRINT_EVERY_SECONDS = 10  # between two lines on the progress, where there is no progress bar
 
 # Flags that say how or where to compute, not what: --resume takes them from the command line where they are given.
-FREE_ON_RESUME = ("data_dir", "num_workers", "no_compile", "no_train_eval", "scan", "device", "epochs", "log_dir")
+FREE_ON_RESUME = ("data_dir", "num_workers", "no_compile", "no_train_eval", "scan", "device", "epochs", "log_dir",
+                  "format", "style")
 # Flags that belong to one command and not to the run: always those of the command line.
 OF_THE_COMMAND = ("checkpoint", "resume", "eval")
 
@@ -253,7 +253,7 @@ class EpochLog:
         if self.writer is None:
             return
         prefix = self.path.name.removesuffix("log.csv")
-        for path in paths:
+        for path in (path for path in paths if path.suffix == ".png"):
             pixels = matplotlib.image.imread(path)[:, :, :3]
             self.writer.add_image(path.stem.removeprefix(prefix), pixels, self.rows[-1]["epoch"], dataformats="HWC")
         self.writer.close()
@@ -278,12 +278,6 @@ def tensorboard_writer(log_dir, name, epoch):
 
 def run_record(args, device, model, world=1):
     """Command, all flags, commit, start time, seed, processes, device, back end, size and versions, as a dict."""
-    try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True,
-                                   text=True, cwd=Path(__file__).parent, timeout=10)
-        commit = described.stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        commit = None
     launcher = ["python"]
     if world > 1:
         launcher = ["torchrun", f"--nnodes={os.environ.get('GROUP_WORLD_SIZE', 1)}",
@@ -291,7 +285,7 @@ def run_record(args, device, model, world=1):
     return {"command": shlex.join([*launcher, Path(sys.argv[0]).name, *sys.argv[1:]]),
             "flags": {name: str(value) if isinstance(value, Path) else value
                       for name, value in flags_to_save(args).items()},
-            "git_commit": commit,
+            "git_commit": cli.git_commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "seed": args.seed,
             "processes": world,

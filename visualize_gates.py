@@ -32,6 +32,7 @@ def parse_args(argv=None):
     shown.add_argument("--umap-points", type=cli.positive_int, default=3000, metavar="N",
                        help="random time steps in each UMAP")
     cli.add_computing(parser)
+    cli.add_drawing(parser)
     files = parser.add_argument_group("files")
     files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
     cli.add_data_dir(files, of_checkpoint=True)

@@ -1,15 +1,20 @@
 """Figures: what is drawn, where it lies, and what is written. Colours are read off the rendered pixels."""
 
 import itertools
+import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
+import PIL.Image
 import pytest
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 import cli
 import figures
@@ -378,3 +383,88 @@ def test_every_function_that_makes_a_figure_draws_in_style():
         for head, body in re.findall(r"((?:^@.*\n)*)^def \w+\(.*\n((?:(?:    .*)?\n)*)", path.read_text("utf-8"), re.M):
             assert "new_figure(" not in body or "@cli.in_style" in head, (path, body[:80])
 
+
+# ---- formats, pages and where a figure comes from ----------------------------------------------------------------
+
+
+def made_with(**flags):
+    """A context like that of a script that was started with these flags."""
+    return cli._running(SimpleNamespace(**{"format": "png", "style": None, "data_dir": "some/data", **flags}))
+
+
+@pytest.fixture
+def command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/folder/generate.py", "--gen-len", "5", "--save-dir", "a b"])
+    monkeypatch.setattr(cli, "git_commit", lambda: "0123abc-dirty")
+    return "python generate.py --gen-len 5 --save-dir 'a b'"
+
+
+def test_a_png_tells_command_commit_and_data(tmp_path, command):
+    with made_with():
+        figures.save(plain_figure("red"), tmp_path / "a.png")
+    assert PIL.Image.open(tmp_path / "a.png").text == {
+        "Command": command, "Commit": "0123abc-dirty", "Data": "some/data"}
+    figures.save(plain_figure("red"), tmp_path / "b.png")  # in a notebook
+    assert PIL.Image.open(tmp_path / "b.png").text == {}
+
+
+@pytest.mark.parametrize(("form", "starts"), [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_figures_in_other_formats_tell_it_too_and_are_the_same_each_time(tmp_path, capsys, command, form, starts):
+    contents = []
+    for _ in range(2):
+        with made_with(format=form):
+            assert figures.save_all({tmp_path / "a_T0.5.png": plain_figure("red")}) == [tmp_path / f"a_T0.5.{form}"]
+        contents.append((tmp_path / f"a_T0.5.{form}").read_bytes())
+    assert capsys.readouterr().out.splitlines()[0] == f"wrote {tmp_path / 'a_T0.5'}.{form}"
+    assert contents[0] == contents[1] and contents[0].startswith(starts)
+    assert [path.name for path in tmp_path.iterdir()] == [f"a_T0.5.{form}"]
+    if form == "svg":
+        text = contents[0].decode()
+        assert "commit: 0123abc-dirty; data: some/data" in text and "--gen-len 5" in text
+    else:
+        assert b"commit: 0123abc-dirty; data: some/data" in contents[0]
+
+
+def test_json_tells_it_too(tmp_path, command):
+    with made_with():
+        cli.write_json(tmp_path / "a.json", {"points": 5})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"points": 5, "made_by": {
+        "command": command, "commit": "0123abc-dirty", "data": "some/data"}}
+    cli.write_json(tmp_path / "b.json", {"points": 5})
+    assert json.loads((tmp_path / "b.json").read_text()) == {"points": 5}
+
+
+def wide_figure():
+    fig, axes = figures.new_figure(2, 4, panel=(3.7, 3.0), title="wide")
+    for ax in axes.flat:
+        ax.plot([0, 1], [0, 1])
+        ax.set_title("circle accuracy of a linear probe", fontsize=6)
+        ax.set_xlabel("layer", fontsize=5)
+    axes[0, 0].text(0, 0, "small", fontsize=4)
+    figures.circle_legend(fig, 3)
+    return fig
+
+
+@pytest.mark.parametrize(("style", "size"), [("paper", (7, 6)), ("talk", (13.3, 13.3 * 6 / 14.8)), (None, (14.8, 6))])
+def test_no_text_is_too_small_on_a_page_or_a_slide(tmp_path, style, size):
+    fig = wide_figure()
+    with made_with(style=style):
+        figures.save(fig, tmp_path / "a.png")
+    np.testing.assert_allclose(fig.get_size_inches(), size)
+    sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text()]
+    assert min(sizes) == (8 if style else 4)
+    assert style != "paper" or max(sizes) <= 10
+    pixels = imread(tmp_path / "a.png").shape
+    assert pixels[1] == pytest.approx(size[0] * (300 if style == "paper" else 150), abs=1)
+    for ax in fig.axes if style else []:
+        assert ax.title.get_window_extent().width <= 1.1 * ax.get_window_extent().width
+
+
+def test_a_small_figure_keeps_its_size_on_a_page_and_fills_a_slide(tmp_path):
+    for style, size in (("paper", (4, 3)), ("talk", (10, 7.5))):
+        fig, axes = figures.new_figure(title="small")
+        axes[0, 0].set_xlabel("layer")
+        with made_with(style=style):
+            figures.save(fig, tmp_path / "a.png")
+        np.testing.assert_allclose(fig.get_size_inches(), size)
+        assert axes[0, 0].xaxis.label.get_fontsize() == (10 if style == "paper" else 25)
