@@ -115,7 +115,8 @@ def test_notebooks_still_import_the_estimator_and_the_umap_from_here():
 
 def test_without_flags_the_readmes_defaults_hold():
     assert vars(ed.parse_args([])) == {"points": 20_000, "k": [5, 10, 20, 50, 100], "seed": 42,
-                                       "data_dir": Path("data"), "save_dir": Path("plots")}
+                                       "data_dir": Path("data"), "save_dir": Path("plots"),
+                                       "format": "png", "style": None}
 
 
 def test_script_reports_all_points_and_each_circle(script, data_dir, tmp_path):

@@ -156,7 +156,8 @@ MANY = ["--seq-len", "70", "--stride", "7", "--val-fraction", "0.3", "--fresh", 
         "--contrastive-lambda", "1e-3", "--contrastive-temp", "0.3", "--contrastive-negatives", "5", "--aug-noise",
         "0.7", "--aug-rotate", "--aug-rotate-eps", "0.2", "--aug-scale", "0.15", "--batch-size", "6", "--lr", "3e-4",
         "--warmup-epochs", "2.5", "--epochs", "9", "--ema", "0.9", "--no-compile", "--no-amp", "--no-train-eval",
-        "--seed", "8", "--fresh", "--scan", "reference", "--device", "cpu", "--data-dir", "a b", "--log-dir", "logs"]
+        "--seed", "8", "--fresh", "--scan", "reference", "--device", "cpu", "--data-dir", "a b", "--log-dir", "logs",
+        "--format", "svg", "--style", "talk"]
 
 
 @pytest.mark.parametrize("flags", [[], MANY])
@@ -183,7 +184,7 @@ def test_a_flag_of_the_wrong_kind_is_refused(name, value):
 
 
 FREE = ["--data-dir", "a b", "--num-workers", "2", "--no-compile", "--no-train-eval", "--scan", "reference", "--device",
-        "cpu", "--epochs", "9", "--log-dir", "logs"]
+        "cpu", "--epochs", "9", "--log-dir", "logs", "--format", "svg", "--style", "talk"]
 
 
 def test_resume_takes_free_flags_from_the_command():

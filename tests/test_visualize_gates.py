@@ -436,7 +436,7 @@ def test_device_and_scan_are_those_asked_for(work, saved, monkeypatch):
 
 
 def test_without_flags_the_readmes_defaults_hold():
-    assert vars(vg.parse_args(["--checkpoint", "m.pt"])) == {
+    assert vars(vg.parse_args(["--checkpoint", "m.pt"])) == {"format": "png", "style": None,
         "layer": None, "sample": 0, "n_samples": 1, "umap": False, "umap_points": 3000, "seed": 42, "device": "auto",
         "scan": "auto", "checkpoint": Path("m.pt"), "data_dir": None, "save_dir": Path("plots")}
 
