@@ -543,7 +543,7 @@ def open_model(path, data_dir, device, scan, series=None):
         series = dataset.load_series(data_dir or own)
     dataset.check_fits_model(series, model, path)
     crc32 = checkpoint.get("data_crc32")
-    if crc32 is not None and crc32 != dataset.crc32(series.X):
+    if isinstance(crc32, int) and crc32 != dataset.crc32(series.X):
         print(f"warning: {path} was trained on other data ({args.get('data_dir')}): its numbers on these say little "
               "about it")
     return model, {**args, "data_dir": str(own)} if "data_dir" in args else args, series
@@ -563,8 +563,9 @@ def trained_on(path, checkpoint):
     The file gives it in two ways, seen from the root (in older files from where training was started) and from the
     file's own folder: so the data are also found when the whole project was moved.
     """
-    named = Path(str(checkpoint["args"].get("data_dir", "data")))
-    seen_from_file = Path(path).parent / str(checkpoint.get("data_dir", named))
+    named, from_file = checkpoint["args"].get("data_dir"), checkpoint.get("data_dir")
+    named = Path(named if isinstance(named, str) else "data")
+    seen_from_file = Path(path).parent / (from_file if isinstance(from_file, str) else named)
     # FILE.npz:NAME names an array within a file.
     return next((where for where in (named, seen_from_file)
                  if where.exists() or Path(str(where).rpartition(":")[0]).is_file()), named)

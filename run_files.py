@@ -328,7 +328,7 @@ def print_record(path, saved):
     but it is another run's where the checkpoint is a copy under another name.
     """
     record, own = read_record(path), whole_record(saved)
-    if record is None or (own is not None and record.get("started") != own.get("started")):
+    if record is None or (own is not None and str(record.get("started")) != str(own.get("started"))):
         record = own
     if record is None:
         print(f"no readable record of the run at {path}")
