@@ -266,7 +266,7 @@ def killed_trainings(folder, data_dir, fate):
         for name in ("a.pt", "a_last.pt"):
             a, b = (torch.load(d / name, weights_only=True) for d in (never, run))
             for checkpoint in (a, b):
-                del checkpoint["args"]  # --resume, --checkpoint
+                del checkpoint["args"], checkpoint["record"]  # --resume, --checkpoint, the times of all starts
                 # The last step's learning rate, which the schedule sets anew at each step.
                 del checkpoint["optimizer_state_dict"]["param_groups"]
             other = [key for key in a if not same_state(a[key], b[key])]
