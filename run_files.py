@@ -69,6 +69,7 @@ def claimed(args, ranks):
     Raises UserError that says which process holds the name. A process that ends in any way gives it back.
     """
     lock, path = None, args.checkpoint.parent / f".{stem(args.checkpoint)}.lock"
+    there_before = path.parent.exists()
     with ranks.together():
         if ranks.first and not args.resume:
             cli.output_folder(path.parent)
@@ -80,6 +81,9 @@ def claimed(args, ranks):
         if lock is not None:
             path.unlink(missing_ok=True)  # first: who opens it from now on makes a new file
             lock.close()
+        if ranks.first and not there_before:
+            with contextlib.suppress(OSError):  # a run that was refused leaves no empty folder; others have files
+                path.parent.rmdir()
 
 
 def hold(path, checkpoint):

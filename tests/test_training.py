@@ -384,8 +384,10 @@ def test_the_last_good_checkpoint_is_good(script, refused, shared_data, tmp_path
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "good.pt", "--lr", "0.01"))
     poison_step(monkeypatch, 4)  # the first of the second epoch's three
     line = refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "bad.pt", "--lr", "0.01"))
-    rate = training.lr_at(4, 0.01, 3, 9)
-    assert f"at step 5 (epoch 2, learning rate {rate:.3g})" in line and f"{tmp_path / 'bad.pt'} (" in line
+    # A save looks at the weights first, which the poisoned step has spoiled; without it the next step's loss tells.
+    step = 3 if saved_each_epoch else 4
+    rate = training.lr_at(step, 0.01, 3, 9)
+    assert f"at step {step + 1} (epoch 2, learning rate {rate:.3g})" in line and f"{tmp_path / 'bad.pt'} (" in line
     bad = torch.load(tmp_path / "bad.pt", weights_only=True)
     assert bad["epoch"] == 1 and bad["val_loss"] == float(rows(tmp_path / "good_log.csv")[0]["val_loss"])
     assert all(value.isfinite().all() for value in bad["model_state_dict"].values())
