@@ -6,7 +6,7 @@ PY     := $(BIN)/python
 DEMO   := demo
 STUDY  := study
 
-.PHONY: demo test bench study clean-demo help
+.PHONY: demo test bench study songs clean-demo help
 # A file that a failed command has begun is deleted. Every rule below has as its target the last file that its command
 # writes: when that file is there, the step is complete, and a repeated make goes on behind it.
 .DELETE_ON_ERROR:
@@ -29,6 +29,7 @@ help:
 	@echo "make test        the linter and the tests"
 	@echo "make bench       speed tables beside other software, which is installed first (requirements-bench.txt)"
 	@echo "make study       the 21 runs of docs/results.md and their comparison: for a GPU; days on a CPU"
+	@echo "make songs       three models with a mixture head, and their songs: for a GPU, 6 minutes per model on an H100"
 	@echo "make clean-demo  deletes the folder of the demo"
 	@echo "make help        this list"
 	@echo "All but the last two make the environment $(VENV) first. demo and study go on where they were interrupted."
@@ -120,6 +121,32 @@ $(STUDY)/plots/.compared: $(foreach run,$(STUDY_RUNS) $(STUDY_BEST) $(STUDY_SUB4
 	$(PY) generate.py --data-dir $(STUDY)/data --save-dir $(STUDY)/plots --checkpoint $(STUDY)/full_42.pt \
 	    --gen-len 4096 --compare
 	@touch $@
+
+# The songs: a mixture head, trained on a series of 30 million steps, tested on the last two million steps of a series that
+# begins with the same 30 million, and its songs.
+SONGS      := $(foreach seed,42 43 44,$(STUDY)/song_$(seed))
+SONG_FLAGS := --mixture 16 --dropout 0 --lr 8e-3 --ema 0.99 --val-fraction 0.004 --epochs 14 --warmup-epochs 0.5 \
+              --no-train-eval
+
+songs: $(STUDY)/plots/.sung
+
+$(STUDY)/plots/.sung: $(SONGS:%=%_prediction_2.png) $(STUDY)/data/test/periods.png
+	for song in $(SONGS); do \
+	    $(PY) masked_model_gpu_mamba_next.py --eval $$song.pt --data-dir $(STUDY)/data/test --stride 1024 \
+	        --val-fraction 0.0625 --no-amp && \
+	    $(PY) generate.py --checkpoint $$song.pt --data-dir $(STUDY)/data/test --save-dir $(STUDY)/plots \
+	        --n-samples 12 --gen-len 100000 --seed-offset 30000000 || exit 1; done
+	@touch $@
+
+$(STUDY)/song_%_prediction_2.png: $(STUDY)/data/long/periods.png
+	$(PY) masked_model_gpu_mamba_next.py --data-dir $(STUDY)/data/long --checkpoint $(STUDY)/song_$*.pt --seed $* \
+	    $(SONG_FLAGS) $$(test -f $(STUDY)/song_$*_last.pt && echo --resume)
+
+$(STUDY)/data/long/periods.png: | $(VENV)/.runtime
+	$(PY) markov_circles_timeseries.py --no-umap --uncompressed --n-steps 30000000 --data-dir $(STUDY)/data/long
+
+$(STUDY)/data/test/periods.png: | $(VENV)/.runtime
+	$(PY) markov_circles_timeseries.py --no-umap --uncompressed --n-steps 32000000 --data-dir $(STUDY)/data/test
 
 # The series that a run is trained on, unless a line above names another for it.
 SERIES = data
