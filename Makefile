@@ -56,15 +56,16 @@ $(DEMO)/data/umap.png: | $(VENV)/.runtime
 # state, from which --resume goes on.
 $(DEMO)/model_prediction_2.png: $(DEMO)/data/umap.png
 	$(PY) masked_model_gpu_mamba_next.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt \
-	    --d-model 64 --n-layers 4 --d-state 16 --d-ff 128 --seq-len 512 --stride 256 --batch-size 16 --epochs 40 \
-	    --warmup-epochs 2 --lr 3e-3 --no-train-eval $$(test -f $(DEMO)/model_last.pt && echo --resume)
+	    --fresh --mixture 8 --d-model 64 --n-layers 3 --d-state 16 --d-ff 128 --dropout 0 --seq-len 512 --stride 512 \
+	    --batch-size 8 --epochs 177 --warmup-epochs 2 --lr 8e-3 --ema 0.99 --no-train-eval $$(test -f $(DEMO)/model_last.pt && echo --resume)
 
 $(DEMO)/plots/model_umap.png: $(DEMO)/model_prediction_2.png
 	$(PY) evaluate_representations.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots \
 	    --umap-points 3000
 
 $(DEMO)/plots/.generated: $(DEMO)/model_prediction_2.png
-	$(PY) generate.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots --gen-len 2048
+	$(PY) generate.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots --gen-len 2048 \
+	    --temperature 0.75
 	@touch $@
 
 $(DEMO)/plots/model_gates_summary_0.png: $(DEMO)/model_prediction_2.png

@@ -453,7 +453,7 @@ def named_after(name, data_dir):
 def data_name(data_dir, default="data"):
     """What data are called in the names of files: nothing where they are those of the folder `default`, otherwise
     their folder's name, or of a folder that is called data, too, that of the folder around it."""
-    path = Path(os.path.abspath(data_dir))
+    path = Path(re.sub(r"\.(npy|npz|csv|tsv)(?=$|:)", "", os.path.abspath(data_dir)))
     if path == Path(os.path.abspath(default)):
         return ""
     return re.sub(r"[^\w.-]+", "-", path.parent.name if path.name == "data" else path.name) or "data"

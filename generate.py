@@ -65,8 +65,8 @@ def parse_args(argv=None):
     # None until the checkpoint says which head it has.
     song.add_argument("--temperature", type=cli.non_negative_float, metavar="T",
                       help="of a mixture model: 1 draws from the predicted density, 0 plays its mean, and other values "
-                           "sharpen or flatten it: softmax(logits / T) and scales * sqrt(T) (default: 1); of a point "
-                           "model: noise on each prediction, in units of the data's noise_std (default: 0)")
+                           "sharpen or flatten it: softmax(logits / T) and scales * sqrt(T); of a point model: noise "
+                           "on each prediction, in units of noise_std (default: 1 for a mixture, 0 for a point)")
     song.add_argument("--n-samples", type=cli.positive_int, default=3, metavar="N",
                       help="songs, generated as one batch, from seeds spread evenly behind the first")
     # Left out of the namespace unless given: their defaults depend on other flags.

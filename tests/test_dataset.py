@@ -451,9 +451,10 @@ def peak():
     return int(line.split()[1]) / 1024
 
 def work(n_steps):
+    folder = f"{sys.argv[1]}/{n_steps}"
     mc.main(mc.parse_args(["--no-umap", "--uncompressed", "--n-steps", str(n_steps), "--ambient-dim", "16",
-                           "--data-dir", sys.argv[1]]))
-    series = dataset.load_series(sys.argv[1])
+                           "--data-dir", folder]))
+    series = dataset.load_series(folder)
     dataset.crc32(series.X)
     dataset.pick(series.states, np.arange(0, n_steps, n_steps // 3000))
     batches = torch.arange(0, n_steps - 1000, 1000).split(8)
@@ -467,7 +468,7 @@ print("grown by", peak() - before, "MB")
     result = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=300,
                             cwd=Path(dataset.__file__).parent)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "data.npz").stat().st_size > 240e6
+    assert (tmp_path / "3000000" / "data.npz").stat().st_size > 240e6
     assert float(result.stdout.split("grown by")[1].split()[0]) < 64
 
 

@@ -749,7 +749,8 @@ def test_runs_that_differ_in_the_seed_alone_are_averaged(run, tmp_path):
 def test_data_that_the_filter_does_not_know_have_measures_but_no_floor(run, rewrite_data, tmp_path):
     result, _ = run(*QUICK, "--no-lb", "--layers", "1", data=rewrite_data(config={"noise_std": 0.0}))
     assert "no optimal floor and ceiling" in result.out
-    report = json.loads((tmp_path / "plots" / "tiny_metrics.json").read_text())
+    (path,) = (tmp_path / "plots").glob("tiny_*metrics.json")
+    report = json.loads(path.read_text())
     assert report["filter_circle_accuracy"] is None and report["errors"][0]["optimal_mse"] is None
     assert report["levels"][0]["probe_accuracy"] > 0
 
@@ -910,9 +911,9 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint,
         assert (f"\n{report['name']}: {report['n_layers']} layers; exact filter's circle accuracy "
                 f"{report['filter_circle_accuracy']:.3f}\n") in result.out
         summary = saved[f"{report['name']}_velocity_pca3_summary.png"]
-        assert [line.get_ydata().tolist() for line in summary.axes[5].get_lines()] == [
-            [level["effective_rank"] for level in report["levels"]]]
-        assert legend_of(summary.axes[7])[0] == report["name"]
+        *layers, output = [level["effective_rank"] for level in report["levels"]]
+        assert [line.get_ydata().tolist() for line in summary.axes[5].get_lines()] == [layers, [output]]
+        assert summary.legends[0].get_texts()[0].get_text() == report["name"]
     assert reports[1]["seq_len"] == 64 and [row["horizon"] for row in reports[1]["errors"]] == [1, 2]
     assert reports[0]["errors"][0]["optimal_mse"] != reports[1]["errors"][0]["optimal_mse"]  # other windows
     table = [ev.comparison_row(report) for report in reports]
@@ -922,7 +923,7 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint,
     compared = saved["compare_tiny_deep_velocity_pca3_summary.png"]
     assert compared.get_suptitle() == (
         "measures against depth, change since the step before, up to 3 principal components")
-    assert [len(line.get_ydata()) for line in compared.axes[5].get_lines()] == [4, 5]
+    assert [len(line.get_ydata()) for line in compared.axes[5].get_lines()] == [3, 1, 4, 1]  # levels and output
 
 
 def test_the_ceiling_is_the_filters_accuracy_on_the_steps_that_score_the_probes(monkeypatch):
