@@ -11,6 +11,7 @@ import fnmatch
 import json
 import math
 import mmap
+import os
 import shutil
 import signal
 import zipfile
@@ -159,6 +160,7 @@ def read_npz(path, choose):
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             members = {}
+            check_directory(archive, file)
             for info in archive.infolist():
                 archive.open(info).close()  # raises an error if the member's own header has another name
                 members[info.filename.removesuffix(".npy")] = info
@@ -168,6 +170,18 @@ def read_npz(path, choose):
         raise
     except Exception as error:  # zipfile and numpy let out whatever they stumble over in a hostile file
         raise unreadable(path, error) from None
+
+
+def check_directory(archive, file):
+    """Raise ValueError unless the directory of the open zip file lists as many members as its end record counts.
+
+    zipfile doesn't compare the two: a damaged length can hide the entries behind it, and an array that is missing may
+    be one that the user's own recordings never have.
+    """
+    file.seek(-len(archive.comment) - 12, os.SEEK_END)  # the count of members, in a record of 22 bytes at the end
+    count = int.from_bytes(file.read(2), "little")
+    if count not in (len(archive.infolist()), 0xFFFF):  # 0xFFFF: counted elsewhere, in files of very many members
+        raise ValueError(f"its directory lists {len(archive.infolist())} of {count} members")
 
 
 def unreadable(path, error):
