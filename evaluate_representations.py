@@ -568,9 +568,14 @@ def draw_summary(reports, title):
     depth axis.
     """
     colors = figures.run_colors(len(reports))
-    fig = figures.empty_figure((14.8, 6.4), title)
-    grid = fig.add_gridspec(2, 12)
-    places = [grid[0, i:i + 3] for i in range(0, 12, 3)] + [grid[1, i:i + 4] for i in range(0, 12, 4)]
+    on_a_page = cli.drawing_flags()[1] == "paper"  # too narrow for four panels side by side
+    fig = figures.empty_figure((7.0, 9.0) if on_a_page else (14.8, 6.4), title)
+    if on_a_page:
+        grid = fig.add_gridspec(4, 2)
+        places = [*(grid[i // 2, i % 2] for i in range(6)), grid[3, :]]
+    else:
+        grid = fig.add_gridspec(2, 12)
+        places = [grid[0, i:i + 3] for i in range(0, 12, 3)] + [grid[1, i:i + 4] for i in range(0, 12, 4)]
     panels = [fig.add_subplot(place) for place in places]
     for ax, (name, lines) in zip(panels, PANELS, strict=True):
         figures.set_tick_sizes(ax)
@@ -583,7 +588,7 @@ def draw_summary(reports, title):
     if ceiling is not None:
         handles.append(panels[0].axhline(ceiling, color="0.4", linestyle="-.", linewidth=1,
                                          label=f"exact filter: {ceiling:.3f}"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=4)
+    fig.legend(handles=handles, loc="outside lower center", ncols=2 if on_a_page else 4)
     return fig
 
 

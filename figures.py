@@ -143,8 +143,6 @@ def fit_to_page(fig, style):
     if fig.get_suptitle():
         columns = int(fig.get_figwidth() * 72 / (0.62 * size(fig._suptitle.get_fontsize())))
         fig.suptitle(textwrap.fill(fig.get_suptitle(), columns), fontsize=fig._suptitle.get_fontsize())
-    for legend in fig.legends:
-        legend.set_ncols(min(legend._ncols, 2))
     fig.get_layout_engine().execute(fig)
     for ax in fig.axes:
         for title in (ax.title, ax._left_title):

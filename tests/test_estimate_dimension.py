@@ -51,7 +51,7 @@ def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tm
     points, circles = X[steps], states[steps]
     report = json.loads(only(tmp_path / "plots", "dimension*.json").read_text())
     assert {key: report[key] for key in ("points", "seed", "k")} == {"points": 2500, "seed": 9, "k": [6, 20]}
-    assert set(report) == {"points", "seed", "k", "entries"}
+    assert set(report) == {"points", "seed", "k", "entries", "made_by"}
     lines = result.out.splitlines()
     n_distinct = len({tuple(x) for x in points.tolist()})
     assert lines[0] == f"{2500 - n_distinct} of 2,500 points repeat another and count once"

@@ -530,6 +530,16 @@ def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
     assert [tuple(h.get_color()) for h in handles[:2]] == [tuple(color) for color in colors]
 
 
+def test_a_summary_on_a_page_has_two_columns_that_nothing_covers(tmp_path):
+    with cli._running(SimpleNamespace(style="paper")):
+        fig = ev.draw_summary([made_report("first"), made_report("second", shift=0.3)], "measures against depth")
+        figures.save(fig, tmp_path / "a.png")
+    assert fig.get_size_inches().tolist() == [7, 9] and len(fig.axes) == 7
+    boxes = [ax.get_tightbbox() for ax in fig.axes] + [fig.legends[0].get_window_extent()]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(box.x0 >= 0 and box.x1 <= fig.bbox.x1 and box.y0 >= 0 for box in boxes)
+
+
 def test_a_summary_draws_what_there_is():
     report = made_report(umap=False, filter_circle_accuracy=None, depths=[0, 2, 4])
     for level in report["levels"]:

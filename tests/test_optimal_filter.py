@@ -492,7 +492,7 @@ def test_each_number_of_the_report(written, report):
     smoothed = reference["smoothed"].argmax(axis=1) == series.states
     assert list(found) == ["noise_floor", "planes_recovered", "n_steps", "first_validation_step", "seq_len", "stride",
                            "horizons", "circle_accuracy", "val_circle_accuracy", "smoothed_circle_accuracy",
-                           "log_likelihood_per_step", "entropy_rate", "entropy_rate_error"]
+                           "log_likelihood_per_step", "entropy_rate", "entropy_rate_error", "made_by"]
     process = optimal_filter.process_from_series(series)
     assert (found["entropy_rate"], found["entropy_rate_error"]) == optimal_filter.entropy_rate(process)
     assert found["noise_floor"] == pytest.approx(NOISE**2) and found["planes_recovered"] is False
