@@ -830,7 +830,7 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
               "trained_with": {**SAVED, "dropout": 0.1, "data_dir": str(shared_data)}, "best_layer": "layer 2",
               "umap_neighbors": 9, "data_crc32": dataset.crc32(series.X)}
     assert {key: report[key] for key in wanted} == wanted
-    assert set(report) == {*wanted, "errors", "levels", "weights_crc32"}
+    assert set(report) == {*wanted, "errors", "levels", "weights_crc32", "made_by"}
     starts = np.arange(2700, 3000 - 128 + 1, 64)
     floor = optimal_filter.window_floors(process, series, starts, 128, [1])
     assert report["errors"][0]["optimal_mse"] == pytest.approx(floor["mse"][1], rel=1e-9)
