@@ -684,6 +684,7 @@ def test_the_seed_of_batches_and_their_jitter():
     counts = np.bincount(seen, minlength=16)
     assert counts.min() > 80 and counts.max() < 190  # each shift as often as the others
     assert not torch.equal(batches, batches_of(0, seed=1))
+    assert not torch.equal(batches_of(1, seed=1), batches_of(0, seed=2))  # no epoch of one seed is one of another
 
 
 def test_flags_given_are_known_from_defaults():
