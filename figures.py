@@ -208,6 +208,12 @@ def log_ticks(axis, multiples):
     axis.set_minor_locator(NullLocator())
 
 
+def log_ticks_for_range(ax):
+    """log_ticks on the y axis of Axes, the closer together the less of the axis there is."""
+    low, high = ax.get_ylim()
+    log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
+
+
 def hide_unused(axes, used):
     """Switch off the panels after the first `used` ones."""
     for ax in axes.ravel()[used:]:

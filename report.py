@@ -185,8 +185,7 @@ def draw_curves(groups):
         ax.set(xlabel="training steps (updates)", ylabel=labels[column])
         if column.startswith("excess"):
             ax.set_yscale("log")
-            low, high = ax.get_ylim()
-            figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
+            figures.log_ticks_for_range(ax)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     return fig
 
@@ -223,10 +222,14 @@ def number(value, form):
     return format(int(value) if form == "d" else value, form)
 
 
+def png_uri(content):
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
 def data_uri(path):
     """A PNG as text that a page can hold, or None when it can't be read."""
     try:
-        return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii")
+        return png_uri(Path(path).read_bytes())
     except OSError:
         return None
 
@@ -236,7 +239,7 @@ def figure_uri(fig):
     file = io.BytesIO()
     figures.laid_out(fig).canvas.draw()
     matplotlib.image.imsave(file, np.array(fig.canvas.buffer_rgba()), format="png", dpi=fig.dpi)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return png_uri(file.getvalue())
 
 
 def facts(run):

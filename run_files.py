@@ -579,8 +579,7 @@ def draw_loss(rows, horizons, title):
             ax.axvline(best, color="0.6", linestyle="--", linewidth=1, zorder=0, label=f"best epoch ({best:,})")
             epoch_axis(ax, rows[0]["epoch"], rows[-1]["epoch"])
             if ax.get_yscale() == "log":
-                low, high = ax.get_ylim()
-                figures.log_ticks(ax.yaxis, (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
+                figures.log_ticks_for_range(ax)
             if len(rows) == 1:
                 for line in ax.get_lines():
                     line.set_marker("o" if len(line.get_xdata()) == 1 else "")

@@ -1,8 +1,10 @@
 """What the tests share: tiny data, tiny checkpoints, and a script run in this process as a shell would run it."""
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -74,6 +76,33 @@ def refused(script):
         return result.err
 
     return run
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch):
+    """`with interrupted_after(4):` a training that runs in the block gets a Ctrl-C in its fourth step."""
+    import masked_model_gpu_mamba_next as training
+
+    @contextlib.contextmanager
+    def block(n_steps):
+        make_step, taken = training.make_step, [0]
+
+        def stopping(*args):
+            step = make_step(*args)
+
+            def watched(x):
+                step(x)
+                taken[0] += 1
+                if taken[0] == n_steps:
+                    signal.raise_signal(signal.SIGINT)
+
+            return watched
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "make_step", stopping)
+            yield
+
+    return block
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """--fresh: every epoch has a series of its own, the same for the same seed, resumed or not."""
 
 import csv
-import signal
 
 import numpy as np
 import pytest
@@ -83,25 +82,11 @@ def test_training_sees_the_parts_and_validation_the_data(script, shared_data, tm
     assert f"{float(log[best - 1]['val_mse_1']):.4f}" in done.out
 
 
-def test_a_resumed_run_sees_the_same_series(script, shared_data, tmp_path, monkeypatch):
+def test_a_resumed_run_sees_the_same_series(script, shared_data, tmp_path, interrupted_after):
     argv = [*TINY, "--fresh", "--data-dir", shared_data]
     assert script(NAME, *argv, "--checkpoint", tmp_path / "a.pt").code == 0
-    real, count = training.make_step, [0]
-
-    def stopping(*args):
-        step = real(*args)
-
-        def watched(x):
-            step(x)
-            count[0] += 1
-            if count[0] == 5:
-                signal.raise_signal(signal.SIGINT)
-
-        return watched
-
-    monkeypatch.setattr(training, "make_step", stopping)
-    assert script(NAME, *argv, "--checkpoint", tmp_path / "b.pt").code == 130
-    monkeypatch.setattr(training, "make_step", real)
+    with interrupted_after(5):
+        assert script(NAME, *argv, "--checkpoint", tmp_path / "b.pt").code == 130
     assert script(NAME, "--resume", "--checkpoint", tmp_path / "b.pt").code == 0
     one, other = weights(tmp_path / "a.pt"), weights(tmp_path / "b.pt")
     assert all(torch.equal(one[name], other[name]) for name in one)

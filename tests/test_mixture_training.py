@@ -103,25 +103,10 @@ def test_eval_shows_both_and_no_floor_where_there_is_none(trained, shared_data, 
     assert "NLL (nats)" in done.out
 
 
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(trained, shared_data, script, folder, monkeypatch):
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(trained, shared_data, script, folder, interrupted_after):
     argv = [*TINY, "--data-dir", shared_data, "--checkpoint", folder / "b.pt"]
-    real, count = training.make_step, [0]
-
-    def stop_in_the_second_epoch(*args):
-        step = real(*args)
-
-        def watched(x):
-            step(x)
-            count[0] += 1
-            if count[0] == 4:
-                import signal
-                signal.raise_signal(signal.SIGINT)
-
-        return watched
-
-    monkeypatch.setattr(training, "make_step", stop_in_the_second_epoch)
-    assert script(NAME, *argv).code == 130
-    monkeypatch.setattr(training, "make_step", real)
+    with interrupted_after(4):
+        assert script(NAME, *argv).code == 130
     assert script(NAME, "--resume", "--checkpoint", folder / "b.pt").code == 0
     whole, resumed = (torch.load(folder / f"{name}.pt", weights_only=True)["model_state_dict"] for name in "ab")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
