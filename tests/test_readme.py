@@ -185,10 +185,10 @@ def test_the_small_model_of_the_readme_is_that_of_the_demo():
 
 def test_the_study_runs_the_flags_that_the_results_name():
     study = dry_run("study", "STUDY=fresh_study")
-    assert study.count(f"{TRAINING}.py") == 21 and "21 runs" in README and "21 runs" in PAGES["docs/results.md"]
+    assert study.count(f"{TRAINING}.py") == 21 and "21 runs" in PAGES["docs/results.md"]
     started = re.findall(r"--no-train-eval \\ (.*?) ?\$\(test", " ".join(study.split()))
     results = " ".join(PAGES["docs/results.md"].split())
-    table = re.findall(r" \| `(--[^`]+)` \| 8\.", results)
+    table = re.findall(r" \| `(--[^`]+)` \|", results)
     ((common, full),) = re.findall(r"- `(--seq-len [^`]+)` with `(--[^`]+)`", results)
     (small,) = re.findall(r"- The same with `(--[^`]+)`", results)
     assert len(table) == 7
@@ -344,7 +344,7 @@ def test_the_glossary_says_how_large_the_tensors_are():
 
 def test_figures_are_there_and_small():
     images = [(page, *image) for page in PAGES for image in re.findall(r"!\[([^\]]+)\]\(([^)]+)\)", PAGES[page])]
-    assert len(images) == 2
+    assert len(images) >= 3
     for page, text, path in images:
         file = (REPO / page).parent / path
         assert len(text) > 20  # a reader who can't see it is told what it shows
