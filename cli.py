@@ -44,6 +44,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 # Flags of training that say how to compute, or that name files: two runs that differ in them alone differ in nothing.
 WITHOUT_EFFECT = ("checkpoint", "resume", "eval", "device", "scan", "num_workers", "no_compile", "no_train_eval",
                   "log_dir", "format", "style")
+SIGNALS = ("delta", "B", "C", "z")  # what a Mamba block computes from its input at every step: see mamba_model.py
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -287,6 +288,14 @@ fraction = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1 (both e
 probability = _number(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
 
 
+def signals(text):
+    """An argparse type: some of SIGNALS with commas between them, as in "delta,B"; returned in their order."""
+    names = text.split(",")
+    if not set(names) <= set(SIGNALS):
+        raise argparse.ArgumentTypeError(f"{text!r} must be one or more of {','.join(SIGNALS)}, with commas between")
+    return ",".join(name for name in SIGNALS if name in names)
+
+
 def add_data_dir(group, of_checkpoint=False, own=True):
     """--data-dir and, where `own` recordings may take its place, --data; both give `data_dir`. of_checkpoint: without
     either, None, for the data that the checkpoint was trained on."""
@@ -435,7 +444,8 @@ def flags_in_name(parser, args, without=()):
         if name == "data_dir":
             parts += [data_name(value)] if data_name(value) else []
         else:
-            parts.append(name if value is True else f"{name}{number_name(value)}")
+            parts.append(name if value is True else f"{name}_{value.replace(',', '_')}" if isinstance(value, str)
+                         else f"{name}{number_name(value)}")
     return parts
 
 

@@ -18,6 +18,11 @@ time, d_inner = expand * d_model, d_state and dt_rank = ceil(d_model / 16).
     h       h                         (batch, d_inner, d_state)   state: h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t
     y       y                         (batch, time, d_inner)      y_t = (C_t · h_t + D u_t) SiLU(z_t)
     -       z                         (batch, time, d_inner)      output gate, the second half of in_proj
+
+Δ, B, C and z are the signals of a block: it computes them from its input at every time step, and by them it selects.
+Those that `constant` names don't depend on the input: each is a vector of parameters, the same at all time steps. With
+Δ, B and C constant, the recurrence is linear and time-invariant, a convolution with one kernel per channel, as in S4D
+(Gu, Gupta, Goel & Ré 2022, arXiv 2206.11893; there with complex A, here with the real A of Mamba).
 """
 
 import contextlib
@@ -38,12 +43,14 @@ import mixture_head
 from kernels.selective_scan import (
     choose_backend,
     conv_step,
+    linear_of,
     mamba_inner,
     mamba_inner_with_state,
     selective_scan_step,
 )
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the initial step sizes, as in mamba_ssm.Mamba
+SIGNALS = cli.SIGNALS  # the names of Δ, B, C and z
 
 
 def at_least_float32(x):
@@ -57,22 +64,28 @@ def at_least_float32(x):
 class MambaBlock(nn.Module):
     """Selective state space block: (batch, time, d_model) to the same shape, causal in time.
 
+    constant: the names, out of SIGNALS, of those signals that don't depend on the input. A constant B, C (d_state,) or
+    z (d_inner,) is a parameter of that name; a constant delta is softplus(dt_proj.bias). The rows of x_proj and in_proj
+    and the weight of dt_proj that would compute them don't exist.
     The methods take `backend`, the scan's back end, as selective_scan.choose_backend returns it.
     """
 
-    def __init__(self, d_model, d_state=16, d_conv=4, expand=2):
+    def __init__(self, d_model, d_state=16, d_conv=4, expand=2, constant=()):
         super().__init__()
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.constant = tuple(name for name in SIGNALS if name in constant)
+        self.in_proj = nn.Linear(d_model, (1 if "z" in constant else 2) * self.d_inner, bias=False)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        n_varying = sum(n for name, n in self.x_dbl_sizes().items() if name not in constant)
+        self.x_proj = nn.Linear(self.d_inner, n_varying, bias=False) if n_varying else None
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(self.d_inner, 1))  # A = -1, …, -d_state
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         self.init_dt()
+        self.init_constants()
 
     @torch.no_grad()
     def init_dt(self):
@@ -81,20 +94,63 @@ class MambaBlock(nn.Module):
         dt = torch.exp(torch.empty(self.d_inner).uniform_(math.log(DT_MIN), math.log(DT_MAX))).clamp(min=DT_FLOOR)
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
+    def init_constants(self):
+        """Make the parameters of the constant signals."""
+        if "delta" in self.constant:
+            self.dt_proj.register_parameter("weight", None)
+        if "B" in self.constant:
+            self.B = nn.Parameter(torch.ones(self.d_state))
+        if "C" in self.constant:
+            self.C = nn.Parameter(torch.randn(self.d_state))
+        if "z" in self.constant:
+            self.z = nn.Parameter(torch.ones(self.d_inner))
+
+    def x_dbl_sizes(self):
+        """How many columns of x_dbl belong to which signal; those of delta are its low-rank form."""
+        return {"delta": self.dt_rank, "B": self.d_state, "C": self.d_state}
+
+    def in_proj_parameters(self):
+        """The weight (2 d_inner, d_model) and the bias of in_proj. No bias, None, unless z is constant: then z is the
+        second half of the bias, and the second half of the weight is zero."""
+        if "z" not in self.constant:
+            return self.in_proj.weight, None
+        return F.pad(self.in_proj.weight, (0, 0, 0, self.d_inner)), F.pad(self.z, (self.d_inner, 0))
+
+    def x_proj_weight(self):
+        """The weight (dt_rank + 2 d_state, d_inner) of x_proj. Where a signal is constant, its rows are zero, and one
+        more column, a bias, holds its values; that of a constant delta is dt_proj's bias already."""
+        sizes = self.x_dbl_sizes()
+        if not sizes.keys() & set(self.constant):
+            return self.x_proj.weight
+        varying = [n for name, n in sizes.items() if name not in self.constant]
+        computed = iter(self.x_proj.weight.split(varying) if varying else ())
+        rows = []
+        for name, n in sizes.items():
+            if name in self.constant:
+                values = self.D.new_zeros(n) if name == "delta" else getattr(self, name)
+                rows.append(F.pad(values[:, None], (self.d_inner, 0)))
+            else:
+                rows.append(F.pad(next(computed), (0, 1)))
+        return torch.cat(rows)
+
     def inner_parameters(self):
         """What the scan needs beside its input, in the order of selective_scan.mamba_inner."""
         A = -torch.exp(at_least_float32(self.A_log))  # (d_inner, d_state)
-        return (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight,
+        dt_weight = self.dt_proj.weight
+        if dt_weight is None:
+            dt_weight = self.D.new_zeros(self.d_inner, self.dt_rank)
+        return (self.conv1d.weight.squeeze(1), self.conv1d.bias, self.x_proj_weight(), dt_weight,
                 self.dt_proj.bias, A, self.D)
 
     def forward(self, x, backend):
-        xz = self.in_proj(x)                                      # (batch, time, 2 d_inner)
+        xz = F.linear(x, *self.in_proj_parameters())              # (batch, time, 2 d_inner)
         y = mamba_inner(xz, *self.inner_parameters(), backend)    # (batch, time, d_inner)
         return self.out_proj(y)                                   # (batch, time, d_model)
 
     def prefill(self, x, backend):
         """Like forward, and the state after the last step: (output, (conv_state, h)). No gradient."""
-        y, conv_state, h = mamba_inner_with_state(self.in_proj(x), *self.inner_parameters(), backend)
+        xz = F.linear(x, *self.in_proj_parameters())
+        y, conv_state, h = mamba_inner_with_state(xz, *self.inner_parameters(), backend)
         return self.out_proj(y), (conv_state, h)
 
     def init_state(self, batch, device=None, dtype=None):
@@ -105,18 +161,18 @@ class MambaBlock(nn.Module):
 
     def step(self, x, state):
         """One time step of the recurrence: x (batch, d_model) and the state to the output and the next state."""
-        conv_weight, conv_bias, _, _, dt_bias, A, D = self.inner_parameters()
+        conv_weight, conv_bias, x_proj, dt_weight, dt_bias, A, D = self.inner_parameters()
         conv_state, h = state                                     # (batch, d_inner, d_conv - 1 and d_state)
-        x, z = self.in_proj(x).chunk(2, dim=-1)                   # (batch, d_inner) each
+        x, z = F.linear(x, *self.in_proj_parameters()).chunk(2, dim=-1)     # (batch, d_inner) each
         u, conv_state = conv_step(conv_state, x, conv_weight, conv_bias)    # u (batch, d_inner)
-        low_rank, B, C = self.split_x_dbl(self.x_proj(u))         # B, C (batch, d_state)
-        delta = F.linear(low_rank, self.dt_proj.weight)           # (batch, d_inner), before bias and softplus
+        low_rank, B, C = self.split_x_dbl(linear_of(u, x_proj))   # B, C (batch, d_state)
+        delta = F.linear(low_rank, dt_weight)                     # (batch, d_inner), before bias and softplus
         y, h = selective_scan_step(h, u, delta, A, B, C, D, z, dt_bias)    # y (batch, d_inner)
         return self.out_proj(y), (conv_state, h)                  # (batch, d_model)
 
     def split_x_dbl(self, x_dbl):
         """The output of x_proj (…, dt_rank + 2 d_state) as low-rank Δ (…, dt_rank), B and C (…, d_state)."""
-        return x_dbl.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return x_dbl.split(list(self.x_dbl_sizes().values()), dim=-1)
 
     @torch.no_grad()
     def signals(self, x):
@@ -125,11 +181,12 @@ class MambaBlock(nn.Module):
         "conv": the input of the scan, convolved and after SiLU (u in the table above); "delta": the step size after
         softplus; "z": the output gate before SiLU, each (batch, time, d_inner); "B" and "C": (batch, time, d_state).
         """
-        u, z = self.in_proj(x).chunk(2, dim=-1)                   # (batch, time, d_inner) each
+        _, _, x_proj, dt_weight, dt_bias, _, _ = self.inner_parameters()
+        u, z = F.linear(x, *self.in_proj_parameters()).chunk(2, dim=-1)     # (batch, time, d_inner) each
         u = self.conv1d(u.transpose(1, 2))[..., :x.shape[1]]      # (batch, d_inner, time): what lies ahead is cut off
         u = F.silu(u).transpose(1, 2)                             # (batch, time, d_inner)
-        low_rank, B, C = self.split_x_dbl(self.x_proj(u))         # B, C (batch, time, d_state)
-        delta = F.softplus(self.dt_proj(low_rank))                # (batch, time, d_inner)
+        low_rank, B, C = self.split_x_dbl(linear_of(u, x_proj))   # B, C (batch, time, d_state)
+        delta = F.softplus(F.linear(low_rank, dt_weight, dt_bias))          # (batch, time, d_inner)
         return {"conv": u, "delta": delta, "z": z, "B": B, "C": C}
 
 
@@ -148,10 +205,10 @@ class LayerNorm(nn.LayerNorm):
 class MambaLayer(nn.Module):
     """Pre-norm residual layer: x + dropout(MambaBlock(LayerNorm(x)))."""
 
-    def __init__(self, d_model, d_state, d_conv, expand, dropout):
+    def __init__(self, d_model, d_state, d_conv, expand, dropout, constant=()):
         super().__init__()
         self.norm = LayerNorm(d_model)
-        self.mamba = MambaBlock(d_model, d_state, d_conv, expand)
+        self.mamba = MambaBlock(d_model, d_state, d_conv, expand, constant)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, backend):
@@ -180,16 +237,18 @@ class CausalTimeSeriesMamba(nn.Module):
 
     mixture: 0, or the number of Gaussians per prediction (see mixture_head). Then `distribution(x)` gives the whole
     predicted distribution, and a prediction is its mean.
+    constant: the names, out of SIGNALS, of the signals that are learned constants in every block (see MambaBlock).
     """
 
     def __init__(self, feature_dim=20, d_model=128, n_layers=7, d_state=32, d_conv=4, expand=2, d_ff=512,
-                 dropout=0.1, max_horizon=1, mixture=0):
+                 dropout=0.1, max_horizon=1, mixture=0, constant=()):
         super().__init__()
         self.feature_dim, self.d_model, self.n_layers = feature_dim, d_model, n_layers
         self.horizons, self.mixture = horizons_up_to(max_horizon), mixture
         self.input_proj = nn.Linear(feature_dim, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(MambaLayer(d_model, d_state, d_conv, expand, dropout) for _ in range(n_layers))
+        self.layers = nn.ModuleList(
+            MambaLayer(d_model, d_state, d_conv, expand, dropout, constant) for _ in range(n_layers))
         self.final_norm = LayerNorm(d_model)
         n_outputs = mixture_head.n_outputs(mixture, feature_dim)
         self.output_heads = nn.ModuleDict({
@@ -430,10 +489,13 @@ def model_from_state_dict(state_dict, dropout=0.1):
     n_layers = len({m[1] for key in state_dict if (m := re.match(r"layers\.(\d+)\.", key))})
     mixture = mixture_head.n_components(state_dict["output_heads.1.2.weight"].shape[0], feature_dim)
     max_horizon = max(int(m[1]) for key in state_dict if (m := re.match(r"output_heads\.(\d+)\.", key)))
+    constant = {name for name in SIGNALS if f"layers.0.mamba.{name}" in state_dict}
+    if "layers.0.mamba.dt_proj.weight" not in state_dict:
+        constant.add("delta")
     # On the meta device the model takes no memory until it takes over the file's tensors.
     with torch.device("meta"):
         model = CausalTimeSeriesMamba(feature_dim, d_model, n_layers, d_state, d_conv, d_inner // d_model, d_ff,
-                                      dropout, max_horizon, mixture)
+                                      dropout, max_horizon, mixture, constant)
     model.load_state_dict(state_dict, assign=True)
     return model.requires_grad_()
 

@@ -1,5 +1,5 @@
-"""Train a causal Mamba to predict the next time steps, with the ablations: frozen or slow gates, frozen A, several
-horizons, auxiliary losses, augmentation.
+"""Train a causal Mamba to predict the next time steps, with the ablations: constant signals, random or slow gates,
+frozen A, several horizons, auxiliary losses, augmentation.
 
 Reads DATA_DIR/data.npz and config.json, or your own --data. A run named NAME.pt writes, beside it: NAME.pt (the weights
 with the lowest validation loss), NAME_last.pt (the last state, for --resume), NAME_log.csv (one row per epoch),
@@ -9,7 +9,7 @@ name was given from outside and is kept for those who use it: nothing is masked,
 
 Examples:
   python masked_model_gpu_mamba_next.py --d-state 32 --seq-len 1024 --stride 256 --no-compile --no-train-eval
-  python masked_model_gpu_mamba_next.py --gate-lr-factor 0 --checkpoint model_next_frozen.pt
+  python masked_model_gpu_mamba_next.py --constant delta,B,C --checkpoint model_next_lti.pt
 """
 
 import cli  # first: from here on Ctrl-C ends the script without a traceback
@@ -57,7 +57,10 @@ def build_parser():
     ablation.add_argument("--max-horizon", type=cli.positive_int, default=1, metavar="K",
                           help="predict 1, 2, 4, … up to K steps ahead, equal weights")
     ablation.add_argument("--gate-lr-factor", type=cli.non_negative_float, default=1.0, metavar="F",
-                          help="learning rate of the gates (x_proj, dt_proj) relative to the rest; 0 freezes them")
+                          help="learning rate of the gates (x_proj, dt_proj) relative to the rest; with 0 they stay "
+                          "random, and delta, B and C follow the input all the same")
+    ablation.add_argument("--constant", type=cli.signals, metavar="delta,B,C,z", help="signals that are learned "
+                          "constants; with delta,B,C each block's SSM is a convolution (default: none)")
     ablation.add_argument("--freeze-A", action="store_true", help="keep A_log at its initial value")
     ablation.add_argument("--slowness-lambda", type=cli.non_negative_float, default=0.0, metavar="W",
                           help="weight of the slowness loss on the layer outputs")
@@ -248,20 +251,21 @@ def build_model(args, feature_dim, X=None):
     """A new model; X (n_steps, feature_dim): training steps from whose mean and scale a mixture's components start."""
     torch.manual_seed(args.seed)  # the same initial weights on every device: they are drawn on the CPU
     model = CausalTimeSeriesMamba(feature_dim, args.d_model, args.n_layers, args.d_state, args.d_conv, args.expand,
-                                  args.d_ff, args.dropout, args.max_horizon, args.mixture)
+                                  args.d_ff, args.dropout, args.max_horizon, args.mixture,
+                                  (args.constant or "").split(","))
     if args.mixture and X is not None:
         mixture_head.start_at_data(model.output_heads.values(), X)
     return model
 
 
 def parameter_groups(model, lr, gate_lr_factor, freeze_A):
-    """The parameter groups of AdamW: weights decay, but A_log, D, biases and norms do not; the gates (x_proj, dt_proj)
-    learn at gate_lr_factor times the rate of the others. A frozen parameter gets no gradient and is in no group, so
-    that neither the schedule nor the decay can move it.
+    """The parameter groups of AdamW: weights decay, but A_log, D, biases, constants and norms do not. What makes delta,
+    B and C (x_proj and dt_proj, or the constants in their place) learns at gate_lr_factor times the rate of the others.
+    A frozen parameter gets no gradient and is in no group, so that neither the schedule nor the decay can move it.
     """
     groups = {}
     for name, parameter in model.named_parameters():
-        is_gate = ".x_proj." in name or ".dt_proj." in name
+        is_gate = ".x_proj." in name or ".dt_proj." in name or name.endswith((".mamba.B", ".mamba.C"))
         if (is_gate and gate_lr_factor == 0) or (freeze_A and name.endswith(".A_log")):
             parameter.requires_grad_(False)
             continue

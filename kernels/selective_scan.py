@@ -191,9 +191,9 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     """What a Mamba block does between in_proj and out_proj; differentiable.
 
     xz (batch, time, 2 d_inner): in_proj's output, the scan's branch first, the gate's second; conv_weight
-    (d_inner, d_conv) or (d_inner, 1, d_conv); conv_bias (d_inner,); x_proj_weight (dt_rank + 2 d_state, d_inner);
-    dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not positive; D (d_inner,);
-    backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
+    (d_inner, d_conv) or (d_inner, 1, d_conv); conv_bias (d_inner,); x_proj_weight (dt_rank + 2 d_state, d_inner), or
+    with one more column, a bias; dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not
+    positive; D (d_inner,); backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
 
     For the backward pass "cpu" and "triton" keep xz, the convolved half of it, x_proj's output and one state per chunk
     of steps, never one per step. Where xz is bfloat16 or float16, the projections are computed in that type and the
@@ -227,6 +227,17 @@ def mamba_inner_with_state(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_we
     return y, conv_state, h.contiguous()
 
 
+def matrix_and_bias(weight, n_in):
+    """A weight (n_out, n_in) and None, or, where it has one more column, without it and that column: the bias."""
+    return (weight, None) if weight.shape[1] == n_in else (weight[:, :n_in], weight[:, n_in])
+
+
+def linear_of(x, weight):
+    """x (…, n_in) times a weight as `matrix_and_bias` takes it, (…, n_out), computed in the type of x."""
+    matrix, bias = matrix_and_bias(weight, x.shape[-1])
+    return F.linear(x, matrix.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def _inner_autograd(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
     """The inner part for the back ends that autograd can differentiate as they are: (y, last state)."""
     conv, scan = {"reference": (causal_conv_reference, selective_scan_reference),
@@ -234,7 +245,7 @@ def _inner_autograd(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, d
     x, z = xz.chunk(2, dim=-1)
     xc = conv(x, conv_weight.to(xz.dtype), conv_bias.to(xz.dtype))
     sizes = [dt_proj_weight.shape[1], A.shape[1], A.shape[1]]
-    delta, B, C = F.linear(xc, x_proj_weight.to(xz.dtype)).split(sizes, dim=-1)
+    delta, B, C = linear_of(xc, x_proj_weight).split(sizes, dim=-1)
     return scan(xc, F.linear(delta, dt_proj_weight.to(xz.dtype)), A, B, C, D, z, dt_proj_bias)
 
 
@@ -269,7 +280,7 @@ def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt
     kernels = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
     xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
-    x_dbl = F.linear(xc, x_proj_weight.to(xz.dtype))
+    x_dbl = linear_of(xc, x_proj_weight)
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
     delta = F.linear(low_rank, dt_proj_weight.to(xz.dtype))
     y, chunk_states, h = kernels.scan_forward(xc, delta, A, B, C, D, z, dt_proj_bias)
@@ -302,8 +313,11 @@ def _inner_backward(
     d_delta = d_delta.flatten(0, 1)
     torch.mm(d_delta, dt_weight, out=d_low_rank.flatten(0, 1))
     d_dt_weight = d_delta.T @ low_rank.flatten(0, 1)
+    x_proj_matrix, x_proj_bias = matrix_and_bias(x_proj_weight, A.shape[0])
     d_x_proj_weight = dx_dbl.flatten(0, 1).T @ xc.flatten(0, 1)
-    dxc.flatten(0, 1).addmm_(dx_dbl.flatten(0, 1), x_proj_weight.to(xz.dtype))
+    if x_proj_bias is not None:
+        d_x_proj_weight = torch.cat([d_x_proj_weight, dx_dbl.sum((0, 1))[:, None]], dim=1)
+    dxc.flatten(0, 1).addmm_(dx_dbl.flatten(0, 1), x_proj_matrix.to(xz.dtype))
     d_conv_weight, d_conv_bias = kernels.conv_silu_backward(x, conv_weight, conv_bias, dxc, dx)
     return (dxz, d_conv_weight.to(conv_weight.dtype), d_conv_bias.to(conv_bias.dtype),
             d_x_proj_weight.to(x_proj_weight.dtype), d_dt_weight.to(dt_proj_weight.dtype),

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels.numba_cache import njit
+from kernels.selective_scan import matrix_and_bias
 from kernels.simd import (
     LOG2_E,
     VECTOR_BYTES,
@@ -42,9 +43,11 @@ class Weights(NamedTuple):
     input_bias: np.ndarray
     norm: np.ndarray  # (layers, 2, d_model) scale, shift
     in_proj: np.ndarray
+    in_bias: np.ndarray  # (layers, 1, 2 d_inner) zeros but for a constant z
     conv: np.ndarray  # (layers, taps, d_inner)
     conv_bias: np.ndarray  # (layers, 1, d_inner)
     x_proj: np.ndarray
+    x_bias: np.ndarray  # (layers, 1, dt_rank + 2 d_state) zeros but for a constant B and C
     dt_proj: np.ndarray
     dt_bias: np.ndarray
     A2: np.ndarray  # (layers, d_state, d_inner) A log2(e)
@@ -242,9 +245,9 @@ def run_tile(w, sizes, temperature, output, conv_state, h, own, uniform, observa
         affine(w.input_proj, w.input_bias, sizes.feature_dim, lanes, x, residual)
         for i in range(w.A2.shape[0]):
             layer_norm(residual, w.norm[i, :1], w.norm[i, 1:], w.mask, d_model, sizes.norm_eps, lanes, normed)
-            affine(w.in_proj[i], w.zero, d_model, lanes, normed, xz)
+            affine(w.in_proj[i], w.in_bias[i], d_model, lanes, normed, xz)
             conv(xz, conv_state[i], w.conv[i], w.conv_bias[i], sizes.d_conv, lanes, u)
-            affine(w.x_proj[i], w.zero, sizes.d_inner, lanes, u, x_dbl)
+            affine(w.x_proj[i], w.x_bias[i], sizes.d_inner, lanes, u, x_dbl)
             affine(w.dt_proj[i], w.dt_bias[i], sizes.dt_rank, lanes, x_dbl, delta)
             scan(n_samples, u, delta, x_dbl, xz, h[i], w.A2[i], w.D[i], sizes.dt_rank, d_state, lanes, y)
             affine(w.out_proj[i], w.zero, sizes.d_inner, lanes, y, added)
@@ -294,8 +297,22 @@ def pack(model, scale_range):
 
     def in_proj(layer):
         # Each half is padded by itself, so that z begins at a whole vector.
-        halves = np.split(array(layer.mamba.in_proj.weight), 2)
+        halves = np.split(array(layer.mamba.in_proj_parameters()[0]), 2)
         return np.concatenate([pack_matrix(half, lanes) for half in halves])
+
+    def in_bias(layer):
+        bias = layer.mamba.in_proj_parameters()[1]
+        halves = np.zeros((2, block.d_inner), dtype) if bias is None else array(bias).reshape(2, -1)
+        return pad_last(halves, lanes).reshape(1, -1)
+
+    def x_proj(layer):
+        matrix, bias = matrix_and_bias(layer.mamba.x_proj_weight(), block.d_inner)
+        return (pack_matrix(array(matrix), lanes),
+                pad_last(np.zeros((1, len(matrix)), dtype), lanes) if bias is None else row(bias))
+
+    def dt_proj(layer):
+        _, _, _, dt_weight, _, _, _ = layer.mamba.inner_parameters()
+        return pack_matrix(array(dt_weight), lanes)
 
     def norm(module):
         return np.concatenate([row(module.weight), row(module.bias)])
@@ -305,11 +322,11 @@ def pack(model, scale_range):
     weights = Weights(
         input_proj=pack_matrix(array(model.input_proj.weight), lanes), input_bias=row(model.input_proj.bias),
         norm=layers(lambda layer: norm(layer.norm)),
-        in_proj=layers(in_proj),
+        in_proj=layers(in_proj), in_bias=layers(in_bias),
         conv=layers(lambda layer: pad_last(array(layer.mamba.conv1d.weight)[:, 0].T, lanes)),
         conv_bias=layers(lambda layer: row(layer.mamba.conv1d.bias)),
-        x_proj=layers(lambda layer: pack_matrix(array(layer.mamba.x_proj.weight), lanes)),
-        dt_proj=layers(lambda layer: pack_matrix(array(layer.mamba.dt_proj.weight), lanes)),
+        x_proj=layers(lambda layer: x_proj(layer)[0]), x_bias=layers(lambda layer: x_proj(layer)[1]),
+        dt_proj=layers(dt_proj),
         dt_bias=layers(lambda layer: row(layer.mamba.dt_proj.bias)),
         A2=layers(lambda layer: pad_last(-np.exp(array(layer.mamba.A_log)).T * dtype.type(LOG2_E), lanes)),
         D=layers(lambda layer: row(layer.mamba.D)),

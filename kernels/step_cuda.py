@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.cuda_graph import captured
+from kernels.selective_scan import matrix_and_bias
 from kernels.triton_math import LOG2E, sigmoid, softplus_sigmoid
 
 SEGMENT = 128  # steps that the buffers hold: so many are replayed before the host empties and refills them
@@ -126,7 +127,7 @@ def _enter(output, head_bias, own, uniform, observation, predictions, generated,
 
 
 @triton.jit
-def _into(residual, scale, shift, weight, conv_state, conv_weight, conv_bias, u, gate, d_model, d_inner, eps,
+def _into(residual, scale, shift, weight, z_bias, conv_state, conv_weight, conv_bias, u, gate, d_model, d_inner, eps,
           TAPS: tl.constexpr, R: tl.constexpr, K: tl.constexpr):
     """u = silu(conv(x)) and gate = silu(z), with x, z = in_proj(LayerNorm(residual)); conv_state takes in x.
 
@@ -154,11 +155,12 @@ def _into(residual, scale, shift, weight, conv_state, conv_weight, conv_bias, u,
             tl.store(past + k, window[k + 1], valid)
         tl.store(u + sample * d_inner + channel, pre * sigmoid(pre), valid)
     else:
+        x += tl.load(z_bias + channel, valid, other=0.0)
         tl.store(gate + sample * d_inner + channel, x * sigmoid(x), valid)
 
 
 @triton.jit
-def _recur(u, gate, x_proj, dt_proj, dt_bias, A, D, h, y, d_inner: tl.constexpr, d_state, dt_rank,
+def _recur(u, gate, x_proj, x_bias, dt_proj, dt_bias, A, D, h, y, d_inner: tl.constexpr, d_state, dt_rank,
            R: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr):
     """The scan's step and the gate for R channels. Every program computes all of B and C, and its own delta: to repeat
     this takes less time than to launch another kernel that does it once."""
@@ -175,7 +177,9 @@ def _recur(u, gate, x_proj, dt_proj, dt_bias, A, D, h, y, d_inner: tl.constexpr,
     u += sample * d_inner
     low_rank = _matvec(x_proj, rank, dt_rank, u, d_inner, RANK, K)
     B = _matvec(x_proj + dt_rank * d_inner, n, d_state, u, d_inner, N, K)
+    B += tl.load(x_bias + dt_rank + n, n < d_state, other=0.0)
     C = _matvec(x_proj + (dt_rank + d_state) * d_inner, n, d_state, u, d_inner, N, K)
+    C += tl.load(x_bias + dt_rank + d_state + n, n < d_state, other=0.0)
     dt, _ = softplus_sigmoid(dt + tl.sum(dt_weight * low_rank[None, :], 1))
     u_here = tl.load(u + channel, valid, other=0.0)
     state = tl.exp2(dt[:, None] * decay * LOG2E) * state + (dt * u_here)[:, None] * B[None, :]
@@ -242,8 +246,19 @@ def allocate(model, n):
         "burst": zeros(SEGMENT, dtype=torch.int32) - 1, "hidden": zeros(SEGMENT, model.n_layers, n, d_model),
         "residual": zeros(n, d_model), "u": zeros(n, d_inner), "gate": zeros(n, d_inner), "y": zeros(n, d_inner),
         "wide": zeros(n, model.output_heads["1"][0].out_features),
-        "A": [-torch.exp(layer.mamba.A_log.detach()) for layer in model.layers],
+        "projections": [projections(layer.mamba) for layer in model.layers],
     }
+
+
+def projections(block):
+    """(in_proj, the bias of z, x_proj, its bias, dt_proj, A) of a block, as the kernels read them: a signal that is
+    constant has rows of zeros and its values in the bias, which is zero for the others."""
+    _, _, x_proj, dt_proj, _, A, _ = block.inner_parameters()
+    in_proj, in_bias = block.in_proj_parameters()
+    x_proj, x_bias = matrix_and_bias(x_proj, block.d_inner)
+    z_bias = A.new_zeros(block.d_inner) if in_bias is None else in_bias[block.d_inner:]
+    x_bias = A.new_zeros(len(x_proj)) if x_bias is None else x_bias
+    return [tensor.detach().contiguous() for tensor in (in_proj, z_bias, x_proj, x_bias, dt_proj, A)]
 
 
 def step_launcher(model, buffers, n, sampling):
@@ -268,14 +283,14 @@ def step_launcher(model, buffers, n, sampling):
             b["clock"], model.input_proj.weight, model.input_proj.bias, b["residual"], n, model.feature_dim,
             head_out.out_features, model.mixture, d_model, inverse_temperature, math.log(sampling.scale_range),
             MIXTURE=model.mixture > 0, SAMPLED=sampled, R=ROWS, K=power(model.mixture or 1), F=power(model.feature_dim))
-        for i, (layer, A, (conv_state, h)) in enumerate(zip(model.layers, b["A"], b["states"], strict=True)):
-            m = layer.mamba
+        for i, (layer, (conv_state, h)) in enumerate(zip(model.layers, b["states"], strict=True)):
+            m, (in_proj, z_bias, x_proj, x_bias, dt_proj, A) = layer.mamba, b["projections"][i]
             _into[grid(d_inner, 2)](
-                b["residual"], layer.norm.weight, layer.norm.bias, m.in_proj.weight, conv_state, m.conv1d.weight,
+                b["residual"], layer.norm.weight, layer.norm.bias, in_proj, z_bias, conv_state, m.conv1d.weight,
                 m.conv1d.bias, b["u"], b["gate"], d_model, d_inner, layer.norm.eps, TAPS=m.d_conv, R=ROWS, K=K)
             _recur[grid(d_inner)](
-                b["u"], b["gate"], m.x_proj.weight, m.dt_proj.weight, m.dt_proj.bias, A, m.D, h, b["y"], d_inner,
-                d_state, dt_rank, R=ROWS, N=power(d_state), RANK=power(dt_rank), K=columns(power(d_state), d_inner))
+                b["u"], b["gate"], x_proj, x_bias, dt_proj, m.dt_proj.bias, A, m.D, h, b["y"], d_inner, d_state,
+                dt_rank, R=ROWS, N=power(d_state), RANK=power(dt_rank), K=columns(power(d_state), d_inner))
             _back[grid(d_model)](
                 b["y"], m.out_proj.weight, b["residual"], b["clock"], b["burst"], b["hidden"], i, model.n_layers,
                 d_model, d_inner, R=ROWS, K=columns(ROWS, d_inner))

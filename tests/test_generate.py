@@ -226,8 +226,8 @@ import generate; from kernels import step_cuda
 from test_generate import HEADS, make_model, make_seed, sing
 step_cuda.SEGMENT = 3
 shape = {"feature_dim": 5, "d_model": 10, "n_layers": 2, "d_state": 3, "d_ff": 9, "d_conv": 3, "expand": 1}
-for mixture, temperature in HEADS:
-    model = make_model(torch.float32, **shape, mixture=mixture)
+for (mixture, temperature), constant in zip(HEADS, ((), ("B", "z"), ("delta", "C"), ("z",)), strict=True):
+    model = make_model(torch.float32, **shape, mixture=mixture, constant=constant)
     results = []
     for stepper in (generate.loop_stepper, step_cuda.stepper):
         generate.choose_stepper = lambda model, stepper=stepper: stepper

@@ -344,7 +344,7 @@ EFFECTS = [  # flags of both runs, flags of the second, what they change
     ([], ["--dropout", "0.3"], {"dropout"}),
     ([], ["--max-horizon", "2"], SIZE | {"rates", "columns", "floor"}),
     ([], ["--gate-lr-factor", "0.5"], {"rates"}), ([], ["--gate-lr-factor", "0"], {"rates"}),
-    ([], ["--freeze-A"], {"rates"}),
+    ([], ["--freeze-A"], {"rates"}), ([], ["--constant", "B"], SIZE | {"rates"}),
     ([], ["--slowness-lambda", "0.5"], {"auxiliary loss"}),
     ([], ["--contrastive-lambda", "0.5"], {"auxiliary loss"}),
     ([], ["--contrastive-temp", "0.5", "--contrastive-negatives", "3", "--aug-rotate-eps", "1"], set()),
