@@ -36,8 +36,6 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 # isort: split
 import argparse
 import concurrent.futures
-import csv
-import io
 import json
 import multiprocessing
 import os
@@ -110,25 +108,21 @@ from tqdm import tqdm
 
 import dataset
 import figures
+import level_figures
+import level_tables
 import mamba_model
 import measures
 import optimal_filter
+import representations
+from measures import DIMENSION_K, DIMENSION_KS
 
-KS = (10, 30, 100)  # numbers of neighbours for the dimension
-K_SHOWN = 30  # the one of them in panel titles and in the comparison
 PROBE_FRACTION = 0.7  # the probes are fitted on this part of time and scored on the rest
 PROBE_STEPS = 20_000  # at most so many steps of that part, drawn at random
-STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}  # time steps that go through a layer at once
 POINTS_WORTH_A_POOL = 10_000  # starting a process takes as long as embedding about this many points
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Representations
-
-
-def level_names(n_layers):
-    """Names of all levels of a model, in order of depth."""
-    return ["input", *(f"layer {i}" for i in range(1, n_layers + 1)), "output"]
+# Levels
 
 
 def chosen_depths(levels, n_layers, checkpoint):
@@ -143,77 +137,6 @@ def chosen_depths(levels, n_layers, checkpoint):
             raise cli.UserError(f"--layers {level} is out of range: {checkpoint} has layers 1…{n_layers}, input and "
                                 "output")
     return sorted({{"input": 0, "output": n_layers + 1}.get(level, level) for level in levels})
-
-
-def overlapping_windows(n_steps, seq_len):
-    """Windows that cover every step, each overlapping the one before by a quarter or more: (list of starts, length).
-
-    The last window ends with the series. A series shorter than seq_len is one window.
-    """
-    length = min(seq_len, n_steps)
-    advance = length - max(1, length // 4)
-    starts = list(range(0, n_steps - length + 1, max(advance, 1)))
-    if starts[-1] + length < n_steps:
-        starts.append(n_steps - length)
-    return starts, length
-
-
-def steps_of_rows(series, velocity):
-    """The time steps that have a row of a level, (n_rows,): all, or with velocity all but the first of each recording,
-    which has no step before it."""
-    steps = np.arange(series.n_steps)
-    return np.delete(steps, series.recordings[:, 0]) if velocity else steps
-
-
-def stitch(windows, starts, velocity=False):
-    """One row per time step from overlapping windows (n, length, width).
-
-    A step that lies in several windows is taken from the one that holds most of its past. Returns (n_steps, width), or
-    (n_steps - 1, width) with velocity: the change since the step before, both in one window, for the steps from 1 on.
-    """
-    first = int(velocity)  # the step of a window's first row
-    if velocity:
-        windows = windows.diff(dim=1)
-    rows, done = [], first  # `done`: the steps before this one have their row
-    for window, start in zip(windows, starts, strict=True):
-        rows.append(window[done - start - first:])
-        done = start + first + len(window)
-    return torch.cat(rows).numpy()
-
-
-@torch.inference_mode()
-def in_batches(function, x, device):
-    """function(x) for x (n, length, width), a few windows at a time on the device; the result is on the CPU."""
-    n = max(1, STEPS_IN_BATCH[device.type] // x.shape[1])
-    return torch.cat([function(windows.to(device)).cpu() for windows in x.split(n)])
-
-
-def representations(model, X, seq_len, depths, velocity=False, recordings=None):
-    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, with velocity one row less for
-    each recording.
-
-    recordings: as Series.recordings where there are several; no window crosses a border. All windows go through one
-    layer before the next one, so that memory holds one level of the series, however deep the model is.
-    """
-    device = next(model.parameters()).device
-    backend = model.backend_for(device)
-    pieces = [(X[first:end], *overlapping_windows(end - first, seq_len))
-              for first, end in ([(0, len(X))] if recordings is None else recordings.tolist())]
-    h = [dataset.gather(piece, starts, length) for piece, starts, length in pieces]
-
-    def prediction(x):
-        return model.predictions({"1": model.output_heads["1"](model.final_norm(x))})["1"]
-
-    # steps[i] leads from the output of step i - 1 to the next: the input projection, the layers, the prediction
-    steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
-    for depth in range(max(depths) + 1):
-        level = h
-        if depth or max(depths):
-            h = [in_batches(steps[depth], windows, device) for windows in h]
-        level = h if depth else level
-        if depth in depths:
-            yield depth, np.concatenate([stitch(windows, starts, velocity)
-                                         for windows, (_, starts, _) in zip(level, pieces, strict=True)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -233,20 +156,20 @@ def probe_split(n_rows, rng):
 def neighborhood(points, lb_points, umap_points, umap_neighbors):
     """The dimension of the first lb_points and the neighbour graph for the UMAP of the first umap_points.
 
-    Returns (dimension {k: value} for the KS, graph (distances, indices) as `measures.knn` gives it); each is None when
-    its number of points is 0. The dimension of a level with too few distinct points is None for all k. One neighbour
-    query serves all k and, where its lists are long enough, the UMAP too.
+    Returns (dimension {k: value} for the DIMENSION_KS, graph (distances, indices) as `measures.knn` gives it); each is
+    None when its number of points is 0. The dimension of a level with too few distinct points is None for all k. One
+    neighbour query serves all k and, where its lists are long enough, the UMAP too.
     """
     dimension = graph = None
     if lb_points:
-        distances, indices = measures.knn(points[:lb_points], max(KS))
+        distances, indices = measures.knn(points[:lb_points], max(DIMENSION_KS))
         try:
             if distances[:, 0].min() > 0:
-                dimension = measures.dimension_from_distances(distances, KS)
+                dimension = measures.dimension_from_distances(distances, DIMENSION_KS)
             else:  # some points repeat; levina_bickel leaves the copies out and asks for the neighbours anew
-                dimension = measures.levina_bickel(points[:lb_points], KS)
+                dimension = measures.levina_bickel(points[:lb_points], DIMENSION_KS)
         except cli.UserError:
-            dimension = dict.fromkeys(KS)
+            dimension = dict.fromkeys(DIMENSION_KS)
         if 0 < umap_points <= lb_points:
             graph = measures.knn_of_first(distances, indices, umap_points, umap_neighbors - 1)
     if umap_points and graph is None:
@@ -263,7 +186,7 @@ def level_measures(values, series, rows, args):
     """
     from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import, like all of scikit-learn
 
-    steps = steps_of_rows(series, args.velocity)[-len(values):]
+    steps = representations.steps_of_rows(series, args.velocity)[-len(values):]
     states, thetas = dataset.rows_of(series.states, steps), dataset.rows_of(series.thetas, steps)
     mean, eigenvalues, vectors = measures.spectrum(values)
     reduced = measures.principal_components(values, mean, vectors, args.pca)
@@ -289,15 +212,6 @@ def level_measures(values, series, rows, args):
     if args.no_umap:
         return level, None, None, None
     return level, points[:n_umap], graph, pairwise_distances_argmin(reduced, points[:n_umap])
-
-
-def best_layer(levels):
-    """The measures of the layer with the best probe, the first of equals; input and output are no layers.
-
-    None when no layer has a probe.
-    """
-    layers = [m for m in levels if m["level"].startswith("layer") and m["probe_accuracy"] is not None]
-    return max(layers, key=lambda m: m["probe_accuracy"], default=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,263 +296,9 @@ def prediction_errors(model, series, window_settings, optimum):
     device = next(model.parameters()).device
     windows = dataset.Windows(series.X, seq_len, device)
     errors = mamba_model.validation_errors(model, windows, torch.from_numpy(starts).to(windows.starts_device),
-                                           max(1, STEPS_IN_BATCH[device.type] // seq_len), amp=False)
+                                           max(1, representations.STEPS_IN_BATCH[device.type] // seq_len), amp=False)
     floors = optimum.window_floors(starts, seq_len, model.horizons)
     return optimal_filter.error_rows(model.errors_by_horizon(errors), floors)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tables
-
-
-def cell(value, form=".3f"):
-    """A number as text; a dash for None."""
-    return "–" if value is None else format(value, form)
-
-
-LEVEL_COLUMNS = [  # title, key of a level's measures, number format
-    ("probe acc.", "probe_accuracy", ".3f"),
-    ("phase R²", "phase_r2", ".3f"),
-    ("ARI", "kmeans_ari", ".3f"),
-    ("smooth", "kmeans_ari_smooth", ".3f"),
-    ("NMI", "kmeans_nmi", ".3f"),
-    ("smooth", "kmeans_nmi_smooth", ".3f"),
-    ("silhouette", "silhouette", ".3f"),
-    ("rank", "effective_rank", ".1f"),
-]
-
-
-def level_table(report):
-    """The table of one model, one row per level; without the columns of the dimension when no level has one."""
-    ks = KS if any(m["dimension"] for m in report["levels"]) else []
-    header = ["level", *(title for title, _, _ in LEVEL_COLUMNS), *(f"dim {k}" for k in ks)]
-    rows = []
-    for m in report["levels"]:
-        rows.append([m["level"], *(cell(m[key], form) for _, key, form in LEVEL_COLUMNS),
-                     *(cell(m["dimension"][k], ".2f") for k in ks)])
-    return cli.table(header, rows)
-
-
-def umap_table(report):
-    """The table of what can be told apart in a model's UMAPs, one row per level."""
-    keys = ("umap_silhouette", "umap_ari", "umap_ari_smooth", "umap_nmi", "umap_nmi_smooth")
-    return cli.table(["in the UMAP", "silhouette", "ARI", "smooth", "NMI", "smooth"], [
-        [m["level"], *(cell(m[key]) for key in keys)] for m in report["levels"]])
-
-
-def peak(levels, key):
-    """The highest value of a measure over all levels; None when no level has it."""
-    return max((m[key] for m in levels if m.get(key) is not None), default=None)
-
-
-# What the comparison tells of each model: {column of the CSV: (its title in the table, number format or "" for text)}
-COMPARISON = {
-    "checkpoint": ("checkpoint", ""),
-    "val_mse": ("val MSE", ".4f"),
-    "optimal_mse": ("optimal", ".4f"),
-    "excess_percent": ("excess %", "+.2f"),
-    "val_nll": ("val NLL", ".4f"),
-    "optimal_nll": ("optimal", ".4f"),
-    "excess_nats": ("nats above", "+.4f"),
-    "best_layer": ("best layer", ""),
-    "probe_accuracy": ("probe acc.", ".3f"),
-    "phase_r2": ("phase R²", ".3f"),
-    "silhouette": ("silhouette", ".3f"),
-    "kmeans_ari": ("ARI", ".3f"),
-    "kmeans_ari_smooth": ("smooth", ".3f"),
-    f"dimension_k{K_SHOWN}": (f"dim {K_SHOWN}", ".2f"),
-    f"last_layer_dimension_k{K_SHOWN}": ("last", ".2f"),
-    "peak_silhouette": ("peak sil.", ".3f"),
-    "peak_umap_silhouette": ("UMAP sil.", ".3f"),
-    "peak_umap_ari_smooth": ("UMAP ARI", ".3f"),
-}
-
-
-def comparison_row(report):
-    """One model as {column of COMPARISON: value or None}."""
-    levels = report["levels"]
-    one_ahead = next((row for row in report["errors"] if row["horizon"] == 1), {})
-    best = best_layer(levels) or {}
-    last = next((m for m in reversed(levels) if m["level"].startswith("layer")), {})
-    return {
-        "checkpoint": report["name"],
-        **{key: one_ahead.get(key) for key in ("val_mse", "optimal_mse", "excess_percent", "val_nll", "optimal_nll",
-                                                 "excess_nats")},
-        "best_layer": best.get("level"),
-        **{key: best.get(key) for key in ("probe_accuracy", "phase_r2", "silhouette", "kmeans_ari",
-                                          "kmeans_ari_smooth")},
-        f"dimension_k{K_SHOWN}": (best.get("dimension") or {}).get(K_SHOWN),
-        f"last_layer_dimension_k{K_SHOWN}": (last.get("dimension") or {}).get(K_SHOWN),
-        **{f"peak_{key}": peak(levels, key) for key in ("silhouette", "umap_silhouette", "umap_ari_smooth")},
-    }
-
-
-def comparison_table(rows):
-    """Rows of comparison_row as text; columns that no row has a value for are left out."""
-    keys = [key for key in COMPARISON if any(row[key] is not None for row in rows)]
-    return cli.table([COMPARISON[key][0] for key in keys],
-                     [[cell(row[key], COMPARISON[key][1]) for key in keys] for row in rows])
-
-
-def seed_groups(reports):
-    """Reports of models that were trained with the same flags but for the seed: {name of the first one: list of them}.
-
-    Flags that don't change the result don't count either. A model without such siblings is left out.
-    """
-    groups = {}
-    for report in reports:
-        flags = {key: value for key, value in report["trained_with"].items()
-                 if key not in ("seed", "checkpoint", "resume", "device", "log_dir")}
-        groups.setdefault(json.dumps(flags, sort_keys=True, default=str), []).append(report)
-    return {group[0]["name"]: group for group in groups.values() if len(group) > 1}
-
-
-def spread_table(groups):
-    """Mean ± standard deviation (n - 1) over the seeds of each column of the comparison, one row per group.
-
-    A column without numbers in any group is left out.
-    """
-    columns = [key for key, (_, form) in COMPARISON.items() if form]
-    rows = []
-    for name, group in groups.items():
-        members = [comparison_row(report) for report in group]
-        rows.append([f"{name}, {len(group)} seeds"])
-        for key in columns:
-            form, values = COMPARISON[key][1], [member[key] for member in members]
-            if None in values:
-                rows[-1].append("–")
-            else:
-                rows[-1].append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form.lstrip('+')}}")
-    header = ["mean ± std", *(COMPARISON[key][0] for key in columns)]
-    shown = [i for i in range(len(header)) if i == 0 or any(row[i] != "–" for row in rows)]
-    return cli.table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
-
-
-def comparison_csv(rows):
-    """Rows of comparison_row as CSV text with a header line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)  # None is written as an empty cell
-    return text.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Figures
-
-
-def level_title(level):
-    """The title of a UMAP panel: the level's name, its dimension, and the silhouette of the circles in the UMAP."""
-    dimension = (level["dimension"] or {}).get(K_SHOWN)
-    facts = [f"dim {dimension:.1f}"] if dimension is not None else []
-    if level["umap_silhouette"] is not None:
-        facts.append(f"silhouette here {level['umap_silhouette']:.2f}")
-    return "\n".join([level["level"], ", ".join(facts)]).strip()
-
-
-# The panels of the summary: (title, {line label: how to read the line off a level's measures}). The first line of each
-# panel is the solid one.
-VOTE = f"vote over {measures.VOTE_STEPS} steps"
-PANELS = [
-    ("circle accuracy of a linear probe", {"": lambda m: m["probe_accuracy"]}),
-    ("phase R², (cos θ, sin θ)", {"": lambda m: m["phase_r2"]}),
-    ("ARI of k-means", {VOTE: lambda m: m["kmeans_ari_smooth"],
-                        "raw": lambda m: m["kmeans_ari"],
-                        "in the UMAP, vote": lambda m: m.get("umap_ari_smooth")}),
-    ("NMI of k-means", {VOTE: lambda m: m["kmeans_nmi_smooth"],
-                        "raw": lambda m: m["kmeans_nmi"],
-                        "in the UMAP, vote": lambda m: m.get("umap_nmi_smooth")}),
-    ("silhouette of the circles", {"in the level": lambda m: m["silhouette"],
-                                   "in its UMAP": lambda m: m.get("umap_silhouette")}),
-    ("effective rank", {"": lambda m: m["effective_rank"]}),
-    ("Levina–Bickel dimension", {f"k = {k}": lambda m, k=k: (m["dimension"] or {}).get(k)
-                                 for k in sorted(KS, key=lambda k: k != K_SHOWN)}),
-]
-LINE_STYLES = ["-", "--", ":"]
-OUTPUT_LABEL = "output: the prediction, in another space than the layers"
-UNIT_PANELS = ("circle accuracy", "ARI", "NMI", "silhouette")  # panels with these titles have the scale 0…1
-
-
-@cli.in_style
-def draw_summary(reports, title):
-    """Every measure against depth, from input to output, one colour per model; a Figure with a legend under its panels.
-
-    The output has a marker of its own and is joined to no layer: it is the prediction, in the space of the features.
-    With more than three models only the first line of each panel is drawn. Models that differ in depth share a relative
-    depth axis.
-    """
-    colors = figures.run_colors(len(reports))
-    on_a_page = cli.drawing_flags()[1] == "paper"  # too narrow for four panels side by side
-    fig = figures.empty_figure((7.0, 9.0) if on_a_page else (14.8, 6.4), title)
-    if on_a_page:
-        grid = fig.add_gridspec(4, 2)
-        places = [*(grid[i // 2, i % 2] for i in range(6)), grid[3, :]]
-    else:
-        grid = fig.add_gridspec(2, 12)
-        places = [grid[0, i:i + 3] for i in range(0, 12, 3)] + [grid[1, i:i + 4] for i in range(0, 12, 4)]
-    panels = [fig.add_subplot(place) for place in places]
-    for ax, (name, lines) in zip(panels, PANELS, strict=True):
-        figures.set_tick_sizes(ax)
-        depth_panel(ax, reports, colors, name, lines)
-    handles = [figures.Line2D([], [], color=color, marker="o", markersize=3.5, label=shortened(report["name"]))
-               for report, color in zip(reports, colors, strict=True)]
-    if any(m["depth"] > report["n_layers"] for report in reports for m in report["levels"]):
-        handles.append(figures.Line2D([], [], color="0.3", linestyle="", marker="D", markersize=5, label=OUTPUT_LABEL))
-    ceiling = reports[0]["filter_circle_accuracy"]
-    if ceiling is not None:
-        handles.append(panels[0].axhline(ceiling, color="0.4", linestyle="-.", linewidth=1,
-                                         label=f"exact filter: {ceiling:.3f}"))
-    fig.legend(handles=handles, loc="outside lower center", ncols=2 if on_a_page else 4)
-    return fig
-
-
-def depth_panel(ax, reports, colors, name, lines):
-    """One panel of draw_summary: its lines {label: read(level)} against depth, for each report in its colour.
-
-    Lines without any value are left out, and a panel without lines. With several lines left, a legend tells their
-    styles; with one of several, the title names it.
-    """
-    n_layers = {report["n_layers"] for report in reports}
-    shown = [(label, read) for label, read in lines.items()
-             if any(read(m) is not None for report in reports for m in report["levels"])]
-    shown = shown[:1] if len(reports) > 3 else shown
-    if not shown:
-        ax.axis("off")
-        return
-    for report, color in zip(reports, colors, strict=True):
-        deepest = report["n_layers"] + 1 if len(n_layers) > 1 else 1
-        depth = [m["depth"] / deepest for m in report["levels"]]
-        for style, (_, read) in zip(LINE_STYLES, shown, strict=False):
-            values = [np.nan if read(m) is None else read(m) for m in report["levels"]]
-            inside = sum(m["depth"] <= report["n_layers"] for m in report["levels"])
-            ax.plot(depth[:inside], values[:inside], color=color, linestyle=style, marker="o", markersize=3.5)
-            ax.plot(depth[inside:], values[inside:], color=color, linestyle="", marker="D", markersize=5)
-    ax.set_title(name + (f", {shown[0][0]}" if len(shown) == 1 < len(lines) else ""))
-    if name.startswith(UNIT_PANELS):
-        ax.set_ylim(min(0, ax.get_ylim()[0]), 1.02)
-    depth_ticks(ax, reports, n_layers)
-    if len(shown) > 1:
-        ax.legend(handles=[figures.Line2D([], [], color="0.3", linestyle=style, label=label)
-                           for style, (label, _) in zip(LINE_STYLES, shown, strict=False)])
-
-
-def depth_ticks(ax, reports, n_layers):
-    """Label the depth axis: "in", layer numbers (at most about 12) and "out"; only its ends when depths differ."""
-    if len(n_layers) > 1:
-        ax.set_xticks([0, 1], ["input", "output"])
-        ax.set_xlabel("relative depth")
-        return
-    (n,) = n_layers
-    depths = sorted({m["depth"] for report in reports for m in report["levels"]})
-    every = -(-len(depths) // 12)
-    marked = [d for d in depths if d in (0, n + 1) or (d % every == 0 and d + every <= n + 1) or every == 1]
-    ax.set_xticks(marked, ["in" if d == 0 else "out" if d == n + 1 else str(d) for d in marked])
-    ax.set_xlabel("layer")
-
-
-def shortened(name, most=34):
-    """The name, cut to `most` characters."""
-    return name if len(name) <= most else name[:most - 1] + "…"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -677,8 +337,8 @@ def sampled_rows(n_rows, args):
     if not args.no_umap and len(rows) <= args.umap_neighbors:
         raise cli.UserError(f"the series has {n_rows} steps to draw from, too few for --umap-neighbors "
                             f"{args.umap_neighbors}; use a smaller one or --no-umap")
-    if not args.no_lb and min(args.lb_points, len(rows)) <= max(KS):
-        raise cli.UserError(f"the dimension needs more than {max(KS)} points, and there are "
+    if not args.no_lb and min(args.lb_points, len(rows)) <= max(DIMENSION_KS):
+        raise cli.UserError(f"the dimension needs more than {max(DIMENSION_KS)} points, and there are "
                             f"{min(args.lb_points, len(rows))}; use more --lb-points, a longer series or --no-lb")
     return rows
 
@@ -720,9 +380,9 @@ def measure_levels(loaded, series, rows, args, pool):
 
     Returns three lists with one entry per level; the last two are empty without UMAP.
     """
-    names, levels, futures, nearest = level_names(loaded.model.n_layers), [], [], []
-    found = representations(loaded.model, series.X, loaded.window_settings[0], loaded.depths, args.velocity,
-                            series.recordings)
+    names, levels, futures, nearest = representations.level_names(loaded.model.n_layers), [], [], []
+    found = representations.of_steps(loaded.model, series.X, loaded.window_settings[0], loaded.depths, args.velocity,
+                                     series.recordings)
     for depth, values in tqdm(found, desc=loaded.name, total=len(loaded.depths), unit="level", disable=None):
         if not np.isfinite(values).all():
             raise cli.UserError(f"{loaded.name}: {names[depth]} holds NaN or infinity on these data; give another "
@@ -759,11 +419,11 @@ def evaluate(loaded, series, optimum, rows, args, pool):
 
     # ---- what its levels know
     report["levels"], futures, nearest = measure_levels(loaded, series, rows, args, pool)
-    best = best_layer(report["levels"])
+    best = level_tables.best_layer(report["levels"])
     report["best_layer"] = best["level"] if best else None
 
     # ---- what can be told apart in their UMAPs
-    states = dataset.rows_of(series.states, steps_of_rows(series, args.velocity))
+    states = dataset.rows_of(series.states, representations.steps_of_rows(series, args.velocity))
     embeddings = [future.result() for future in futures]
     for level, embedding, nearest_sample in zip(report["levels"], embeddings, nearest, strict=False):
         shown_states = dataset.rows_of(states, rows[:len(embedding)])
@@ -793,7 +453,7 @@ def with_earlier(report, path):
             measured = {key: value for key, value in level.items() if value is not None}
             levels[level["depth"]] = {**level, **levels.get(level["depth"], {}), **measured}
         levels = [levels[depth] for depth in sorted(levels)]
-        best = best_layer(levels)
+        best = level_tables.best_layer(levels)
         settings = {key: report[key] if report[key] is not None else earlier[key] for key in SAME_SETTINGS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return report  # there is none, or it is one of an older version
@@ -802,13 +462,13 @@ def with_earlier(report, path):
 
 def write_report(report, args, prefix, subtitle):
     """Print the tables of a model, write its numbers and its summary figure."""
-    print(level_table(report))
+    print(level_tables.level_table(report))
     if report["levels"][0].get("umap_silhouette") is not None:
-        print(umap_table(report))
+        print(level_tables.umap_table(report))
     report = with_earlier(report, args.save_dir / f"{prefix}_metrics.json")
     cli.write_json(args.save_dir / f"{prefix}_metrics.json", report, allow_nan=False)
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
-    figures.save(draw_summary([report], f"{report['name']}: measures against depth{subtitle}"),
+    figures.save(level_figures.draw_summary([report], f"{report['name']}: measures against depth{subtitle}"),
                  args.save_dir / f"{prefix}_summary.png")
 
 
@@ -818,7 +478,7 @@ def write_umaps(report, embeddings, series, steps, args, prefix, subtitle):
     states, n_circles = dataset.rows_of(series.states, steps), series.n_circles
     states = steps if states is None else states
     title = f"{report['name']}: UMAP of {len(states):,} steps{subtitle}"
-    titles = [level_title(m) for m in report["levels"]]
+    titles = [level_figures.level_title(m) for m in report["levels"]]
     if not args.per_layer:
         fig = figures.draw_umaps(embeddings, titles, states, n_circles, title)
         figures.save(fig, args.save_dir / f"{prefix}_umap.png")
@@ -830,23 +490,24 @@ def write_umaps(report, embeddings, series, steps, args, prefix, subtitle):
 
 def write_comparison(reports, args, suffix, subtitle):
     """Print the comparison of several models, write its CSV and its summary figure."""
-    rows = [comparison_row(report) for report in reports]
+    rows = [level_tables.comparison_row(report) for report in reports]
     prefix = comparison_name([report["name"] for report in reports]) + suffix
-    print(f"\nbest layer of each checkpoint (last: dimension of the last layer, k = {K_SHOWN}; peaks over all levels)\n"
-          + comparison_table(rows))
-    groups = seed_groups(reports)
+    print(f"\nbest layer of each checkpoint (last: dimension of the last layer, k = {DIMENSION_K}; peaks over all "
+          "levels)\n" + level_tables.comparison_table(rows))
+    groups = level_tables.seed_groups(reports)
     if groups:
-        print("\nthe same flags but for the seed\n" + spread_table(groups))
-    cli.write_text(args.save_dir / f"{prefix}_summary.csv", comparison_csv(rows))
+        print("\nthe same flags but for the seed\n" + level_tables.spread_table(groups))
+    cli.write_text(args.save_dir / f"{prefix}_summary.csv", level_tables.comparison_csv(rows))
     print(f"wrote {args.save_dir / f'{prefix}_summary.csv'}")
-    figures.save(draw_summary(reports, f"measures against depth{subtitle}"), args.save_dir / f"{prefix}_summary.png")
+    figures.save(level_figures.draw_summary(reports, f"measures against depth{subtitle}"),
+                 args.save_dir / f"{prefix}_summary.png")
 
 
 def main(args):
     # ---- what is measured; bad input is refused here, before any work
     device = cli.pick_device(args.device)
     models, series = load_models(args, device)
-    steps = steps_of_rows(series, args.velocity)
+    steps = representations.steps_of_rows(series, args.velocity)
     rows = sampled_rows(len(steps), args)
     cli.output_folder(args.save_dir)
     suffix, subtitle = variant(args)

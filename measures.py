@@ -16,6 +16,8 @@ BLOCK_ROWS = 2**16  # rows of which `spectrum` makes a float64 copy at a time
 VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
 RIDGE = 1.0
 KMEANS_RESTARTS = 4
+DIMENSION_KS = (10, 30, 100)  # numbers of neighbours for the dimension
+DIMENSION_K = 30  # the one of them in titles and in comparisons
 
 
 # ---------------------------------------------------------------------------------------------------------------

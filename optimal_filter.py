@@ -261,6 +261,7 @@ class FilterState(NamedTuple):
     weight: np.ndarray  # (pairs,)
     leave: np.ndarray  # (pairs,)
     exits: np.ndarray  # (pairs, Q) P(the visit ends with the q-th revolution after this one | it is on), or UNKNOWN
+    done: np.ndarray  # (pairs,) mean of the revolutions that the visit has done before this one; empty: not asked for
     score: np.ndarray  # (pairs,) scratch
     scratch: np.ndarray  # (max(M, K),)
 
@@ -295,12 +296,13 @@ def initial_law(process, initial):
     return law, np.zeros(K)
 
 
-def start_state(process, n_steps, starts, past, max_horizon):
+def start_state(process, n_steps, starts, past, max_horizon, count_revolutions=False):
     """The FilterState before the first of n_steps steps; starts, past: (K,) each, as from `initial_law`."""
     K, periods, pairs = process.n_circles, process.periods, int(process.periods.sum())
     circle_of_pair = np.repeat(np.arange(K), periods)
     # A visit that was on before the first step is in revolution m with a probability proportional to P(R > m).
-    mean_revolutions = survival(process).sum(axis=1)
+    alive = survival(process)
+    mean_revolutions = alive.sum(axis=1)
     with np.errstate(divide="ignore"):
         log_past, log_on = np.log(past), np.log(past * mean_revolutions)
         entry = np.full((n_steps, K), -np.inf)
@@ -316,6 +318,7 @@ def start_state(process, n_steps, starts, past, max_horizon):
         entry=entry, revolution=np.zeros((n_steps + int(periods.max()), K)), past=log_past,
         partial=np.zeros(pairs), weight=log_on[circle_of_pair], leave=log_past[circle_of_pair],
         exits=(ends / mean_revolutions[:, None])[circle_of_pair],
+        done=(alive @ np.arange(M) / mean_revolutions)[circle_of_pair] if count_revolutions else np.empty(0),
         score=np.empty(pairs), scratch=np.empty(max(M, K)),
     )
 
@@ -399,6 +402,11 @@ def begin_revolutions(tab, state, t):
         for m in range(n):
             terms[m] = history[m] + tab.log_survival[i, m]
         state.weight[place] = log_sum_exp(terms[:n])
+        if len(state.done):
+            state.done[place] = 0.0
+            for m in range(n):
+                if terms[m] - state.weight[place] > NEGLIGIBLE:
+                    state.done[place] += m * math.exp(terms[m] - state.weight[place])
         for m in range(n):
             terms[m] = history[m] + tab.log_law[i, m]
         state.leave[place] = log_sum_exp(terms[:n])
@@ -422,13 +430,14 @@ def find_exits(tab, state, s, i, place):
 
 
 @njit(nogil=True, cache=True)
-def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor, flux):
+def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor, flux, revolutions):
     """Filter len(posterior) steps from step `first` on.
 
     plane (n, K, 2): x in the planes; baseline (n,), taken from every log-likelihood of a step. Fills log_evidence,
     log p(x_{<=t}) less the baselines so far, and adds to zeros, each row up to a factor that is the same for all of
     it: posterior (b, K) over circles; phasor (b, K, 2), E[(cos θ, sin θ) on the circle]; flux (b, K, max horizon),
-    P(the next visit begins r + 1 steps on, after this circle).
+    P(the next visit begins r + 1 steps on, after this circle); and, where `state` counts them, revolutions (b,), the
+    mean of those that the present visit has done.
     """
     K, horizon = flux.shape[1], flux.shape[2]
     for row in range(len(posterior)):
@@ -466,6 +475,8 @@ def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor,
                     posterior[row, i] += mass
                     phasor[row, i, 0] += mass * tab.cos[2 * a + phase + p]
                     phasor[row, i, 1] += mass * tab.sin[2 * a + phase + p]
+                    if len(state.done):
+                        revolutions[row] += mass * state.done[a + p]
                     left = period - (phase + p) % period  # steps until this revolution is over
                     if left <= horizon and state.exits[a + p, 0] == UNKNOWN:
                         find_exits(tab, state, t + left - period, i, a + p)
@@ -595,12 +606,13 @@ def prediction_map(process, horizons):
 class ExactFilter:
     """Filters one series of n steps of a Process whose circles stand still; a MovingFilter has the same methods.
 
-    starts, past: (K,) each, as from `initial_law`; reach: the largest horizon.
+    starts, past: (K,) each, as from `initial_law`; reach: the largest horizon; count_revolutions: let `revolutions`
+    hold, after each block, the mean of the revolutions that the visit had done at each of its steps.
     """
 
-    def __init__(self, process, n, starts, past, reach):
-        self.process, self.reach = process, reach
-        self.tab, self.state = tables(process), start_state(process, n, starts, past, reach)
+    def __init__(self, process, n, starts, past, reach, count_revolutions=False):
+        self.process, self.reach, self.revolutions = process, reach, None
+        self.tab, self.state = tables(process), start_state(process, n, starts, past, reach, count_revolutions)
         self.evidence = 0.0
         self.n_hypotheses = 0  # it has every state, and so no number of hypotheses
 
@@ -615,11 +627,12 @@ class ExactFilter:
         for first in range(0, n, BLOCK):
             b, steps = min(BLOCK, n - first), slice(first, first + BLOCK)
             evidence, posterior, phasor = np.empty(b), np.zeros((b, K)), np.zeros((b, K, 2))
-            flux = np.zeros((b, K, self.reach))
-            forward(self.tab, self.state, plane, baseline, first, evidence, posterior, phasor, flux)
+            flux, revolutions = np.zeros((b, K, self.reach)), np.zeros(b)
+            forward(self.tab, self.state, plane, baseline, first, evidence, posterior, phasor, flux, revolutions)
             log_likelihood = step_log_likelihood(self.process, np.diff(evidence, prepend=self.evidence),
                                                  baseline[steps], norm2[steps])
             self.evidence, total = evidence[-1], posterior.sum(axis=1)
+            self.revolutions = revolutions / total if len(self.state.done) else None
             phasor /= total[:, None, None]
             flux /= total[:, None, None]
             yield first, log_likelihood, posterior / total[:, None], phasor, flux, 0.0, 0.0
@@ -655,7 +668,8 @@ def check_horizons(horizons):
     return horizons
 
 
-def new_filter(process, n, initial, horizons=(), first_step=None, keep_tree=False, limits=None):
+def new_filter(process, n, initial, horizons=(), first_step=None, keep_tree=False, limits=None,
+               count_revolutions=False):
     """The filter for n steps of a Process: an ExactFilter, or a MovingFilter when its circles move.
 
     first_step: the step of the whole series that the first of the n is. At step s the centre has walked s steps and has
@@ -664,7 +678,7 @@ def new_filter(process, n, initial, horizons=(), first_step=None, keep_tree=Fals
     """
     starts, past = initial_law(process, initial)
     if not moves(process):
-        return ExactFilter(process, n, starts, past, max(horizons, default=0))
+        return ExactFilter(process, n, starts, past, max(horizons, default=0), count_revolutions)
     variance = center_variance(process, initial, first_step)
     return MovingFilter(process, starts, past, variance, horizons, limits, keep_tree)
 

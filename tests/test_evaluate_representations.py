@@ -28,9 +28,12 @@ import cli
 import dataset
 import evaluate_representations as ev
 import figures
+import level_figures
+import level_tables
 import mamba_model
 import measures
 import optimal_filter
+import representations
 from measures import knn, levina_bickel
 
 SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
@@ -59,7 +62,7 @@ def names_in(folder):
 
 
 def test_levels_are_named_and_ordered_by_depth():
-    assert ev.level_names(2) == ["input", "layer 1", "layer 2", "output"]
+    assert representations.level_names(2) == ["input", "layer 1", "layer 2", "output"]
     assert ev.level_list("output,2,input") == ["output", 2, "input"]
     assert ev.chosen_depths(["output", 2, "input", 2], 7, "m.pt") == [0, 2, 8]
     assert ev.chosen_depths(None, 2, "m.pt") == [0, 1, 2, 3]
@@ -82,7 +85,7 @@ def test_a_layer_that_the_model_lacks_is_refused():
 @pytest.mark.parametrize(("n_steps", "seq_len"), [(1000, 128), (100, 128), (128, 128), (129, 128), (50, 1), (7, 2),
                                                   (1000, 3)])
 def test_windows_cover_every_step_and_overlap_by_a_quarter(n_steps, seq_len):
-    starts, length = ev.overlapping_windows(n_steps, seq_len)
+    starts, length = representations.overlapping_windows(n_steps, seq_len)
     assert length == min(seq_len, n_steps)
     assert starts[0] == 0 and starts[-1] + length == n_steps
     for before, after in itertools.pairwise(starts):
@@ -93,11 +96,11 @@ def test_windows_cover_every_step_and_overlap_by_a_quarter(n_steps, seq_len):
 @pytest.mark.parametrize(("n_steps", "seq_len"), [(500, 64), (64, 64), (65, 64), (40, 64), (30, 2)])
 @pytest.mark.parametrize("velocity", [False, True])
 def test_each_step_comes_from_the_window_with_most_past(n_steps, seq_len, velocity):
-    starts, length = ev.overlapping_windows(n_steps, seq_len)
+    starts, length = representations.overlapping_windows(n_steps, seq_len)
     X = np.random.default_rng(0).standard_normal((n_steps, 3))
     # Every window sees its own multiple of the series, so a row tells which window it came from.
     windows = torch.from_numpy(np.stack([(i + 1) * X[start:start + length] for i, start in enumerate(starts)]))
-    rows = ev.stitch(windows, starts, velocity)
+    rows = representations.stitch(windows, starts, velocity)
     wanted = []
     for t in range(int(velocity), n_steps):
         i, start = min((start, i) for i, start in enumerate(starts) if start <= t - int(velocity) and t < start + length
@@ -110,10 +113,10 @@ def test_each_step_comes_from_the_window_with_most_past(n_steps, seq_len, veloci
 
 @pytest.mark.parametrize(("velocity", "mixture"), [(False, 0), (True, 0), (False, 3)])
 def test_representations_are_those_that_the_model_gives_each_window(velocity, mixture, monkeypatch):
-    monkeypatch.setattr(ev, "STEPS_IN_BATCH", {"cpu": 130})  # two windows at a time
+    monkeypatch.setattr(representations, "STEPS_IN_BATCH", {"cpu": 130})  # two windows at a time
     model, X = tiny_model(mixture=mixture), np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
-    starts, length = ev.overlapping_windows(150, 64)
-    found = dict(ev.representations(model, X, 64, [0, 1, 2, 3], velocity))
+    starts, length = representations.overlapping_windows(150, 64)
+    found = dict(representations.of_steps(model, X, 64, [0, 1, 2, 3], velocity))
     assert list(found) == [0, 1, 2, 3]
     windows = torch.from_numpy(np.stack([X[start:start + length] for start in starts]))
     with torch.no_grad():
@@ -135,9 +138,9 @@ def test_only_the_wanted_levels_are_computed():
     calls = []
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda *_, i=i: calls.append(i))
-    assert [depth for depth, _ in ev.representations(model, X, 64, [0, 1])] == [0, 1]
+    assert [depth for depth, _ in representations.of_steps(model, X, 64, [0, 1])] == [0, 1]
     assert calls == [0]
-    assert [depth for depth, _ in ev.representations(model, X, 64, [0])] == [0]
+    assert [depth for depth, _ in representations.of_steps(model, X, 64, [0])] == [0]
     assert calls == [0]
 
 
@@ -156,7 +159,7 @@ class NoFilter:
 
 
 def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows(monkeypatch):
-    monkeypatch.setattr(ev, "STEPS_IN_BATCH", {"cpu": 120})  # three windows at a time; there are four
+    monkeypatch.setattr(representations, "STEPS_IN_BATCH", {"cpu": 120})  # three windows at a time; there are four
     model, X = tiny_model(max_horizon=3), np.random.default_rng(1).standard_normal((400, 6)).astype(np.float32)
     series = dataset.Series(X)
     found = ev.prediction_errors(model, series, (40, 25, 0.3), NoFilter())
@@ -190,7 +193,7 @@ def test_one_neighbour_query_serves_dimension_and_umap(monkeypatch, n_umap, neig
     monkeypatch.setattr(measures, "knn", lambda points, k: queries.append((len(points), k)) or knn(points, k))
     dimension, graph = ev.neighborhood(points, 300, n_umap, neighbours)
     assert queries[0] == (300, 100) and len(queries) == 1 + (n_umap in (400, 120))
-    assert dimension == pytest.approx(levina_bickel(points[:300], ev.KS), rel=1e-9)
+    assert dimension == pytest.approx(levina_bickel(points[:300], measures.DIMENSION_KS), rel=1e-9)
     wanted = knn(points[:n_umap], neighbours - 1)
     np.testing.assert_array_equal(graph[1], wanted[1])
     np.testing.assert_allclose(graph[0], wanted[0])
@@ -206,16 +209,17 @@ def test_neighborhood_leaves_out_what_is_not_asked_for():
 def test_repeated_points_count_once_and_a_collapsed_level_has_no_dimension():
     points = np.random.default_rng(0).standard_normal((300, 4))
     repeated = np.concatenate([points, points[:80]])
-    assert ev.neighborhood(repeated, 380, 0, 15)[0] == pytest.approx(levina_bickel(points, ev.KS), rel=1e-9)
-    assert ev.neighborhood(np.ones((300, 4)), 300, 0, 15)[0] == dict.fromkeys(ev.KS)
+    ks = measures.DIMENSION_KS
+    assert ev.neighborhood(repeated, 380, 0, 15)[0] == pytest.approx(levina_bickel(points, ks), rel=1e-9)
+    assert ev.neighborhood(np.ones((300, 4)), 300, 0, 15)[0] == dict.fromkeys(ks)
 
 
 def test_the_best_layer_is_no_input_and_the_first_of_equals():
     levels = [{"level": name, "probe_accuracy": a} for name, a in
               [("input", 1.0), ("layer 1", 0.5), ("layer 2", 0.9), ("layer 3", 0.9), ("output", 1.0)]]
-    assert ev.best_layer(levels)["level"] == "layer 2"
-    assert ev.best_layer(levels[:1]) is None
-    assert ev.best_layer([{"level": "layer 1", "probe_accuracy": None}]) is None
+    assert level_tables.best_layer(levels)["level"] == "layer 2"
+    assert level_tables.best_layer(levels[:1]) is None
+    assert level_tables.best_layer([{"level": "layer 1", "probe_accuracy": None}]) is None
 
 
 # ---- UMAP ------------------------------------------------------------------------------------------------------
@@ -353,7 +357,7 @@ def cells(text):
 
 def test_every_cell_of_the_table_of_levels():
     report = made_report()
-    header, rows = cells(ev.level_table(report))
+    header, rows = cells(level_tables.level_table(report))
     assert header == ["level", "probe acc.", "phase R²", "ARI", "smooth", "NMI", "smooth", "silhouette", "rank",
                       "dim 10", "dim 30", "dim 100"]
     keys = ["probe_accuracy", "phase_r2", "kmeans_ari", "kmeans_ari_smooth", "kmeans_nmi", "kmeans_nmi_smooth",
@@ -363,13 +367,13 @@ def test_every_cell_of_the_table_of_levels():
     for m in report["levels"]:
         m["dimension"] = None
     report["levels"][1]["probe_accuracy"] = None
-    header, rows = cells(ev.level_table(report))
+    header, rows = cells(level_tables.level_table(report))
     assert len(header) == 9 and rows[1][:2] == ["layer 1", "–"]
 
 
 def test_every_cell_of_the_table_of_umaps():
     report = made_report()
-    header, rows = cells(ev.umap_table(report))
+    header, rows = cells(level_tables.umap_table(report))
     assert header == ["in the UMAP", "silhouette", "ARI", "smooth", "NMI", "smooth"]
     assert rows == [[m["level"], *(f"{m[key]:.3f}" for key in (
         "umap_silhouette", "umap_ari", "umap_ari_smooth", "umap_nmi", "umap_nmi_smooth"))] for m in report["levels"]]
@@ -406,14 +410,14 @@ def peaked(report, level):
 
 def test_every_cell_of_the_comparison():
     reports = [peaked(made_report("a"), 0), peaked(made_report("b", shift=0.2), 4)]
-    rows = [ev.comparison_row(report) for report in reports]
+    rows = [level_tables.comparison_row(report) for report in reports]
     for row, report in zip(rows, reports, strict=True):
         assert row == {key: read(report) for key, (_, _, read) in WANTED_COMPARISON.items()}
-    header, table = cells(ev.comparison_table(rows))
+    header, table = cells(level_tables.comparison_table(rows))
     assert header == [title for title, _, _ in WANTED_COMPARISON.values()]
     assert table == [[format(read(report), form) for _, form, read in WANTED_COMPARISON.values()]
                      for report in reports]
-    lines = list(csv.reader(ev.comparison_csv(rows).split("\n")))
+    lines = list(csv.reader(level_tables.comparison_csv(rows).split("\n")))
     assert lines[0] == list(WANTED_COMPARISON) and lines[3:] == [[]]
     for line, report in zip(lines[1:3], reports, strict=True):
         assert line == [str(read(report)) for _, _, read in WANTED_COMPARISON.values()]
@@ -426,13 +430,13 @@ def test_a_comparison_leaves_out_columns_that_nobody_fills_and_marks_empty_cells
     for error in full["errors"]:  # a point head has no likelihood
         for key in ("val_nll", "optimal_nll", "excess_nats"):
             del error[key]
-    rows = [ev.comparison_row(report) for report in (full, bare)]
-    header, table = cells(ev.comparison_table(rows))
+    rows = [level_tables.comparison_row(report) for report in (full, bare)]
+    header, table = cells(level_tables.comparison_table(rows))
     assert header == [title for key, (title, _, _) in WANTED_COMPARISON.items()
                       if key not in ("val_nll", "optimal_nll", "excess_nats") and "umap" not in key]
     peak = f"{max(m['silhouette'] for m in bare['levels']):.3f}"
     assert table[1] == ["b", *["–"] * 11, peak]
-    assert ev.comparison_csv(rows).split("\n")[2] == f"b{',' * 15}{rows[1]['peak_silhouette']},,"
+    assert level_tables.comparison_csv(rows).split("\n")[2] == f"b{',' * 15}{rows[1]['peak_silhouette']},,"
 
 
 def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
@@ -440,7 +444,7 @@ def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
     changes = {"a": {}, "b": {"seed": 2}, "c": {"lr": 0.2}, "d": {"checkpoint": "d.pt", "resume": "x.pt"},
                "e": {"epochs": 6, "seed": 3}, "f": {"device": "cuda", "log_dir": "logs"}, "g": {"lr": 0.2, "seed": 9}}
     reports = [{"name": name, "trained_with": {**flags, **change}} for name, change in changes.items()]
-    groups = ev.seed_groups(reports)
+    groups = level_tables.seed_groups(reports)
     assert {name: [r["name"] for r in group] for name, group in groups.items()} == {"a": ["a", "b", "d", "f"],
                                                                                     "c": ["c", "g"]}
 
@@ -448,7 +452,7 @@ def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
 def test_every_cell_of_the_spread_over_seeds():
     reports = [made_report(f"r{i}", shift=shift) for i, shift in enumerate((0.0, 0.05, 0.31))]
     other = [made_report(f"o{i}", shift=shift, errors=[]) for i, shift in enumerate((0.1, 0.2))]
-    header, rows = cells(ev.spread_table({"r0": reports, "o0": other}))
+    header, rows = cells(level_tables.spread_table({"r0": reports, "o0": other}))
     numbers = {key: entry for key, entry in WANTED_COMPARISON.items() if entry[1]}
     assert header == ["mean ± std", *(title for title, _, _ in numbers.values())]
     for row, name, group in ((rows[0], "r0, 3 seeds", reports), (rows[1], "o0, 2 seeds", other)):
@@ -460,13 +464,13 @@ def test_every_cell_of_the_spread_over_seeds():
                 values = [read(report) for report in group]
                 assert cell == (f"{statistics.mean(values):{form}} ± "
                                 f"{statistics.stdev(values):{form.replace('+', '')}}"), title
-    header, _ = cells(ev.spread_table({"o0": other}))
+    header, _ = cells(level_tables.spread_table({"o0": other}))
     assert header[:2] == ["mean ± std", "probe acc."]
 
 
 def test_a_peak_is_the_highest_value_of_the_levels_that_have_one():
-    assert ev.peak([{"x": 0.1}, {"x": None}, {"x": 0.7}, {}, {"x": 0.3}], "x") == 0.7
-    assert ev.peak([{"x": None}, {}], "x") is None
+    assert level_tables.peak([{"x": 0.1}, {"x": None}, {"x": 0.7}, {}, {"x": 0.3}], "x") == 0.7
+    assert level_tables.peak([{"x": None}, {}], "x") is None
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------
@@ -495,7 +499,7 @@ def legend_of(target):
 
 def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
     reports = [made_report("first"), made_report("second", shift=0.3)]
-    fig = ev.draw_summary(reports, "measures against depth")
+    fig = level_figures.draw_summary(reports, "measures against depth")
     assert fig.get_suptitle() == "measures against depth" and len(fig.axes) == 7
     colors = figures.run_colors(2)
     for ax, (title, lines) in zip(fig.axes, PANEL_LINES, strict=True):
@@ -532,7 +536,7 @@ def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
 
 def test_a_summary_on_a_page_has_two_columns_that_nothing_covers(tmp_path):
     with cli._running(SimpleNamespace(style="paper")):
-        fig = ev.draw_summary([made_report("first"), made_report("second", shift=0.3)], "measures against depth")
+        fig = level_figures.draw_summary([made_report("first"), made_report("second", shift=0.3)], "against depth")
         figures.save(fig, tmp_path / "a.png")
     assert fig.get_size_inches().tolist() == [7, 9] and len(fig.axes) == 7
     boxes = [ax.get_tightbbox() for ax in fig.axes] + [fig.legends[0].get_window_extent()]
@@ -545,20 +549,20 @@ def test_a_summary_draws_what_there_is():
     for level in report["levels"]:
         level["dimension"] = None
     report["levels"][1]["phase_r2"] = None
-    fig = ev.draw_summary([report], "t")
-    assert legend_of(fig) == ["m", ev.OUTPUT_LABEL]
+    fig = level_figures.draw_summary([report], "t")
+    assert legend_of(fig) == ["m", level_figures.OUTPUT_LABEL]
     assert len(fig.axes[0].get_lines()) == 2 and len(fig.axes[2].get_lines()) == 4 and not fig.axes[6].get_lines()
     assert legend_of(fig.axes[2]) == ["vote over 101 steps", "raw"]
     assert fig.axes[4].get_title() == "silhouette of the circles, in the level"
     assert fig.axes[1].get_lines()[0].get_xdata().tolist() == [0, 2]
     assert np.isnan(fig.axes[1].get_lines()[0].get_ydata()).tolist() == [False, True]
-    assert legend_of(ev.draw_summary([made_report(depths=[0, 1, 2])], "t")) == ["m", "exact filter: 0.957"]
+    assert legend_of(level_figures.draw_summary([made_report(depths=[0, 1, 2])], "t")) == ["m", "exact filter: 0.957"]
     report["levels"][0]["silhouette"] = -0.4
-    assert ev.draw_summary([report], "t").axes[4].get_ylim()[0] < -0.4
+    assert level_figures.draw_summary([report], "t").axes[4].get_ylim()[0] < -0.4
 
 
 def test_models_of_different_depth_share_a_relative_depth():
-    fig = ev.draw_summary([made_report("a", n_layers=1), made_report("b", n_layers=3)], "t")
+    fig = level_figures.draw_summary([made_report("a", n_layers=1), made_report("b", n_layers=3)], "t")
     places = [line.get_xdata().tolist() for line in fig.axes[0].get_lines()[:4]]
     assert places == [[0, 0.5], [1], [0, 0.25, 0.5, 0.75], [1]]
     assert [tick.get_text() for tick in fig.axes[0].get_xticklabels()] == ["input", "output"]
@@ -567,14 +571,14 @@ def test_models_of_different_depth_share_a_relative_depth():
 
 def test_many_models_get_one_line_each_and_short_names():
     names = ["a" * 34, "b" * 35, "c", "d"]
-    fig = ev.draw_summary([made_report(name, shift=0.1 * i) for i, name in enumerate(names)], "t")
+    fig = level_figures.draw_summary([made_report(name, shift=0.1 * i) for i, name in enumerate(names)], "t")
     assert [len(ax.get_lines()) for ax in fig.axes[1:]] == [8] * 6
     assert fig.axes[2].get_title() == "ARI of k-means, vote over 101 steps" and fig.axes[2].get_legend() is None
     assert legend_of(fig)[:4] == ["a" * 34, "b" * 33 + "…", "c", "d"]
 
 
 def test_a_deep_model_has_the_ticks_that_find_room():
-    fig = ev.draw_summary([made_report(n_layers=30)], "t")
+    fig = level_figures.draw_summary([made_report(n_layers=30)], "t")
     ticks = fig.axes[0].get_xticks().tolist()
     labels = [tick.get_text() for tick in fig.axes[0].get_xticklabels()]
     assert labels == ["in", *(str(tick) for tick in ticks[1:-1]), "out"] and ticks[0] == 0 and ticks[-1] == 31
@@ -584,10 +588,10 @@ def test_a_deep_model_has_the_ticks_that_find_room():
 def test_a_umap_panel_tells_the_dimension_of_its_level_and_its_own_silhouette():
     level = {"level": "layer 3", "dimension": {10: 4.0, 30: 5.26, 100: 6.0}, "umap_silhouette": 0.318,
              "silhouette": 0.9}
-    assert ev.level_title(level) == "layer 3\ndim 5.3, silhouette here 0.32"
-    assert ev.level_title({**level, "dimension": None}) == "layer 3\nsilhouette here 0.32"
-    assert ev.level_title({**level, "umap_silhouette": None}) == "layer 3\ndim 5.3"
-    assert ev.level_title({**level, "dimension": {30: None}, "umap_silhouette": None}) == "layer 3"
+    assert level_figures.level_title(level) == "layer 3\ndim 5.3, silhouette here 0.32"
+    assert level_figures.level_title({**level, "dimension": None}) == "layer 3\nsilhouette here 0.32"
+    assert level_figures.level_title({**level, "umap_silhouette": None}) == "layer 3\ndim 5.3"
+    assert level_figures.level_title({**level, "dimension": {30: None}, "umap_silhouette": None}) == "layer 3"
 
 
 # ---- names -----------------------------------------------------------------------------------------------------
@@ -638,7 +642,7 @@ def test_end_to_end(run, shared_data, tiny_checkpoint, tmp_path):
 
     series = dataset.load_series(shared_data)
     rows = np.random.default_rng(42).permutation(series.n_steps)[:400]
-    dimension = levina_bickel(series.X[rows], ev.KS)
+    dimension = levina_bickel(series.X[rows], measures.DIMENSION_KS)
     assert levels[0]["dimension"] == pytest.approx({str(k): value for k, value in dimension.items()})
     C = np.cov(series.X.T.astype(np.float64), bias=True)
     assert levels[0]["effective_rank"] == pytest.approx(np.trace(C)**2 / np.trace(C @ C), rel=1e-6)
@@ -912,7 +916,7 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint,
     for report in reports:
         for level in report["levels"]:
             level["dimension"] = {int(k): value for k, value in level["dimension"].items()}
-        for text in (ev.level_table(report), ev.umap_table(report)):
+        for text in (level_tables.level_table(report), level_tables.umap_table(report)):
             assert f"{text}\n" in result.out
         rows = [[str(row["horizon"]), f"{row['val_mse']:.4f}", f"{row['optimal_mse']:.4f}",
                  f"{row['excess_percent']:+.2f} %"] for row in report["errors"]]
@@ -926,10 +930,10 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint,
         assert summary.legends[0].get_texts()[0].get_text() == report["name"]
     assert reports[1]["seq_len"] == 64 and [row["horizon"] for row in reports[1]["errors"]] == [1, 2]
     assert reports[0]["errors"][0]["optimal_mse"] != reports[1]["errors"][0]["optimal_mse"]  # other windows
-    table = [ev.comparison_row(report) for report in reports]
-    assert ev.comparison_table(table) in result.out
+    table = [level_tables.comparison_row(report) for report in reports]
+    assert level_tables.comparison_table(table) in result.out
     folder = tmp_path / "plots"
-    assert (folder / "compare_tiny_deep_velocity_pca3_summary.csv").read_text() == ev.comparison_csv(table)
+    assert (folder / "compare_tiny_deep_velocity_pca3_summary.csv").read_text() == level_tables.comparison_csv(table)
     compared = saved["compare_tiny_deep_velocity_pca3_summary.png"]
     assert compared.get_suptitle() == (
         "measures against depth, change since the step before, up to 3 principal components")

@@ -11,13 +11,13 @@ from conftest import TINY_DATA
 
 import cli
 import dataset
-import evaluate_representations as ev
 import figures
 import mamba_model
 import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
 import measures
 import optimal_filter
+import representations
 import visualize_gates
 
 NAME = "masked_model_gpu_mamba_next"
@@ -240,11 +240,12 @@ def test_levels_see_nothing_of_the_recording_before(velocity, one_thread):
     model = mamba_model.CausalTimeSeriesMamba(3, 8, 2, 4, d_ff=8).eval()
     X = waves(120).astype(np.float32)
     series = dataset.Series(X, lengths=(70, 10, 40))
-    whole = dict(ev.representations(model, X, 32, [0, 1, 3], velocity, series.recordings))
+    whole = dict(representations.of_steps(model, X, 32, [0, 1, 3], velocity, series.recordings))
     for depth, level in whole.items():
-        alone = [dict(ev.representations(model, X[a:b], 32, [depth], velocity))[depth] for a, b in series.recordings]
+        alone = [dict(representations.of_steps(model, X[a:b], 32, [depth], velocity))[depth]
+                 for a, b in series.recordings]
         np.testing.assert_array_equal(level, np.concatenate(alone))
-    steps = ev.steps_of_rows(series, velocity)
+    steps = representations.steps_of_rows(series, velocity)
     assert steps.tolist() == [t for t in range(120) if not velocity or t not in (0, 70, 80)]
     expected = np.diff(X, axis=0)[steps - 1] if velocity else X
     np.testing.assert_array_equal(whole[0], expected)
