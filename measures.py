@@ -15,6 +15,8 @@ BLOCK_VALUES = 2**22  # neighbour differences in memory at a time
 BLOCK_ROWS = 2**16  # rows of which `spectrum` makes a float64 copy at a time
 VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
 RIDGE = 1.0
+RIDGE_PENALTIES = 10.0 ** np.arange(-6, 1)  # that `ridge_r2` chooses from, for columns of variance 1
+HELD_OUT = 0.2  # of the rows that it is fitted to: they choose the penalty
 KMEANS_RESTARTS = 4
 DIMENSION_KS = (10, 30, 100)  # numbers of neighbours for the dimension
 DIMENSION_K = 30  # the one of them in titles and in comparisons
@@ -101,6 +103,20 @@ def levina_bickel(points, ks):
         raise cli.UserError("k must be 2 or more: one neighbour has no distance to compare with")
     distances, _ = knn(distinct(points), max(ks))
     return dimension_from_distances(distances, ks)
+
+
+def two_nn(distances):
+    """The TwoNN dimension from the distances (n, 2 or more) of `knn`, positive; None where all first two are equal.
+
+    Facco, d'Errico, Rodriguez & Laio 2017, Scientific Reports 7, 12140: the ratio μ of a point's second distance to its
+    first has the distribution 1 - μ^-d where the points have dimension d and their density is even over that distance.
+    d is the slope through the origin of -log(1 - F(μ)) against log μ, without the largest tenth of the ratios.
+    """
+    n = len(distances)
+    log_ratio = np.sort(np.log(distances[:, 1] / distances[:, 0]))[:int(0.9 * n)]
+    height = -np.log1p(-np.arange(1, len(log_ratio) + 1) / n)
+    square = log_ratio @ log_ratio
+    return float(log_ratio @ height / square) if square > 0 else None
 
 
 def umap_embedding(points, graph, seed):
@@ -220,6 +236,77 @@ def phase_probe(train, train_thetas, test, test_thetas):
     mean = target.mean(axis=0)
     weights = np.linalg.solve(train.T @ train + RIDGE * np.eye(train.shape[1]), train.T @ (target - mean))
     return float(r2_score(np.stack([np.cos(test_thetas), np.sin(test_thetas)], axis=1), test @ weights + mean))
+
+
+def ridge_solutions(x, y):
+    """The ridge regressions of y (n, targets) on x (n, width), one for each of RIDGE_PENALTIES.
+
+    Returns a list of (weights (width, targets), intercept (targets,)). The penalty is on the mean squared error.
+    """
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
+    x, y = x - x_mean, y - y_mean
+    values, vectors = np.linalg.eigh(x.T @ x / len(x))
+    projected = vectors.T @ (x.T @ y) / len(x)
+    weights = [vectors @ (projected / (np.maximum(values, 0) + penalty)[:, None]) for penalty in RIDGE_PENALTIES]
+    return [(w, y_mean - x_mean @ w) for w in weights]
+
+
+def ridge_residuals(train, target, test, test_target):
+    """Sums of squares on the test set, of what a ridge regression leaves and around the mean: two numbers.
+
+    train, test (rows, width) whitened, targets (rows, targets). The rows are in order of time: those at the end of the
+    train set, HELD_OUT of it, choose the penalty, with which all of the train set is then fitted.
+    """
+    n = len(train) - max(1, round(HELD_OUT * len(train)))
+    held_out = [np.square(train[n:] @ w + intercept - target[n:]).sum()
+                for w, intercept in ridge_solutions(train[:n], target[:n])]
+    w, intercept = ridge_solutions(train, target)[int(np.argmin(held_out))]
+    left = np.square(test @ w + intercept - test_target).sum()
+    return left, np.square(test_target - test_target.mean(axis=0, dtype=np.float64)).sum()
+
+
+def ridge_r2(train, target, test, test_target, groups=None):
+    """R² on the test set of a ridge regression that is fitted to the train set, over all targets together.
+
+    Arrays as in `ridge_residuals`. groups: those of the train rows and of the test rows, int; then each group has
+    a regression and a mean of its own, so that it counts for nothing which group a row is in. Groups with less than two
+    test rows or fewer train rows than columns are left out. None where nothing is left or nothing varies.
+    """
+    if groups is None:
+        groups = np.zeros(len(train), int), np.zeros(len(test), int)
+    sums = []
+    for group in np.unique(groups[1]):
+        fit, score = groups[0] == group, groups[1] == group
+        if fit.sum() > train.shape[1] + 1 and score.sum() > 1 and train.shape[1] > 0:
+            sums.append(ridge_residuals(train[fit], target[fit], test[score], test_target[score]))
+    left, total = np.sum(sums, axis=0) if sums else (0.0, 0.0)
+    return float(1 - left / total) if total > 0 else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Means and their errors
+
+
+def ratio_and_error(numerators, denominators):
+    """Σ numerators / Σ denominators over blocks (n,) of data each, and its standard error: (ratio, error).
+
+    The error is that of a ratio estimator (Cochran 1977, Sampling Techniques, section 6.3), from how much the blocks
+    differ; None with fewer than two blocks. The blocks have to be long against what their values depend on each other
+    over. (None, None) where the denominators sum to 0.
+    """
+    n, total = len(numerators), np.sum(denominators)
+    if total == 0:
+        return None, None
+    ratio = np.sum(numerators) / total
+    residual = np.asarray(numerators) - ratio * np.asarray(denominators)
+    error = np.sqrt(n / (n - 1) * np.square(residual).sum()) / abs(total) if n > 1 else None
+    return float(ratio), None if error is None else float(error)
+
+
+def block_sums(values, blocks, n_blocks):
+    """The sum of values over each block: blocks, of the shape of values, int in 0…n_blocks - 1; returns (n_blocks,)."""
+    return np.bincount(np.ravel(blocks), np.ravel(values).astype(np.float64), n_blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------

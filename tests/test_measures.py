@@ -8,6 +8,7 @@ import pytest
 import skdim
 from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
+from sklearn.linear_model import Ridge
 
 import cli
 import measures
@@ -483,3 +484,102 @@ def test_a_umap_of_very_few_points_is_refused_in_one_line(n):
     points = np.eye(3)[:n]
     with pytest.raises(cli.UserError, match="4 points or more"):
         measures.umap_embedding(points, measures.knn(points, n - 1) if n > 1 else None, 0)
+
+
+# ---- TwoNN, beliefs by ridge regression, and errors over blocks ------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 2, 5])
+def test_two_nn_finds_the_dimension_of_a_cube_whatever_space_it_lies_in(d):
+    points = cube(3000, d, ambient=8)
+    found = measures.two_nn(knn(points, 2)[0])
+    assert found == pytest.approx(skdim.id.TwoNN().fit(points).dimension_, rel=1e-6)
+    assert found == pytest.approx(d, rel=0.08)
+
+
+def test_two_nn_of_a_sphere_and_of_equal_distances():
+    normals = np.random.default_rng(0).standard_normal((3000, 4))
+    sphere = normals / np.linalg.norm(normals, axis=1, keepdims=True)
+    assert measures.two_nn(knn(sphere, 2)[0]) == pytest.approx(3, rel=0.06)
+    assert measures.two_nn(np.ones((50, 3))) is None
+
+
+def ridge_case(n=300, width=6, targets=2, noise=0.5, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, width))
+    y = x @ rng.standard_normal((width, targets)) + noise * rng.standard_normal((n, targets)) + 3
+    return x, y
+
+
+def test_ridge_regressions_are_scikit_learns():
+    x, y = ridge_case()
+    for penalty, (w, intercept) in zip(measures.RIDGE_PENALTIES, measures.ridge_solutions(x, y), strict=True):
+        wanted = Ridge(alpha=penalty * len(x)).fit(x, y)
+        np.testing.assert_allclose(w, wanted.coef_.T, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(intercept, wanted.intercept_, rtol=1e-6)
+
+
+def test_the_last_fifth_of_the_train_rows_chooses_the_penalty():
+    x, y = ridge_case(60, 30, noise=6.0)  # so noisy that a large penalty is better
+    x[48:], y[48:] = ridge_case(12, 30, noise=6.0, seed=4)  # a later time, another relation
+    test, test_y = ridge_case(40, 30, noise=6.0)
+    errors = [np.square(Ridge(alpha=p * 48).fit(x[:48], y[:48]).predict(x[48:]) - y[48:]).sum()
+              for p in measures.RIDGE_PENALTIES]
+    assert np.argmin(errors) > 0
+    chosen = Ridge(alpha=measures.RIDGE_PENALTIES[np.argmin(errors)] * 60).fit(x, y)
+    left, total = np.square(chosen.predict(test) - test_y).sum(), np.square(test_y - test_y.mean(axis=0)).sum()
+    assert measures.ridge_r2(x, y, test, test_y) == pytest.approx(1 - left / total, rel=1e-6)
+
+
+def test_a_representation_that_is_the_belief_has_r2_1_and_noise_has_0():
+    rng = np.random.default_rng(0)
+    posterior = rng.dirichlet(np.ones(4), 4000)
+    white = measures.whitened(posterior[:3000], posterior[3000:])
+    assert measures.ridge_r2(white[0], posterior[:3000], white[1], posterior[3000:]) == pytest.approx(1, abs=1e-4)
+    noise = rng.standard_normal((4000, 5))
+    assert abs(measures.ridge_r2(noise[:3000], posterior[:3000], noise[3000:], posterior[3000:])) < 0.02
+
+
+def test_within_groups_the_group_itself_explains_nothing():
+    rng = np.random.default_rng(1)
+    groups = rng.integers(0, 3, 900)
+    y = (groups * 10 + rng.standard_normal(900))[:, None]
+    x = np.eye(3)[groups] + 0.01 * rng.standard_normal((900, 3))
+    split = slice(600), slice(600, None)
+    assert measures.ridge_r2(x[split[0]], y[split[0]], x[split[1]], y[split[1]]) > 0.9
+    within = measures.ridge_r2(x[split[0]], y[split[0]], x[split[1]], y[split[1]], (groups[:600], groups[600:]))
+    assert within < 0.02
+    both, left, total = np.concatenate([x, y * np.array([1, 2, 3])[groups][:, None]], axis=1), 0, 0
+    for group in range(3):  # one regression per group, whose sums are pooled
+        fit, score = np.flatnonzero(groups[:600] == group), 600 + np.flatnonzero(groups[600:] == group)
+        sums = measures.ridge_residuals(both[fit], y[fit], both[score], y[score])
+        left, total = left + sums[0], total + sums[1]
+    found = measures.ridge_r2(both[:600], y[:600], both[600:], y[600:], (groups[:600], groups[600:]))
+    assert found == pytest.approx(1 - left / total) and found > 0.99
+
+
+def test_r2_of_what_is_too_little_or_never_varies_is_none():
+    x, y = ridge_case(40, 6)
+    assert measures.ridge_r2(x[:7], y[:7], x[7:], y[7:]) is None  # not more rows than columns
+    assert measures.ridge_r2(x, y, x[:1], y[:1]) is None
+    assert measures.ridge_r2(x, np.ones((40, 1)), x, np.ones((40, 1))) is None
+    assert measures.ridge_r2(x[:, :0], y, x[:, :0], y) is None
+
+
+def test_a_ratio_over_blocks_and_its_error():
+    rng = np.random.default_rng(0)
+    spread, told = [], []
+    for _ in range(400):  # the error that is told is that of repeated draws
+        n = rng.integers(20, 40, 30)
+        ratio, error = measures.ratio_and_error(n * (2 + rng.normal(0, 0.5, 30)), n)
+        spread.append(ratio)
+        told.append(error)
+    assert np.mean(spread) == pytest.approx(2, abs=0.02)
+    assert np.mean(told) == pytest.approx(np.std(spread), rel=0.1)
+    values, blocks = np.array([[1.0, 2.0], [3.0, 5.0]]), np.array([[0, 2], [2, 0]])
+    assert measures.block_sums(values, blocks, 4).tolist() == [6, 0, 5, 0]
+    ratio, error = measures.ratio_and_error([1.0, 5.0], [1.0, 2.0])
+    residual = np.array([1 - 2, 5 - 4])
+    assert ratio == 2 and error == pytest.approx(math.sqrt(2 / 1 * (residual**2).sum()) / 3)
+    assert measures.ratio_and_error([3.0], [2.0]) == (1.5, None)
+    assert measures.ratio_and_error([0.0, 0.0], [0.0, 0.0]) == (None, None)
