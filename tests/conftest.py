@@ -1,22 +1,26 @@
 """What the tests share: tiny data, tiny checkpoints, and a script run in this process as a shell would run it."""
 
+import os
+
+# One thread, here and in the processes that tests start: on arrays as small as theirs a second one only waits, and it
+# takes a core from the test that runs beside. NumPy and torch read this when they are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# isort: split
 import contextlib
 import importlib
 import json
-import os
 import signal
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import threadpoolctl
 import torch
 
 import cli
 import mamba_model
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 TINY_DATA = ["--no-umap", "--n-steps", "3000", "--n-circles", "4", "--ambient-dim", "6", "--min-period", "10",
              "--max-period", "40", "--dwell-mean", "80", "--dwell-std", "20", "--seed", "7"]
 TINY_MODEL = {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}
@@ -33,14 +37,11 @@ def pytest_runtest_protocol(item):
 
 
 @pytest.fixture
-def one_thread():
-    """One thread for torch and BLAS. On arrays as small as the tests' more threads are slower, above all when other
-    processes want the cores too."""
-    threads = torch.get_num_threads()
+def two_threads():
+    """Two threads for torch and the kernels, for tests of what threads could change."""
+    torch.set_num_threads(2)
+    yield
     torch.set_num_threads(1)
-    with threadpoolctl.threadpool_limits(1):
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -138,19 +138,14 @@ def test_peak_memory_counts_what_lives_at_once():
 # ---- limits
 
 
-def test_a_limit_is_one_thread_times_the_threads():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        limits, seen = bench.Limits(CPU, True), []
-        limits.fastest(lambda: seen.append(torch.get_num_threads()))
-        assert set(seen) == {1} and torch.get_num_threads() == 2
-        limits.fastest = lambda function: 1.0
-        assert limits.gemms([(4, 3, 2)], torch.float32, ("forward", "backward")) == 3 / 2
-        assert limits.exps == 2 * 2**12 and limits.bandwidth == 8 * 2**16  # a copy reads and writes 4 bytes per number
-        assert limits.text() == "copies 0 GB/s, 0.0e9 exp/s"
-    finally:
-        torch.set_num_threads(threads)
+def test_a_limit_is_one_thread_times_the_threads(two_threads):
+    limits, seen = bench.Limits(CPU, True), []
+    limits.fastest(lambda: seen.append(torch.get_num_threads()))
+    assert set(seen) == {1} and torch.get_num_threads() == 2
+    limits.fastest = lambda function: 1.0
+    assert limits.gemms([(4, 3, 2)], torch.float32, ("forward", "backward")) == 3 / 2
+    assert limits.exps == 2 * 2**12 and limits.bandwidth == 8 * 2**16  # a copy reads and writes 4 bytes per number
+    assert limits.text() == "copies 0 GB/s, 0.0e9 exp/s"
 
 
 def test_a_limit_is_the_fastest_of_many_calls(monkeypatch):

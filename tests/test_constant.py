@@ -16,11 +16,6 @@ SUBSETS = ["delta", "B", "C", "z", "B,C", "delta,B,C", "delta,B,C,z"]
 SIZES = {"delta": lambda b: b.d_inner, "B": lambda b: b.d_state, "C": lambda b: b.d_state, "z": lambda b: b.d_inner}
 
 
-@pytest.fixture(autouse=True)
-def few_threads(one_thread):
-    """The arrays here are tiny."""
-
-
 def tiny(constant, dtype=torch.float64, **sizes):
     """A model whose parameters are away from their special initial values."""
     torch.manual_seed(0)

@@ -40,9 +40,6 @@ SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
 QUICK = ["--no-umap", "--lb-points", 400, "--umap-points", 300, "--device", "cpu"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def tiny_model(seed=0, **sizes):
     torch.manual_seed(seed)
     return mamba_model.CausalTimeSeriesMamba(**{"feature_dim": 6, **TINY_MODEL, **sizes}).eval().use_scan(

@@ -16,11 +16,6 @@ TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", 
         "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def few_threads(one_thread):
-    """The arrays here are tiny."""
-
-
 def rows(path):
     with open(path, newline="") as file:
         return [{**row, "seconds": ""} for row in csv.DictReader(file)]

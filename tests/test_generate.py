@@ -598,7 +598,7 @@ def model_of(inputs):
 
 
 @pytest.fixture
-def sung(script, inputs, toy, tmp_path, caught, one_thread):
+def sung(script, inputs, toy, tmp_path, caught):
     """Run the script; its arrays, Figures and stdout."""
     def run(*flags):
         done = script("generate", *inputs, "--save-dir", tmp_path, "--scan", "reference", *flags)
@@ -849,7 +849,7 @@ def compared(script, flags, monkeypatch, tmp_path):
     return asked, json.loads(next(tmp_path.glob("*.json")).read_text()), done.out.partition("\n\n")[2]
 
 
-def test_compare_runs_what_its_rows_say(script, inputs, toy, tmp_path, monkeypatch, caught, one_thread):
+def test_compare_runs_what_its_rows_say(script, inputs, toy, tmp_path, monkeypatch, caught):
     series, process = toy
     monkeypatch.setattr(generate, "SHOWN_SAMPLES", 2)
     asked, numbers, table = compared(script, [
@@ -908,7 +908,7 @@ def mixture(inputs):
 
 
 def test_compare_of_a_mixture_has_its_mean_its_mean_with_noise_and_its_draws(
-        script, mixture, tmp_path, monkeypatch, caught, one_thread):
+        script, mixture, tmp_path, monkeypatch, caught):
     asked, numbers, _ = compared(script, [*mixture, "--gen-len", 30, "--seed-len", 30, "--n-samples", 1], monkeypatch,
                                  tmp_path)
     assert list(numbers) == ["real series", "greedy", "noise 1", "temperature 1", "output bursts", "hidden bursts"]

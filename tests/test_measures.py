@@ -14,8 +14,6 @@ import cli
 import measures
 from measures import dimension_from_distances, knn, levina_bickel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def blobs(n, centres, width=5, spread=0.01, seed=0):
     """Tight clusters far apart: points (n, width) and the cluster of each, in visits of about 40 steps."""

@@ -20,11 +20,6 @@ TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", 
         "--mixture", "3", "--max-horizon", "2"]
 
 
-@pytest.fixture(autouse=True)
-def few_threads(one_thread):
-    """The arrays here are tiny."""
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mixture")

@@ -235,7 +235,7 @@ def test_gates_take_samples_within_recordings():
 
 
 @pytest.mark.parametrize("velocity", [False, True])
-def test_levels_see_nothing_of_the_recording_before(velocity, one_thread):
+def test_levels_see_nothing_of_the_recording_before(velocity):
     torch.manual_seed(0)
     model = mamba_model.CausalTimeSeriesMamba(3, 8, 2, 4, d_ff=8).eval()
     X = waves(120).astype(np.float32)
@@ -264,7 +264,7 @@ def test_the_scaling_is_that_of_each_feature():
 
 
 @pytest.mark.parametrize("mixture", [0, 3])
-def test_an_unscaled_model_is_the_scaled_one_in_data_units(mixture, one_thread):
+def test_an_unscaled_model_is_the_scaled_one_in_data_units(mixture):
     torch.manual_seed(0)
     model = mamba_model.CausalTimeSeriesMamba(3, 8, 1, 4, d_ff=8, max_horizon=2, mixture=mixture).eval()
     X = torch.from_numpy(waves(40, offset=2)).float()[None]
@@ -303,7 +303,7 @@ def test_a_scaling_that_does_not_fit_is_refused(tmp_path, scaling):
 
 
 @pytest.mark.parametrize("source", ["alone", "two.npz:arr_*", "tables"])
-def test_every_script_runs_on_recordings_without_labels(two, tmp_path, script, monkeypatch, one_thread, source):
+def test_every_script_runs_on_recordings_without_labels(two, tmp_path, script, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "state_strip", lambda *given, **more: pytest.fail("there are no circles to show"))
     monkeypatch.setattr(figures, "circle_legend", lambda *given, **more: pytest.fail("there are no circles to name"))
@@ -335,7 +335,7 @@ def test_every_script_runs_on_recordings_without_labels(two, tmp_path, script, m
     assert "needs the process" in script("optimal_filter", *flag).err
 
 
-def test_a_normalised_run_goes_on_where_it_stopped(two, tmp_path, script, one_thread, monkeypatch):
+def test_a_normalised_run_goes_on_where_it_stopped(two, tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--data", "two.npz:arr_*", *TINY, "--normalise", "--ema", 0.5]
     script(NAME, *flags, "--checkpoint", "whole.pt")
@@ -345,7 +345,7 @@ def test_a_normalised_run_goes_on_where_it_stopped(two, tmp_path, script, one_th
     assert script(NAME, "--resume", "--checkpoint", "part.pt", "--epochs", 2).code == 0
 
 
-def test_labels_bring_probes_back(tmp_path, script, one_thread, monkeypatch):
+def test_labels_bring_probes_back(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     states = np.repeat(np.arange(10) % 2, 40)
     np.savez(tmp_path / "a.npz", X=waves(400) + 5 * states[:, None], states=np.array(["tut", "zip"])[states])

@@ -114,7 +114,7 @@ def test_the_commands_that_people_rely_on_are_in_the_readme():
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN)
-def test_commands_run_in_order_and_write_what_the_page_says(page, script, one_thread, tmp_path, monkeypatch):
+def test_commands_run_in_order_and_write_what_the_page_says(page, script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("markov_circles_timeseries.UMAP_POINTS", 500)  # a size without a flag
     codes = [text for language, text in blocks(page) if language == "python"]

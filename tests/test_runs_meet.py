@@ -28,11 +28,6 @@ TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", 
         "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def few_threads(one_thread):
-    """The arrays here are tiny."""
-
-
 def flags(data, path, *more):
     return [*TINY, "--data-dir", str(data), "--checkpoint", str(path), *more]
 
@@ -245,9 +240,9 @@ def test_epochs_below_what_is_done_are_refused_and_more_are_announced(script, re
 @pytest.mark.parametrize("more", [
     "--contrastive-lambda 1 --seq-len 256", "--mixture 2 --max-horizon 2", "--slowness-lambda 1 --ema 0.5 --freeze-A",
     "--aug-noise 1 --aug-rotate --aug-scale 0.1", "--gate-lr-factor 0.1 --scan reference", "--fresh"])
-def test_every_flags_run_is_bit_identical_on_two_threads(script, shared_data, tmp_path, monkeypatch, more):
+def test_every_flags_run_is_bit_identical_on_two_threads(
+        script, shared_data, tmp_path, monkeypatch, two_threads, more):
     monkeypatch.setattr(training, "finish", lambda *_: None)
-    torch.set_num_threads(2)
     for name in "abc":
         assert script(NAME, *flags(shared_data, tmp_path / f"{name}.pt", "--epochs", "1", *more.split())).code == 0
     assert all(same_weights(tmp_path / "a_last.pt", tmp_path / f"{name}_last.pt") for name in "bc")

@@ -345,9 +345,9 @@ def test_default_names_keep_runs_apart(tmp_path, monkeypatch):
     flags = {action.dest: action for action in training.build_parser()._actions}
     for dest in set(flags) - {*cli.WITHOUT_EFFECT, "help", "data", "data_dir"}:
         action = flags[dest]
-        value = [] if action.nargs == 0 else [str((action.default or 0) * 2 + 2) if action.type is not cli.probability
-                                              and action.type is not cli.fraction else "0.37"]
-        assert dest in name(action.option_strings[0], *value), dest
+        value = "0.37" if action.type in (cli.probability, cli.fraction) else "B" if dest == "constant" else str(
+            (action.default or 0) * 2 + 2)
+        assert dest in name(action.option_strings[0], *([] if action.nargs == 0 else [value])), dest
     long = name(*[word for flag in ("--aug-noise", "--aug-scale", "--aug-rotate-eps", "--contrastive-lambda", "--lr",
                                     "--slowness-lambda", "--contrastive-temp") for word in (flag, "0.123456789")])
     assert len(long) < 130

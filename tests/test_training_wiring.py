@@ -39,11 +39,6 @@ def parsed(*flags):
     return training.parse_args([*TINY, *flags])
 
 
-@pytest.fixture(autouse=True)
-def few_threads(one_thread):
-    """The arrays here are tiny."""
-
-
 # ---- losses
 
 
