@@ -45,6 +45,8 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 WITHOUT_EFFECT = ("checkpoint", "resume", "eval", "device", "scan", "num_workers", "no_compile", "no_train_eval",
                   "log_dir", "format", "style")
 SIGNALS = ("delta", "B", "C", "z")  # what a Mamba block computes from its input at every step: see mamba_model.py
+# What goes on beside what a progress line says, such as "compiling kernels"; the first entry is shown behind it.
+DOING = []
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

@@ -15,6 +15,7 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 import numpy as np
 
 import dataset
+import terminal
 from measures import distinct, levina_bickel, umap_embedding
 
 figures = cli.imported_when_used("figures")  # matplotlib takes half a second, which --help need not wait for
@@ -49,12 +50,14 @@ def dimension_by_circle(points, states, n_circles, ks):
     """
     groups = [("all", points)] + [(i, points[states == i]) for i in range(n_circles or 0)]
     entries = []
-    for name, group in groups:
-        unique = distinct(group)
-        possible = [k for k in ks if k < len(unique)]
-        found = levina_bickel(unique, possible) if possible else {}
-        entries.append({"name": name, "points": len(group), "distinct": len(unique),
-                        "dimension": {k: found.get(k) for k in ks}})
+    with terminal.Bar(len(groups), desc="dimension") as bar:
+        for name, group in groups:
+            unique = distinct(group)
+            possible = [k for k in ks if k < len(unique)]
+            found = levina_bickel(unique, possible) if possible else {}
+            entries.append({"name": name, "points": len(group), "distinct": len(unique),
+                            "dimension": {k: found.get(k) for k in ks}})
+            bar.update()
     return entries
 
 

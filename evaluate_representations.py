@@ -38,6 +38,7 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -104,7 +105,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import dataset
 import figures
@@ -114,6 +114,7 @@ import mamba_model
 import measures
 import optimal_filter
 import representations
+import terminal
 from measures import DIMENSION_K, DIMENSION_KS
 
 PROBE_FRACTION = 0.7  # the probes are fitted on this part of time and scored on the rest
@@ -240,6 +241,8 @@ def start_worker():
         os._exit(1)
 
     threading.Thread(target=end_with_the_script, daemon=True).start()
+    # At its end, at once: tearing down what umap has compiled takes seconds, for which the script would wait.
+    multiprocessing.util.Finalize(None, os._exit, (0,), exitpriority=0)
 
 
 def submit(pool, function, *arguments):
@@ -268,8 +271,9 @@ class Optimum:
 
     def measure_circle_accuracy(self):
         """How often the filter, given all of the past, names the true circle, over the steps that score the probes."""
-        posterior = optimal_filter.predict(self.process, self.series.X, horizons=(),
-                                           keep_predictions=False)["circle_posterior"]
+        with terminal.Bar(self.series.n_steps, desc="exact filter") as bar:
+            posterior = optimal_filter.predict(self.process, self.series.X, horizons=(), keep_predictions=False,
+                                               progress=bar.update)["circle_posterior"]
         _, scored = probe_split(self.series.n_steps, np.random.default_rng(0))
         return float((posterior.argmax(axis=1) == self.series.states)[scored].mean())
 
@@ -295,8 +299,10 @@ def prediction_errors(model, series, window_settings, optimum):
         raise cli.UserError(f"its largest horizon, {model.horizons[-1]}, does not fit into windows of {seq_len} steps")
     device = next(model.parameters()).device
     windows = dataset.Windows(series.X, seq_len, device)
-    errors = mamba_model.validation_errors(model, windows, torch.from_numpy(starts).to(windows.starts_device),
-                                           max(1, representations.STEPS_IN_BATCH[device.type] // seq_len), amp=False)
+    with terminal.busy("validation errors"):
+        errors = mamba_model.validation_errors(
+            model, windows, torch.from_numpy(starts).to(windows.starts_device),
+            max(1, representations.STEPS_IN_BATCH[device.type] // seq_len), amp=False)
     floors = optimum.window_floors(starts, seq_len, model.horizons)
     return optimal_filter.error_rows(model.errors_by_horizon(errors), floors)
 
@@ -375,22 +381,25 @@ def weights_crc32(model):
     return value
 
 
-def measure_levels(loaded, series, rows, args, pool):
+def measure_levels(loaded, series, rows, args, pool, bar):
     """The measures of all levels of a model, the futures of their UMAPs, and the sampled step nearest to each step.
 
-    Returns three lists with one entry per level; the last two are empty without UMAP.
+    Returns three lists with one entry per level; the last two are empty without UMAP. bar: a terminal.Bar that counts
+    both, levels and UMAPs.
     """
     names, levels, futures, nearest = representations.level_names(loaded.model.n_layers), [], [], []
     found = representations.of_steps(loaded.model, series.X, loaded.window_settings[0], loaded.depths, args.velocity,
                                      series.recordings)
-    for depth, values in tqdm(found, desc=loaded.name, total=len(loaded.depths), unit="level", disable=None):
+    for depth, values in found:
         if not np.isfinite(values).all():
             raise cli.UserError(f"{loaded.name}: {names[depth]} holds NaN or infinity on these data; give another "
                                 "--checkpoint or the --data-dir it was trained on")
         level, points, graph, nearest_sample = level_measures(values, series, rows, args)
         levels.append({"level": names[depth], "depth": depth, **level})
+        bar.update()
         if not args.no_umap:
             futures.append(submit(pool, measures.umap_embedding, points, graph, args.seed))
+            futures[-1].add_done_callback(lambda future: bar.update())
             nearest.append(nearest_sample)
     return levels, futures, nearest
 
@@ -418,16 +427,20 @@ def evaluate(loaded, series, optimum, rows, args, pool):
         print(f"no validation MSE: {error}")
 
     # ---- what its levels know
-    report["levels"], futures, nearest = measure_levels(loaded, series, rows, args, pool)
+    with terminal.Bar(len(loaded.depths) * (1 if args.no_umap else 2), desc=f"levels of {loaded.name}") as bar:
+        report["levels"], futures, nearest = measure_levels(loaded, series, rows, args, pool, bar)
+        embeddings = [future.result() for future in futures]
     best = level_tables.best_layer(report["levels"])
     report["best_layer"] = best["level"] if best else None
 
     # ---- what can be told apart in their UMAPs
     states = dataset.rows_of(series.states, representations.steps_of_rows(series, args.velocity))
-    embeddings = [future.result() for future in futures]
-    for level, embedding, nearest_sample in zip(report["levels"], embeddings, nearest, strict=False):
-        shown_states = dataset.rows_of(states, rows[:len(embedding)])
-        level |= measures.embedding_scores(embedding, nearest_sample, shown_states, states, series.n_circles, args.seed)
+    with terminal.Bar(len(embeddings), desc="clusters in the UMAPs") as bar:
+        for level, embedding, nearest_sample in zip(report["levels"], embeddings, nearest, strict=False):
+            shown_states = dataset.rows_of(states, rows[:len(embedding)])
+            level |= measures.embedding_scores(embedding, nearest_sample, shown_states, states, series.n_circles,
+                                               args.seed)
+            bar.update()
     return report, embeddings
 
 

@@ -132,7 +132,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import circle_process
 import dataset
@@ -140,6 +139,7 @@ import figures
 import mixture_head
 import optimal_filter
 import songs
+import terminal
 from mamba_model import data_suffix, open_model, stem
 
 BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: bounds the extra memory
@@ -224,12 +224,12 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, t
     predictions = np.empty((n, n_steps, feature_dim), dtype)
     generated = np.empty_like(predictions)
     own_std = 1.0 if temperature else noise_std
-    with tqdm(total=n_steps, unit="step", disable=None, leave=False) as progress:
+    with terminal.Bar(n_steps, desc="generating") as bar:
         for first in range(0, n_steps, BLOCK):
             block = slice(first, min(first + BLOCK, n_steps))
             draws = draw_noise(model, streams, in_burst[block], own_std, bursts, dtype)
             predictions[:, block], generated[:, block] = advance(draws)
-            progress.update(block.stop - block.start)
+            bar.update(block.stop - block.start)
     return generated, predictions
 
 

@@ -28,6 +28,7 @@ import numpy as np
 
 import circle_process
 import dataset
+import terminal
 from circle_process import BLOCK_VALUES, LARGEST_VALUE, LONGEST_PERIOD
 from dataset import Series, load_series, pick
 from measures import distinct, knn, levina_bickel, umap_embedding
@@ -417,8 +418,9 @@ def save_umap(series, data_dir):
     if len(distinct(points)) <= DIMENSION_K:
         raise cli.UserError(f"umap.png needs more than {DIMENSION_K} different points; the data are written, and "
                             "--no-umap leaves this figure out")
-    dimension = levina_bickel(points, [DIMENSION_K])[DIMENSION_K]
-    embedding = umap_embedding(points, knn(points, min(UMAP_NEIGHBORS, len(points)) - 1), seed)
+    with terminal.busy(f"UMAP of {len(points):,} points"):
+        dimension = levina_bickel(points, [DIMENSION_K])[DIMENSION_K]
+        embedding = umap_embedding(points, knn(points, min(UMAP_NEIGHBORS, len(points)) - 1), seed)
     fig = draw_umap(embedding, pick(series.states, steps), steps, series.n_circles, dimension)
     figures.save(fig, data_dir / "umap.png")
 

@@ -147,6 +147,7 @@ import dataset
 import figures
 import mixture_head
 import run_files
+import terminal
 from kernels.cuda_graph import captured
 from mamba_model import (
     CausalTimeSeriesMamba,
@@ -555,7 +556,8 @@ def train(args, ranks):
     files = run_files.files_of(args.checkpoint)
     with ranks.together():
         args, series, windows, plan, state = prepare(args, files, ranks)
-    runner = make_runner(args, state, plan, series, windows, ranks)
+    with terminal.busy("preparing the training step"):  # on a GPU it is compiled and captured
+        runner = make_runner(args, state, plan, series, windows, ranks)
     saver = run_files.Saver(state, plan, files, ranks)
     print(f"{args.checkpoint}: {sum(p.numel() for p in state.model.parameters()):,} parameters on {ranks.device}"
           + (f", {ranks.world} processes" if ranks.world > 1 else ""))

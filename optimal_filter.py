@@ -30,12 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
-
 import circle_process
 import dataset
 import floor_cache
 import moving_filter
+import terminal
 from circle_process import entry_rates, survival
 from cli import WINDOW_DEFAULTS
 from kernels.numba_cache import njit
@@ -118,6 +117,7 @@ def process_from_series(series):
     return process
 
 
+@terminal.busy("comparing the data with config.json")
 def check_describes(process, series):
     """Raise cli.UserError where the process can't have made the data: config.json is of others, or they were changed.
 
@@ -803,12 +803,13 @@ def filter_stretch(process, X, stretch, horizons, maps, initial, first_step, kee
     return found
 
 
-def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=True, first_step=None):
+def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=True, first_step=None, progress=None):
     """Filter X (n_steps, feature_dim) and predict it `horizons` steps ahead, in float64.
 
     initial: "visit start", a visit to a circle chosen uniformly begins at the first step (how the generator
     starts); K probabilities, the same with another law; "stationary", X was cut out of a long series anywhere.
-    first_step: where X was cut out of a series whose centre walks, see `new_filter`.
+    first_step: where X was cut out of a series whose centre walks, see `new_filter`. progress: called with the number of
+    steps whenever some are done.
 
     Returns a dict: `prediction` {k: (n, feature_dim)}, row t being E[x_{t+k} | x_1 … x_t] (None without
     keep_predictions, which saves its memory); `squared_error` {k: (n - k,)}, row t the mean over features of
@@ -816,7 +817,8 @@ def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=T
     x_1 … x_{t-1}, in nats; `center` (n, feature_dim), E[the circles' centre at t | x_1 … x_t].
     """
     horizons = check_horizons(horizons)
-    return predicted(filter_series(process, X, horizons, initial, first_step, keep_predictions), horizons)
+    found = filter_series(process, X, horizons, initial, first_step, keep_predictions, progress=progress)
+    return predicted(found, horizons)
 
 
 def predicted(found, horizons):
@@ -840,7 +842,7 @@ def window_floors(process, series, starts, seq_len, horizons=(1,), progress=None
     (stationary prior), and when the centre walks, at which step. The mean is over windows, features, and the positions
     t = 0 … seq_len - 1 - k whose target t + k lies in the window: the targets of the model's own loss. starts: (n,)
     first steps. What was computed before for the same series is read from its folder, see `floor_cache`; progress:
-    called with the number of steps whenever some are done.
+    called with the number of steps whenever some are done, in place of a bar of its own.
     """
     horizons = check_window(series, starts, seq_len, horizons)
     if series.folder is not None:
@@ -848,7 +850,8 @@ def window_floors(process, series, starts, seq_len, horizons=(1,), progress=None
         floors = floor_cache.load(series.folder, key, horizons)
         if floors is not None:
             return floors
-    *mse, nll, _ = filter_windows(process, series, starts, seq_len, horizons, progress=progress)
+    with terminal.Bar(len(starts) * seq_len, desc="optimal filter", disable=progress and True) as bar:
+        *mse, nll, _ = filter_windows(process, series, starts, seq_len, horizons, progress=progress or bar.update)
     floors = {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
     if series.folder is not None:
         floor_cache.store(series.folder, key, floors)
@@ -878,6 +881,7 @@ def filter_windows(process, series, starts, seq_len, horizons, limits=None, prog
         return np.mean(list(pool.map(one_window, np.asarray(starts).tolist())), axis=0).tolist()
 
 
+@terminal.busy("what merging and dropping paths costs")
 def cost_of_limits(process, series, starts, seq_len, horizons):
     """What dropping and merging hypotheses costs a MovingFilter, measured on some of the windows: a dict.
 
@@ -997,6 +1001,7 @@ def tilt_points(clean, process, circles, steps, theta, rng):
     circle_process.add_tilt(clean, plan, (steps == 0).cumsum() - 1, steps, theta)
 
 
+@terminal.busy("entropy rate of the process")
 def entropy_rate(process, n_steps=20_000, seed=0):
     """The entropy per step of the process given its whole past, in nats, and the standard error: (rate, error).
 
@@ -1058,7 +1063,7 @@ def measure(args, series, process):
     The report is what optimal_filter.json holds.
     """
     _, windows, boundary = dataset.split_windows(series.n_steps, args.seq_len, args.stride, args.val_fraction)
-    with tqdm(total=series.n_steps + len(windows) * args.seq_len, unit="step", disable=None, leave=False) as bar:
+    with terminal.Bar(series.n_steps + len(windows) * args.seq_len, desc="filtering") as bar:
         found = filter_series(process, series.X, args.horizons, "visit start", smoothing=True, progress=bar.update)
         in_windows = window_floors(process, series, windows, args.seq_len, args.horizons, progress=bar.update)
     filtered = predicted(found, args.horizons)

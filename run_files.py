@@ -21,11 +21,11 @@ import numba
 import numpy as np
 import scipy
 import torch
-from tqdm import tqdm
 
 import cli
 import dataset
 import figures
+import terminal
 from mamba_model import open_model, read_checkpoint, save_checkpoint, stem, trained_on, validation_errors
 from optimal_filter import error_rows, error_table, excess_nats, excess_percent
 
@@ -192,6 +192,21 @@ def read_log(path, columns, last_epoch):
     return rows
 
 
+BAR_FORMAT = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+
+def bar_text(row, epochs):
+    """What stands beside the bar in the epoch after the one with this row of the log (None: in the first), in so few
+    words that a terminal of 80 columns shows them: the losses of the next step, whatever the horizons are."""
+    epoch = f"epoch {1 if row is None else min(row['epoch'] + 1, epochs)}/{epochs}"
+    if row is None:
+        return epoch
+    nats, percent = row.get("excess_nats_1"), row["excess_percent_1"]
+    parts = [f"validation {row['val_loss']:.4f}", "" if nats is None else f"+{nats:.4f} nats",
+             "" if percent is None else f"+{percent:.2f} %"]
+    return f"{epoch}: {', '.join(filter(None, parts))}"
+
+
 def progress_line(row, epochs, horizons):
     """One line on an epoch: its losses, and how far each horizon's MSE is above that of the optimal filter; where
     densities are predicted, also how many nats the next step's likelihood is off."""
@@ -221,8 +236,8 @@ class EpochLog:
                 self.writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), state.epoch)
             start_log(self.path, self.columns, self.rows)
             cli.write_text(files["record"], json.dumps(state.origin["record"], indent=2) + "\n")
-        self.bar = tqdm(total=plan.total_steps, initial=state.step, unit="step", mininterval=0.5, dynamic_ncols=True,
-                        disable=not (self.first and sys.stderr.isatty()))
+        self.bar = terminal.Bar(plan.total_steps, BAR_FORMAT, None if self.first else True, initial=state.step)
+        self.bar.set_postfix_str(bar_text(self.rows[-1] if self.rows else None, self.epochs))
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.started = self.printed = time.perf_counter()
 
@@ -246,9 +261,12 @@ class EpochLog:
                     self.writer.add_scalar(name, row[name], row["epoch"])
             self.writer.flush()
         line = progress_line(row, self.epochs, self.horizons)
-        self.bar.set_postfix_str(line)
+        self.bar.set_postfix_str(bar_text(row, self.epochs), refresh=False)
         is_an_end = row["epoch"] in (1, self.epochs)
-        if self.bar.disable and (is_an_end or now - self.printed > PRINT_EVERY_SECONDS):
+        if not self.bar.disable:
+            with self.bar.external_write_mode():
+                print(line, flush=True)
+        elif is_an_end or now - self.printed > PRINT_EVERY_SECONDS:
             print(line, flush=True)
             self.printed = now
 

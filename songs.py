@@ -29,6 +29,7 @@ from scipy.special import chdtri
 
 import circle_process
 import optimal_filter
+import terminal
 
 FALSE_ALARM = 1e-5  # the share of the steps of a real series that count as off the process
 BLOCK = 2**15  # steps smoothed at a time, at least: bounds the memory for long songs
@@ -71,8 +72,10 @@ def analyse(process, seeds, generated):
         values = (smoothed["circle"], smoothed["theta"], smoothed["log_likelihood"], ((X - path)**2).sum(axis=1))
         for name, array in zip(names, values, strict=True):
             steps[name][sample, first:last] = array[first - low:last - low]
+        bar.update(last - first)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the smoother's kernels release the interpreter lock
+    # The smoother's kernels release the interpreter lock.
+    with terminal.Bar(n * n_steps, desc="exact smoother") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(judge, jobs))
     window = min(window_length(process), n_steps)
     deviation = np.stack([np.sqrt(window_mean(row, window) / process.feature_dim) for row in steps.pop("squared")])
@@ -257,6 +260,7 @@ def mean_and_error(values):
     return float(mean), float(math.sqrt(spread) / sizes.sum())
 
 
+@terminal.busy("the songs in numbers")
 def summarise(process, song):
     """The numbers of a song, over all its samples, as a dict of plain values; None for what was never seen."""
     P, on, visits = process.transition_matrix, song["on"], song["visits"]

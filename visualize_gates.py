@@ -46,11 +46,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import dataset
 import figures
 import mamba_model
+import terminal
 from measures import eta_squared, knn, standardise, umap_embedding
 
 SIGNALS = ("delta", "z", "B", "C", "conv")
@@ -291,7 +291,8 @@ def explained_by_circle(model, series, starts, seq_len, seed):
         return None, None
     steps = sample_steps(starts, seq_len, ANOVA_POINTS, np.random.default_rng(seed))
     states = series.states[steps]
-    points = signals_at(model, series.X, starts, seq_len, steps, range(model.n_layers))
+    with terminal.busy(f"signals at {len(steps):,} steps"):
+        points = signals_at(model, series.X, starts, seq_len, steps, range(model.n_layers))
     shares = [{name: float(eta_squared(values, states).mean()) for name, values in points[layer].items()}
               for layer in range(model.n_layers)]
     return shares, float(eta_squared(series.X[steps], states).mean())
@@ -343,19 +344,23 @@ def write_umaps(args, model, series, starts, seq_len, folder):
         print(f"the validation windows used have {len(steps)} time steps: all are taken")
     name, states = mamba_model.stem(args.checkpoint), dataset.rows_of(series.states, steps)
     layers = range(model.n_layers) if args.layer is None else [args.layer - 1]
-    points = signals_at(model, series.X, starts, seq_len, steps, layers)
+    with terminal.busy(f"signals at {len(steps):,} steps"):
+        points = signals_at(model, series.X, starts, seq_len, steps, layers)
     prefix = f"{name}_gates" + ("" if args.layer is None else f"_layer{args.layer}")
-    for signal in SIGNALS:
-        embeddings, titles = [], []
-        for layer in tqdm(layers, desc=f"UMAP of {signal}", unit="layer", leave=False, disable=None):
-            values = points[layer][signal]
-            scaled = standardise(values)
-            embeddings.append(umap_embedding(scaled, knn(scaled, UMAP_NEIGHBORS - 1), args.seed))
-            share = "" if states is None else f"   (η² {eta_squared(values, states).mean():.2f})"
-            titles.append(f"layer {layer + 1}{share}")
-        fig = figures.draw_umaps(embeddings, titles, steps if states is None else states, series.n_circles,
-                                 f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps)} validation steps")
-        figures.save(fig, folder / f"{prefix}_umap_{signal}{args.data_suffix}.png")
+    with terminal.Bar(len(SIGNALS) * len(layers), desc="UMAPs") as bar:
+        for signal in SIGNALS:
+            embeddings, titles = [], []
+            for layer in layers:
+                values = points[layer][signal]
+                scaled = standardise(values)
+                embeddings.append(umap_embedding(scaled, knn(scaled, UMAP_NEIGHBORS - 1), args.seed))
+                share = "" if states is None else f"   (η² {eta_squared(values, states).mean():.2f})"
+                titles.append(f"layer {layer + 1}{share}")
+                bar.update()
+            fig = figures.draw_umaps(embeddings, titles, steps if states is None else states, series.n_circles,
+                                     f"{name}: UMAP of {SYMBOLS[signal]} at {len(steps):,} validation steps")
+            with bar.external_write_mode():
+                figures.save(fig, folder / f"{prefix}_umap_{signal}{args.data_suffix}.png")
 
 
 def main(args):

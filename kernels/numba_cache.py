@@ -10,6 +10,8 @@ or a full disk raises at each call. umap and pynndescent decorate nearly two hun
   lies in it is executed. Where that can't be had either, nothing is cached.
 - A file that can't be read, or whose checksum is wrong, counts as missing, and is replaced after the compilation.
 - What can't be written isn't cached.
+
+Progress lines (terminal.py) say when a function is being compiled.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ import os
 import zlib
 
 from numba import njit
-from numba.core import caching, dispatcher
+from numba.core import caching, dispatcher, event
 from numba.np.ufunc import ufuncbuilder
 
 import cli
@@ -99,6 +101,21 @@ def _cache_or_none(py_func):
         return caching.NullCache()
 
 
+class _Tell(event.Listener):
+    """Lets progress lines say that a function is being compiled: once per machine where it has a cache."""
+
+    def words(self, compiling):
+        cached = not isinstance(getattr(compiling.data["dispatcher"], "_cache", None),
+                                (caching.NullCache, type(None)))
+        return "compiling kernels, once" if cached else "compiling kernels"
+
+    def on_start(self, compiling):
+        cli.DOING.append(self.words(compiling))
+
+    def on_end(self, compiling):
+        cli.DOING.remove(self.words(compiling))
+
+
 def install():
     """Give all functions that are decorated with `njit(cache=True)` or `vectorize(cache=True)` from now on a cache that
     raises nothing."""
@@ -106,3 +123,4 @@ def install():
 
 
 install()
+event.register("numba:compile", _Tell())
