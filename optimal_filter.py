@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+
 import circle_process
 import dataset
 import floor_cache
@@ -808,8 +809,8 @@ def predict(process, X, horizons=(1,), initial="visit start", keep_predictions=T
 
     initial: "visit start", a visit to a circle chosen uniformly begins at the first step (how the generator
     starts); K probabilities, the same with another law; "stationary", X was cut out of a long series anywhere.
-    first_step: where X was cut out of a series whose centre walks, see `new_filter`. progress: called with the number of
-    steps whenever some are done.
+    first_step: where X was cut out of a series whose centre walks, see `new_filter`. progress: called with the number
+    of steps whenever some are done.
 
     Returns a dict: `prediction` {k: (n, feature_dim)}, row t being E[x_{t+k} | x_1 … x_t] (None without
     keep_predictions, which saves its memory); `squared_error` {k: (n - k,)}, row t the mean over features of
