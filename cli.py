@@ -317,6 +317,12 @@ def add_save_dir(group, default="plots"):
                        help="folder for figures and tables, made if needed")
 
 
+def add_test_steps(group):
+    group.add_argument("--test-steps", type=non_negative_int, metavar="N", help="steps of the test series, on which "
+                       "results are measured; 0: none (default: 1,000,000, newly drawn; of data whose process isn't "
+                       "known half of the validation part, the last)")
+
+
 def add_drawing(parser):
     """The group of flags of every script that draws: --format and --style."""
     group = parser.add_argument_group("figures")

@@ -521,12 +521,13 @@ def starts_in_recordings(recordings, first, last, seq_len, stride):
                            for begin, end in np.asarray(recordings).tolist()])
 
 
-def split_windows(n_steps, seq_len, stride, val_fraction, recordings=None):
+def split_windows(n_steps, seq_len, stride, val_fraction, recordings=None, held_back=0):
     """Window starts for training (n,) and for validation (m,), int64, and the first validation step.
 
     The windows of both kinds lie wholly on their side of that step, so that no time step is in both. recordings: as
     Series.recordings where there are several; a window lies in one of them. The split is one of the whole: validation
-    has the last recordings, and the end of one that the step cuts. Raises UserError when either side has no window.
+    has the last recordings, and the end of one that the step cuts; the last `held_back` steps are neither's. Raises
+    UserError when either side has no window.
     """
     recordings = [(0, n_steps)] if recordings is None else recordings
     longest = int(np.diff(recordings).max())
@@ -535,8 +536,8 @@ def split_windows(n_steps, seq_len, stride, val_fraction, recordings=None):
         raise UserError(f"--seq-len {seq_len} is longer than {what}; use a smaller one")
     boundary = first_validation_step(n_steps, val_fraction)
     train = starts_in_recordings(recordings, 0, boundary, seq_len, stride)
-    val = starts_in_recordings(recordings, boundary, n_steps, seq_len, stride)
-    for starts, name, length in ((train, "training", boundary), (val, "validation", n_steps - boundary)):
+    val = starts_in_recordings(recordings, boundary, n_steps - held_back, seq_len, stride)
+    for starts, name, length in ((train, "training", boundary), (val, "validation", n_steps - held_back - boundary)):
         if len(starts) == 0:
             fewer = "fewer than" if length < seq_len else "but none of its recordings has as many as"
             raise UserError(f"the {name} part has {length} steps, {fewer} --seq-len {seq_len}; "
@@ -593,12 +594,18 @@ def epoch_batches(starts, last, seq_len, stride, batch_size, seed, epoch):
     return jittered(order, last, seq_len, stride, generator).view(steps, size)
 
 
+def unknown_of_process(series):
+    """What isn't known, but must be to draw a new series of the process that made `series`: a list of names."""
+    unknown = [name for name in ("dwell_mean", "dwell_std", "noise_std") if name not in series.config]
+    return unknown or ([] if series.process is not None and series.process.planes is not None else ["planes"])
+
+
 def check_drawable(series, windows, n_steps, n_epochs):
     """Say how many steps a run with a new series per epoch will see. Raises UserError when none can be drawn."""
-    unknown = [name for name in ("dwell_mean", "dwell_std", "noise_std") if name not in series.config]
-    if unknown or series.process is None or series.process.planes is None:
+    unknown = unknown_of_process(series)
+    if unknown:
         raise UserError("--fresh draws new series of the process, and these data don't say what it is "
-                        f"({', '.join(unknown) or 'planes'} missing); leave --fresh out")
+                        f"({', '.join(unknown)} missing); leave --fresh out")
     if not windows.on_device:
         raise UserError("--fresh needs room for the series on the device; use a shorter series or leave --fresh out")
     print(f"each epoch has a new series of {n_steps:,} steps: {n_steps * n_epochs:,} different steps in all")

@@ -21,7 +21,8 @@ MOST_ENTRIES = 100  # the oldest go
 
 
 def digest(process, series, starts, seq_len, horizons):
-    """A text that differs when the floor of these windows might."""
+    """A text that differs when the floor of these windows might. horizons: with other numbers behind them, if the floor
+    depends on more."""
     numbers = [process.radii, process.entry_angles, process.periods, process.transition_matrix, process.planes,
                process.dwell_law, np.array([process.noise_std, process.center_walk_std])]
     windows = [np.asarray(starts, np.int64), np.array([seq_len, *horizons], np.int64)]
@@ -46,15 +47,32 @@ def read(folder):
 
 def load(folder, key, horizons):
     """The floors under this digest as `optimal_filter.window_floors` returns them, or None."""
+    floors = find(folder, key, horizons)
+    if floors is None or not all(is_number(value) for values in floors.values() for value in values.values()):
+        return None
+    return floors
+
+
+def load_blocks(folder, key, horizons, n_blocks):
+    """Floors under this digest that were kept block by block, {"mse": {k: [n_blocks numbers]}, "nll": {1: …}}, or
+    None."""
+    floors = find(folder, key, horizons)
+    for value in [] if floors is None else [v for values in floors.values() for v in values.values()]:
+        if not isinstance(value, list) or len(value) != n_blocks or not all(map(is_number, value)):
+            return None
+    return floors
+
+
+def find(folder, key, horizons):
     try:
         floors = read(folder)[key]["floors"]
-        mse = {k: floors["mse"][str(k)] for k in horizons}
-        nll = floors["nll"]["1"]
+        return {"mse": {k: floors["mse"][str(k)] for k in horizons}, "nll": {1: floors["nll"]["1"]}}
     except (KeyError, TypeError):
         return None
-    if not all(isinstance(value, float) and math.isfinite(value) for value in (*mse.values(), nll)):
-        return None
-    return {"mse": mse, "nll": {1: nll}}
+
+
+def is_number(value):
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def store(folder, key, floors):

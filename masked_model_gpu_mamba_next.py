@@ -37,6 +37,7 @@ def build_parser():
                       help="steps between window starts; training starts are jittered by up to one stride")
     data.add_argument("--val-fraction", type=cli.fraction, default=cli.WINDOW_DEFAULTS["val_fraction"], metavar="F",
                       help="share of the series, at its end, that is validation")
+    cli.add_test_steps(data)
     data.add_argument("--fresh", action="store_true",
                       help="train each epoch on a newly drawn series of the same process and length")
     data.add_argument("--normalise", action="store_true", help="train on features of mean 0 and std 1 over the "
@@ -98,8 +99,8 @@ def build_parser():
                        help="names the run (default: model_next.pt, with each flag in the name that isn't the default)")
     files.add_argument("--resume", action="store_true", help="go on from NAME_last.pt, with that run's flags")
     files.add_argument("--eval", nargs="?", type=Path, const=True, metavar="NAME.pt",
-                       help="only print this checkpoint's record and its validation loss, on the data that it was "
-                            "trained on unless --data-dir is given (default: --checkpoint's)")
+                       help="only print this checkpoint's record, its validation loss and its errors on the test "
+                            "series, on the data that it was trained on or --data-dir's (default: --checkpoint's)")
     files.add_argument("--log-dir", type=Path, metavar="DIR",
                        help="also write scalars and figures for TensorBoard here (default: not written)")
     return parser
@@ -133,7 +134,8 @@ def default_name(parser, args):
     is the name without them.
     """
     name, plain = (cli.short_name("_".join(["model_next", *cli.flags_in_name(parser, args, without)])) + ".pt"
-                   for without in ((), ("data_dir", "seq_len", "stride", "val_fraction", "batch_size", "epochs")))
+                   for without in ((), ("data_dir", "seq_len", "stride", "val_fraction", "test_steps", "batch_size",
+                                        "epochs")))
     return plain if (args.resume or args.eval) and not Path(name).exists() else name
 
 
@@ -148,6 +150,7 @@ import figures
 import mixture_head
 import run_files
 import terminal
+import unseen
 from kernels.cuda_graph import captured
 from mamba_model import (
     CausalTimeSeriesMamba,
@@ -312,13 +315,14 @@ class Plan:
     """The steps of a run: which windows each sees, at what learning rate, and from which seed.
 
     All follows from the flags and the lengths of the series and its recordings, so that a run which is resumed, or
-    spread over several ranks, takes the same steps. Raises UserError when the series is too short.
+    spread over several ranks, takes the same steps. held_back: how many steps at the end are left to the test. Raises
+    UserError when the series is too short.
     """
 
-    def __init__(self, args, n_steps, recordings=None):
-        self.args = args
+    def __init__(self, args, n_steps, recordings=None, held_back=0):
+        self.args, self.held_back = args, held_back
         self.train_starts, self.val_starts, self.boundary = dataset.split_windows(
-            n_steps, args.seq_len, args.stride, args.val_fraction, recordings)
+            n_steps, args.seq_len, args.stride, args.val_fraction, recordings, held_back)
         self.ends = self.boundary if recordings is None else dataset.training_ends(recordings, self.boundary)
         self.steps_per_epoch, self.batch_size = self.batches(0).shape
         self.total_steps = args.epochs * self.steps_per_epoch
@@ -340,6 +344,8 @@ class Plan:
     def print(self):
         print(f"{len(self.train_starts)} training windows in {self.steps_per_epoch} steps of {self.batch_size}, "
               f"{len(self.val_starts)} validation windows of {self.args.seq_len} steps from step {self.boundary} on")
+        if self.held_back:
+            print(f"the process isn't known: the last {self.held_back} steps are left to the test, for --eval")
         if self.warmup_steps > self.total_steps:
             print(f"--warmup-epochs {self.args.warmup_epochs:g} is longer than the run: the learning rate rises to "
                   f"{self.lr(self.total_steps - 1):.3g}, not to --lr {self.args.lr:g}")
@@ -535,7 +541,7 @@ def prepare(args, files, ranks):
     """(flags, series, windows, plan, state) of a run that is about to start or to go on. Raises UserError."""
     args, saved = run_files.open_run(args, files, ranks.first, parse_args)
     series = dataset.load_series(args.data_dir)
-    plan = Plan(args, series.n_steps, series.recordings)
+    plan = Plan(args, series.n_steps, series.recordings, unseen.held_back(args, series, resumed=saved is not None))
     if plan.batch_size < ranks.world:
         raise cli.UserError(f"more processes ({ranks.world}) than windows in a step ({plan.batch_size}); start fewer, "
                             "or use a larger --batch-size or more data")

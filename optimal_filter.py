@@ -861,11 +861,20 @@ def window_floors(process, series, starts, seq_len, horizons=(1,), progress=None
 
 def filter_windows(process, series, starts, seq_len, horizons, limits=None, progress=None):
     """Means over windows: the MSE of each horizon, the NLL of the next step, and the hypotheses of a MovingFilter."""
+    rows = filter_each_window(process, series, starts, starts, seq_len, horizons, limits, progress)
+    return np.mean(rows, axis=0).tolist()
+
+
+def filter_each_window(process, series, starts, first_steps, seq_len, horizons, limits=None, progress=None):
+    """What `filter_windows` is the mean of, one row per window: (n, n_horizons + 2).
+
+    first_steps (n,): as for `new_filter`, how many steps each window begins behind the first one of its recording."""
     maps = prediction_map(process, horizons)
 
-    def one_window(start):
+    def one_window(window):
+        start, first_step = window
         X = check_series(process, series.X[start:start + seq_len])
-        filtering = new_filter(process, seq_len, "stationary", horizons, start, limits=limits)
+        filtering = new_filter(process, seq_len, "stationary", horizons, first_step, limits=limits)
         prediction, log_likelihood = [], []
         for _, block_log_likelihood, _, *parts in filtering.blocks(X):
             prediction.append(predictions_of(process, maps, *parts))
@@ -878,8 +887,9 @@ def filter_windows(process, series, starts, seq_len, horizons, limits=None, prog
             progress(seq_len)
         return [*errors, nll, filtering.n_hypotheses / seq_len]
 
+    places = zip(np.asarray(starts).tolist(), np.asarray(first_steps).tolist(), strict=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
-        return np.mean(list(pool.map(one_window, np.asarray(starts).tolist())), axis=0).tolist()
+        return np.array(list(pool.map(one_window, places)))
 
 
 @terminal.busy("what merging and dropping paths costs")

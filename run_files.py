@@ -26,6 +26,7 @@ import cli
 import dataset
 import figures
 import terminal
+import unseen
 from mamba_model import open_model, read_checkpoint, save_checkpoint, stem, trained_on, validation_errors
 from optimal_filter import error_rows, error_table, excess_nats, excess_percent
 
@@ -449,7 +450,8 @@ def check_resumed(plan, step, epochs_before):
 # ---- A finished run, or one that goes on: what --eval prints ----------------------------------------------------
 
 def print_evaluation(args, parse_args, floors):
-    """--eval: the record of a checkpoint's run and its validation loss, on its own data or those of --data-dir.
+    """--eval: the record of a checkpoint's run, its validation loss and its errors on the test series, on its own data
+    or those of --data-dir.
 
     parse_args: see saved_flags; floors(series, starts, seq_len, model): the exact filter's errors, printed too.
     """
@@ -466,13 +468,21 @@ def print_evaluation(args, parse_args, floors):
         getattr(args if name in args.flags_given else trained, name) for name in used)
     if seq_len <= model.horizons[-1]:
         raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
-    _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction, series.recordings)
+    process = unseen.process_of(series)
+    held_back = 0 if unseen.can_be_drawn(series, process) else saved.get("test_steps") or 0
+    _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction, series.recordings,
+                                             held_back)
     windows = dataset.Windows(series.X, seq_len, device)
     errors = validation_errors(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
                                not (args.no_amp or "scaling" in checkpoint))  # data far from 0 need float32
     floor = floors(series, val_starts, seq_len, model)
     print(f"{path}: epoch {checkpoint.get('epoch')}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
+    tested = unseen.unseen_part(series, process, seq_len, args.test_steps, held_back)
+    if tested is not None:
+        print(tested.describe())
+        floors_there = unseen.floor_blocks(tested, model.horizons)
+        print(unseen.unseen_table(unseen.unseen_rows(unseen.model_blocks(model, tested), floors_there, tested.weights)))
 
 
 # ---- The best and the last state ------------------------------------------------------------------------------

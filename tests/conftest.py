@@ -20,9 +20,11 @@ import torch
 
 import cli
 import mamba_model
+import unseen
 
 TINY_DATA = ["--no-umap", "--n-steps", "3000", "--n-circles", "4", "--ambient-dim", "6", "--min-period", "10",
              "--max-period", "40", "--dwell-mean", "80", "--dwell-std", "20", "--seed", "7"]
+unseen.TEST_STEPS = 2_000  # of the test series, where a test says nothing else; a million would take half a minute
 TINY_MODEL = {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}
 
 

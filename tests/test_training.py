@@ -338,6 +338,7 @@ def test_default_names_keep_runs_apart(tmp_path, monkeypatch):
                           "--log-dir", "x", "--data-dir", "./data") == "model_next.pt"
     for argv, end in (("--max-horizon 64", "max_horizon64"), ("--gate-lr-factor 0", "gate_lr_factor0"),
                       ("--gate-lr-factor 0.01", "gate_lr_factor0.01"), ("--freeze-A", "freeze_A"),
+                      ("--constant C,delta", "constant_delta_C"),
                       ("--seed 2", "seed2"), ("--lr 3e-4 --seed 1234567", "lr0.0003_seed1234567"),
                       ("--lr 0.00012345678", "lr0.00012345678"), ("--epochs 3 --no-amp", "epochs3_no_amp"),
                       ("--data-dir data/subspace4", "subspace4"), ("--data-dir a/my_birds/data", "my_birds")):
@@ -353,6 +354,7 @@ def test_default_names_keep_runs_apart(tmp_path, monkeypatch):
     assert len(long) < 130
     # What goes on or is looked at has the flags of its own start.
     assert name("--resume", "--epochs", "9") == name("--eval", "--seq-len", "512") == "model_next.pt"
+    assert name("--eval", "--test-steps", "9") == "model_next.pt"
     (tmp_path / "model_next_epochs9.pt").touch()
     assert name("--resume", "--epochs", "9") == "model_next_epochs9.pt"
 

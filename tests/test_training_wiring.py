@@ -519,7 +519,7 @@ def test_what_is_printed_of_a_run(watched_run):
 
 def test_the_table_of_eval(script, shared_data, watched_run):
     run = watched_run
-    out = script(NAME, "--eval", run.folder / "run.pt", "--data-dir", shared_data).out
+    out = script(NAME, "--eval", run.folder / "run.pt", "--data-dir", shared_data, "--test-steps", 0).out
     n = sum(v.numel() for v in run.last["model_state_dict"].values())
     assert f"{run.folder / 'run.pt'}: epoch {run.best['epoch']}, {n:,} parameters" in out
     table = [re.split(r" {2,}", line.strip()) for line in out.splitlines()[-5:]]
@@ -529,7 +529,8 @@ def test_the_table_of_eval(script, shared_data, watched_run):
         assert cells == [str(k), f"{float(row[f'val_mse_{k}']):.4f}", f"{float(row[f'floor_mse_{k}']):.4f}",
                          f"{float(row[f'excess_percent_{k}']):+.2f} %"]
     # The windows are the run's own, unless a flag says otherwise.
-    out = script(NAME, "--eval", run.folder / "run.pt", "--data-dir", shared_data, "--stride", "50").out
+    out = script(NAME, "--eval", run.folder / "run.pt", "--data-dir", shared_data, "--stride", "50", "--test-steps",
+                 0).out
     other = errors_by_loops(run.best, run.series, range(2700, 3000 - 63, 50))
     found = [float(re.split(r" {2,}", line.strip())[1]) for line in out.splitlines()[-3:]]
     assert found == pytest.approx(other, rel=1e-3) and found[0] != pytest.approx(float(row["val_mse_1"]), rel=1e-3)

@@ -1,0 +1,283 @@
+"""What is reported as a result is measured here: on a test series, with standard errors.
+
+The test series is one that neither training nor the choice of the epoch has seen. Where the process that made the data
+is known, it is drawn anew from that process, with a seed of its own; of other data it is the last part of the series,
+which training held back. The model sees it in windows as long as those of its training, one behind the other, each
+begun without a past, and the exact filter the same ones.
+
+Errors of neighbouring steps are not independent: at the end of a visit the model and the filter are both wrong for
+many steps. So standard errors are those of the means of blocks, which hold about 25 visits or more (the method of
+batch means: Law & Carson 1979, Operations Research 27). A model is always compared with the filter, or with another
+model, on the same blocks: most of what makes one block harder than another is the noise, which both meet, and the
+difference knows nothing of it.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+import cli
+import dataset
+import floor_cache
+import optimal_filter
+from circle_process import draw_series
+from mamba_model import window_errors
+
+TEST_STEPS = 1_000_000  # of the test series, where it is drawn
+SEED = 1_000_003  # of the test series; beside it stand three numbers, so no series of the generator or of --fresh is it
+VISITS_PER_BLOCK = 25
+BLOCK_STEPS = 10_000  # of a block, at least, where nobody knows how long a visit lasts
+FEWEST_BLOCKS = 5  # from fewer no standard error is computed
+STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}  # time steps that a model sees at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Unseen:
+    """Windows of a test series, and the blocks that they are in.
+
+    series: a dataset.Series; process: the optimal_filter's, or None when it isn't known; starts, first_steps: (n,) the
+    first step of each window, in the series and in its recording; edges (n_blocks + 1,): block b has the windows
+    edges[b] … edges[b + 1] - 1; drawn: whether the series was drawn for the test; folder: where floors are kept.
+    """
+
+    series: dataset.Series
+    process: object
+    seq_len: int
+    starts: np.ndarray
+    first_steps: np.ndarray
+    edges: np.ndarray
+    drawn: bool
+    folder: object
+
+    @property
+    def weights(self):
+        """The share of each block in all windows, (n_blocks,)."""
+        return np.diff(self.edges) / len(self.starts)
+
+    def block_means(self, values):
+        """Means over the windows of each block: (n_windows, …) to (n_blocks, …)."""
+        return np.add.reduceat(values, self.edges[:-1]) / np.diff(self.edges).reshape(-1, *[1] * (values.ndim - 1))
+
+    def describe(self):
+        """One line that says what the errors are measured on."""
+        what = "newly drawn" if self.drawn else "held back from training and from the choice of the epoch"
+        return (f"test series: {len(self.starts) * self.seq_len:,} steps, {what}; standard errors over "
+                f"{len(self.edges) - 1} blocks of {self.seq_len * len(self.starts) // (len(self.edges) - 1):,} steps")
+
+
+# ---- The test series ------------------------------------------------------------------------------------------
+
+def process_of(series):
+    """The optimal_filter's process of the series, or None when it isn't known."""
+    try:
+        return optimal_filter.process_from_series(series)
+    except cli.UserError:
+        return None
+
+
+def can_be_drawn(series, process):
+    """Whether new series of the process that made `series` can be drawn; process: as from `process_of`, which is
+    None for data without noise."""
+    return dataset.unknown_of_process(series) == [] and (process is not None or series.config["noise_std"] == 0)
+
+
+def drawn_series(series, process, n_steps):
+    """A new dataset.Series of n_steps steps of the process of `series`.
+
+    A centre that walks leads ever further away. There it is several series, each as long as the data at most, so that
+    the model meets no place to which its training never led.
+    """
+    longest = series.n_steps if process.center_walk_std else n_steps
+    lengths = [longest] * (n_steps // longest) + [n_steps % longest] * (n_steps % longest > 0)
+    parts = [draw_series(series.process, series.config, length, [SEED, number, 0, 1])[0]
+             for number, length in enumerate(lengths)]
+    return dataset.Series(np.concatenate(parts), process=series.process, config=series.config, lengths=tuple(lengths))
+
+
+def unseen_part(series, process, seq_len, n_steps=None, held_back=0):
+    """The windows of the test series: an Unseen, or None when there is none, of which a line tells the reason.
+
+    process: as from `process_of`; n_steps: as from --test-steps, of a series that is drawn, 0 for no test series;
+    held_back: how many steps at the end of other data training held back.
+    """
+    n_steps = TEST_STEPS if n_steps is None else n_steps
+    if n_steps == 0:
+        return None
+    drawn = can_be_drawn(series, process)
+    if drawn:
+        tested, first = drawn_series(series, process, max(n_steps, seq_len)), 0
+    else:
+        tested, first = series, series.n_steps - held_back
+    recordings = tested.recordings
+    starts = dataset.starts_in_recordings(recordings, first, tested.n_steps, seq_len, seq_len)
+    if len(starts) == 0:
+        print("no test series: the process isn't known, and training held no window of the data back")
+        return None
+    first_steps = starts - recordings[np.searchsorted(recordings[:, 0], starts, side="right") - 1, 0]
+    return Unseen(tested, process, seq_len, starts, first_steps, block_edges(series.config, len(starts), seq_len),
+                  drawn, series.folder)
+
+
+def block_edges(config, n_windows, seq_len):
+    """The first window of each block, and n_windows: (n_blocks + 1,). All blocks but for rounding are of one size, and
+    hold VISITS_PER_BLOCK visits or more; config: the data's, which tells how long a visit lasts."""
+    dwell = config.get("dwell_mean")
+    steps = VISITS_PER_BLOCK * dwell if isinstance(dwell, int | float) and dwell > 0 else BLOCK_STEPS
+    n_blocks = max(1, n_windows // max(1, math.ceil(steps / seq_len)))
+    return np.linspace(0, n_windows, n_blocks + 1).round().astype(int)
+
+
+def held_back(args, series, resumed):
+    """How many steps at the end of its data a training run leaves to the test: none where a test series can be drawn.
+
+    args: the run's flags, of which test_steps becomes this number, so that the checkpoint tells it; resumed: whether it
+    is that of the run's start. A run of the time before there was a test has none. Raises UserError.
+    """
+    if can_be_drawn(series, process_of(series)):
+        return 0
+    if not resumed:
+        args.test_steps = steps_to_hold_back(series, args.seq_len, args.val_fraction, args.test_steps)
+    return args.test_steps or 0
+
+
+def steps_to_hold_back(series, seq_len, val_fraction, n_steps=None):
+    """How many steps, at the end of data whose process isn't known, training holds back as their test part: n_steps,
+    as from --test-steps, or else half of the validation part; 0 where that is too short for a window.
+
+    Raises UserError when n_steps leaves nothing for validation.
+    """
+    first = dataset.first_validation_step(series.n_steps, val_fraction)
+    held = (series.n_steps - first) // 2 if n_steps is None else n_steps
+
+    def has_window(begin, end):
+        return len(dataset.starts_in_recordings(series.recordings, begin, end, seq_len, seq_len)) > 0
+
+    if has_window(first, series.n_steps - held) and has_window(series.n_steps - held, series.n_steps):
+        return held
+    if n_steps:
+        raise cli.UserError(f"--test-steps {n_steps} must leave one window of {seq_len} steps for validation and one "
+                            f"for the test part, out of {series.n_steps - first} steps; use another number, or a "
+                            "larger --val-fraction")
+    return 0
+
+
+# ---- Errors on it ---------------------------------------------------------------------------------------------
+
+def model_blocks(model, unseen):
+    """The errors of a model, block by block: {"mse": {k: (n_blocks,)}, and "nll" where it predicts densities}."""
+    device = next(model.parameters()).device
+    windows = dataset.Windows(unseen.series.X, unseen.seq_len, device)
+    batch_size = max(1, STEPS_IN_BATCH[device.type] // unseen.seq_len)
+    errors = window_errors(model, windows, torch.from_numpy(unseen.starts).to(windows.starts_device), batch_size)
+    blocks = unseen.block_means(errors.numpy())
+    return {measure: {k: blocks[:, m, h] for h, k in enumerate(model.horizons)}
+            for m, measure in enumerate(model.measures)}
+
+
+def floor_blocks(unseen, horizons):
+    """The errors of the exact filter on the same windows, block by block: {"mse": {k: (n_blocks,)}, "nll": {1: …}};
+    {} when the process isn't known. Kept in the data's folder, see floor_cache."""
+    if unseen.process is None:
+        return {}
+    horizons, n_blocks = list(horizons), len(unseen.edges) - 1
+    key = floor_cache.digest(unseen.process, unseen.series, unseen.starts, unseen.seq_len,
+                             [*horizons, 0, *unseen.edges, *unseen.first_steps])
+    floors = None if unseen.folder is None else floor_cache.load_blocks(unseen.folder, key, horizons, n_blocks)
+    if floors is None:
+        rows = optimal_filter.filter_each_window(unseen.process, unseen.series, unseen.starts, unseen.first_steps,
+                                                 unseen.seq_len, horizons)
+        blocks = unseen.block_means(rows).T.tolist()
+        floors = {"mse": dict(zip(horizons, blocks, strict=False)), "nll": {1: blocks[len(horizons)]}}
+        if unseen.folder is not None:
+            floor_cache.store(unseen.folder, key, floors)
+    return {measure: {k: np.array(values) for k, values in by_horizon.items()}
+            for measure, by_horizon in floors.items()}
+
+
+def mean_and_error(values, weights):
+    """The mean of block means (n_blocks,), weighted by the blocks' shares, and its standard error, None where there are
+    fewer than FEWEST_BLOCKS."""
+    mean, n = float(weights @ values), len(values)
+    if n < FEWEST_BLOCKS:
+        return mean, None
+    return mean, math.sqrt(n / (n - 1) * float(np.sum((weights * (values - mean))**2)))
+
+
+def excess_and_error(mse, floor, weights):
+    """How far an MSE is above the floor in percent, and its standard error, from block means (n_blocks,) of both.
+
+    The excess is a ratio of two means; to first order its error is that of mse - (1 + excess) floor, over the floor.
+    """
+    ratio, scale = float(weights @ mse) / float(weights @ floor), float(weights @ floor)
+    _, error = mean_and_error(100 * (mse - ratio * floor) / scale, weights)
+    return 100 * (ratio - 1), error
+
+
+def unseen_rows(blocks, floors, weights):
+    """The errors on a test series beside the floors, one dict per horizon. blocks: as from `model_blocks`; floors: as
+    from `floor_blocks`. Each number X has its standard error beside it as X_error; both are None when unknown."""
+    rows = []
+
+    def put(row, name, values, floor=0.0):
+        row[name], row[f"{name}_error"] = (
+            (None, None) if values is None or floor is None else mean_and_error(values - floor, weights))
+
+    for k, mse in blocks["mse"].items():
+        row, floor = {"horizon": k}, floors.get("mse", {}).get(k)
+        put(row, "test_mse", mse)
+        put(row, "optimal_mse", floor)
+        row["excess_percent"], row["excess_percent_error"] = (
+            (None, None) if floor is None else excess_and_error(mse, floor, weights))
+        if "nll" in blocks:
+            nll, floor = blocks["nll"][k], floors.get("nll", {}).get(k)
+            put(row, "test_nll", nll)
+            put(row, "optimal_nll", floor)
+            put(row, "excess_nats", nll, floor)
+        rows.append(row)
+    return rows
+
+
+def difference_row(blocks, other, floors, weights, k=1):
+    """By how much a model's errors at horizon k are above those of another one on the same blocks: `mse_percent` of
+    the floor (of the other model's MSE where there is none), `nats` where both predict densities, and their standard
+    errors `…_error`."""
+    base = floors.get("mse", {}).get(k, other["mse"][k])
+    row = dict(zip(("mse_percent", "mse_percent_error"), mean_and_error(
+        100 * (blocks["mse"][k] - other["mse"][k]) / float(weights @ base), weights), strict=True))
+    if "nll" in blocks and "nll" in other:
+        row["nats"], row["nats_error"] = mean_and_error(blocks["nll"][k] - other["nll"][k], weights)
+    return row
+
+
+# ---- How they are printed -------------------------------------------------------------------------------------
+
+def with_error(value, error, form="", unit=""):
+    """"0.197 ± 0.004 %": no more digits than the standard error supports, which has two where its first one is a 1.
+
+    form: of a value without a known error, as for format(); "+" for one with its sign. None is a dash.
+    """
+    if value is None:
+        return "–"
+    if error is None or not error > 0 or not math.isfinite(error):
+        return f"{value:{form or '.4g'}}{unit}"
+    exponent = math.floor(math.log10(error))
+    leading = round(error / 10**exponent, 9)
+    decimals = max(0, -exponent + (leading < 1.95))
+    sign = "+" if form.startswith("+") else ""
+    return f"{value:{sign}.{decimals}f} ± {error:.{decimals}f}{unit}"
+
+
+COLUMNS = {  # of the table: the key of a row, the form of a number without a known error, and its unit
+    "test MSE": ("test_mse", ".4f", ""), "optimal": ("optimal_mse", ".4f", ""),
+    "excess": ("excess_percent", "+.2f", " %"), "NLL (nats)": ("test_nll", ".4f", ""),
+    "optimal NLL": ("optimal_nll", ".4f", ""), "above optimal": ("excess_nats", "+.4f", " nats")}
+
+
+def unseen_table(rows):
+    """The text table of `unseen_rows`. NLL stands for the negative log-likelihood in nats per time step."""
+    columns = {title: column for title, column in COLUMNS.items() if column[0] in rows[0]}
+    return cli.table(["horizon", *columns], [
+        [row["horizon"], *(with_error(row[key], row[f"{key}_error"], form, unit)
+                           for key, form, unit in columns.values())] for row in rows], align="r" * (1 + len(columns)))
