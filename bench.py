@@ -594,7 +594,7 @@ def small_batch_lines(bench, ours, blocks, backend):
 
 def training_flags(text, **more):
     """The training script's flags in `text` and `more`, parsed."""
-    words = [word for name, value in more.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words = [word for name, value in more.items() for word in (cli.flag_of(name), str(value))]
     return training.parse_args([*text.split(), "--no-compile", "--no-train-eval", *words])
 
 

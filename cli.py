@@ -5,6 +5,7 @@ Nothing slow is imported at the top, so that `--help` and a bad flag answer at o
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -233,9 +234,22 @@ def one_line(message):
     return " ".join(str(message).split())
 
 
+def count(n, noun, plural=None):
+    """A number of things in words: "1 visit", "1,234 visits"."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        fail(f"{message}; see {self.prog} --help")
+        fail(f"{message}{self.meant(message)}; see {self.prog} --help")
+
+    def meant(self, message):
+        """What a message on flags that don't exist adds: the flags whose names are nearest, if any are near."""
+        unknown = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()
+                   if word.startswith("--")]
+        near = [match for word in unknown
+                for match in difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)]
+        return f"; did you mean {' and '.join(near)}?" if near else ""
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -455,6 +469,11 @@ def flags_in_name(parser, args, without=()):
             parts.append(name if value is True else f"{name}_{value.replace(',', '_')}" if isinstance(value, str)
                          else f"{name}{number_name(value)}")
     return parts
+
+
+def flag_of(name):
+    """The flag as it is typed, of its name in the Namespace."""
+    return f"--{name.replace('_', '-')}"
 
 
 def number_name(value):

@@ -122,7 +122,7 @@ def find_problem(args):
     if not (args.perturb_interval or args.compare):
         for flag in ("perturb_hidden", "perturb_scale", "perturb_duration"):
             if getattr(args, flag, False):
-                return f"--{flag.replace('_', '-')} has no effect without bursts; add --perturb-interval N"
+                return f"{cli.flag_of(flag)} has no effect without bursts; add --perturb-interval N"
     return None
 
 

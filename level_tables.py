@@ -120,7 +120,7 @@ def seed_groups(reports):
     groups = {}
     for report in reports:
         flags = {key: value for key, value in report["trained_with"].items()
-                 if key not in ("seed", "checkpoint", "resume", "device", "log_dir")}
+                 if key not in ("seed", *cli.WITHOUT_EFFECT)}
         groups.setdefault(json.dumps(flags, sort_keys=True, default=str), []).append(report)
     return {group[0]["name"]: group for group in groups.values() if len(group) > 1}
 

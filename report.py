@@ -15,7 +15,7 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 
 # isort: split
 import base64
-import csv
+import contextlib
 import io
 import json
 import re
@@ -93,22 +93,14 @@ def read_run(path, save_dir):
     """All that is known of the run with the checkpoint `path`, as a dict. Raises UserError without a checkpoint."""
     checkpoint = read_checkpoint(path)
     name, flags, files = stem(path), checkpoint["args"], run_files.files_of(path)
-    rows, data_dir = read_rows(files["log"]), Path(flags.get("data_dir", "data"))
+    rows, data_dir = [], Path(flags.get("data_dir", "data"))
+    with contextlib.suppress(cli.UserError):  # a damaged log is no reason to show nothing of a run
+        rows = run_files.read_rows(files["log"])
     return {"name": name, "flags": flags, "record": run_files.read_record(files["record"]) or {},
             "rows": rows, "best": min(rows, key=lambda row: row["val_loss"]) if rows else {},
             "epoch": checkpoint.get("epoch"), "data_dir": data_dir,
             "metrics": read_metrics(save_dir / f"{name}_metrics.json"),
             "sections": find_figures(path, save_dir) | find_data_figures(data_dir)}
-
-
-def read_rows(path):
-    """The rows of NAME_log.csv as dicts of numbers (None for an empty cell); [] when it is missing or damaged."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            return [{name: float(cell) if cell else None for name, cell in row.items()} for row in rows]
-    except (OSError, ValueError, TypeError, csv.Error):
-        return []
 
 
 def read_metrics(path):
@@ -153,7 +145,7 @@ def settings(runs):
     differing = [name for name in differing_flags(runs) if name != "seed"]
     groups = {}
     for run in runs:
-        label = ", ".join(f"--{name.replace('_', '-')} {run['flags'].get(name)}" for name in differing) or "all runs"
+        label = ", ".join(f"{cli.flag_of(name)} {run['flags'].get(name)}" for name in differing) or "all runs"
         groups.setdefault(label, []).append(run)
     return groups
 
@@ -211,7 +203,7 @@ def comparison(runs):
         cells = [str(run["flags"].get(name, "–")) for name in flags]
         cells += [number(run["best"].get(RESULTS[title][0]), RESULTS[title][1]) for title in results]
         rows.append([run["name"], *cells])
-    return ["run", *(f"--{name.replace('_', '-')}" for name in flags), *results], rows
+    return ["run", *map(cli.flag_of, flags), *results], rows
 
 
 # ---- The page -------------------------------------------------------------------------------------------------
@@ -268,7 +260,7 @@ def render(runs):
     curves = draw_curves(settings(runs)) if several else None
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
-    environment.globals |= {"uri": data_uri, "facts": facts}
+    environment.globals |= {"uri": data_uri, "facts": facts, "flag_of": cli.flag_of}
     return environment.from_string(PAGE).render(
         title=", ".join(run["name"] for run in runs), runs=runs, several=several,
         table=comparison(runs) if several else None, curves=figure_uri(curves) if curves else None)
@@ -321,7 +313,7 @@ from their lowest to their highest value.</figcaption></figure>
 </table></div>
 <details><summary>all flags</summary><div class="scroll"><table>
 {% for name, value in run.flags.items() %}
-<tr><th>--{{ name.replace("_", "-") }}</th><td>{{ value }}</td></tr>
+<tr><th>{{ flag_of(name) }}</th><td>{{ value }}</td></tr>
 {% endfor %}
 </table></div></details>
 {% for section, groups in run.sections.items() %}

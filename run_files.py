@@ -40,6 +40,8 @@ PRINT_EVERY_SECONDS = 10  # between two lines on the progress, where there is no
 # Flags that say how or where to compute, not what: --resume takes them from the command line where they are given.
 FREE_ON_RESUME = ("data_dir", "num_workers", "no_compile", "no_train_eval", "scan", "device", "epochs", "log_dir",
                   "format", "style")
+# Flags that --eval looks at, beside those of the windows.
+USED_BY_EVAL = ("data_dir", "test_steps", "checkpoint", "eval", "device", "scan", "no_amp")
 # Flags that belong to one command and not to the run: always those of the command line.
 OF_THE_COMMAND = ("checkpoint", "resume", "eval")
 
@@ -175,21 +177,27 @@ def read_log(path, columns, last_epoch):
     Later rows are dropped: a run that was killed wrote them after its last state. So is a last line that was cut
     short. A line is printed when epochs are missing. Raises UserError when the file is damaged.
     """
-    rows = []
     required = [name for name in columns if not name.startswith(("floor_", "excess_", "train_eval_"))]
+    rows = [row for row in read_rows(path, required) if row["epoch"] <= last_epoch]
+    if len(rows) < last_epoch:
+        print(f"{path} has rows of {len(rows):,} of the {last_epoch:,} epochs so far; the curves lack the others")
+    return rows
+
+
+def read_rows(path, required=("epoch", "step", "val_loss")):
+    """The rows of a log as dicts of numbers, None for an empty cell; none without a file. A last line that was cut
+    short is dropped. Raises UserError when the file is damaged, or lacks a number in a required column."""
+    rows = []
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         for row in csv.DictReader(text[:text.rfind("\n") + 1].splitlines(), strict=True):
             numbers = {name: float(cell) if cell else None for name, cell in row.items()}
             numbers |= {name: float(row[name]) for name in required}
             numbers |= {name: int(row[name]) for name in ("epoch", "step", "steps_seen") if name in row}
-            if numbers["epoch"] <= last_epoch:
-                rows.append(numbers)
+            rows.append(numbers)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
         raise cli.UserError(f"{path} is damaged ({cli.one_line(error)[:160]}); mend or remove it, then go on without "
                             "the earlier rows") from None
-    if len(rows) < last_epoch:
-        print(f"{path} has rows of {len(rows)} of the {last_epoch} epochs so far; the curves lack the others")
     return rows
 
 
@@ -213,6 +221,8 @@ def progress_line(row, epochs, horizons):
     densities are predicted, also how many nats the next step's likelihood is off."""
     excess = [row[f"excess_percent_{k}"] for k in horizons]
     above = "" if excess[0] is None else f", {', '.join(f'{e:.2f}' for e in excess)} % above optimal"
+    if above and len(horizons) > 1:
+        above += f" at horizons {', '.join(map(str, horizons))}"
     if row.get("excess_nats_1") is not None:
         above = f", {row['excess_nats_1']:.4f} nats{above.replace(', ', ' and ', 1)}"
     return (f"epoch {row['epoch']}/{epochs}: training {row['train_loss']:.4f}, validation {row['val_loss']:.4f}{above}")
@@ -235,6 +245,7 @@ class EpochLog:
         if self.first:
             if args.log_dir is not None:
                 self.writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), state.epoch)
+                tell_flags(self.writer, args)
             start_log(self.path, self.columns, self.rows)
             cli.write_text(files["record"], json.dumps(state.origin["record"], indent=2) + "\n")
         self.bar = terminal.Bar(plan.total_steps, BAR_FORMAT, None if self.first else True, initial=state.step)
@@ -295,6 +306,16 @@ def tensorboard_writer(log_dir, name, epoch):
     """A writer to the folder log_dir/name, in which what an earlier writer wrote of epochs after `epoch` is hidden."""
     folder = cli.output_folder(log_dir / name)
     return summary_writer_class()(str(folder), purge_step=epoch + 1)
+
+
+def tell_flags(writer, args):
+    """Write the flags that have an effect as TensorBoard's hyperparameters, so that runs can be sorted by them."""
+    from torch.utils.tensorboard.summary import hparams
+
+    flags = {name: value if isinstance(value, bool | int | float) else str(value)
+             for name, value in flags_to_save(args).items() if name not in cli.WITHOUT_EFFECT}
+    for summary in hparams(flags, {"val_loss": None}):
+        writer.file_writer.add_summary(summary)
 
 
 # ---- Record: what a reader needs to repeat the run ------------------------------------------------------------
@@ -387,7 +408,7 @@ def saved_flags(saved, path, parse_args):
         value = saved.get(name, default)
         if name in OF_THE_COMMAND or name == "flags_given" or value is None or value is False:
             continue
-        word = "--" + name.replace("_", "-")
+        word = cli.flag_of(name)
         words.append(word if value is True else f"{word}={value}")
     return parse_args(words, refuse)
 
@@ -403,7 +424,7 @@ def flags_for_resume(args, saved):
         if name in FREE_ON_RESUME:
             flags[name] = value
         elif name not in OF_THE_COMMAND and value != flags[name]:
-            raise cli.UserError(f"--resume: the run was started with --{name.replace('_', '-')} {flags[name]}, not "
+            raise cli.UserError(f"--resume: the run was started with {cli.flag_of(name)} {flags[name]}, not "
                                 f"{value}; leave the flag out, or start another run")
     return argparse.Namespace(**flags)
 
@@ -463,6 +484,9 @@ def print_evaluation(args, parse_args, floors):
     print_record(files_of(path)["record"], checkpoint.get("record"))
     # The windows of training, unless a flag says otherwise
     used = ("seq_len", "stride", "val_fraction", "batch_size")
+    ignored = [name for name in args.flags_given if name not in (*used, *USED_BY_EVAL)]
+    if ignored:
+        print(f"--eval trains nothing: {', '.join(map(cli.flag_of, ignored))} ignored")
     trained = saved_flags({name: saved[name] for name in used if name in saved}, path, parse_args)
     seq_len, stride, val_fraction, batch_size = (
         getattr(args if name in args.flags_given else trained, name) for name in used)

@@ -203,3 +203,21 @@ def test_what_the_user_set_for_torch_stays(name):
     value, torch_is_there = shown(others)
     assert value and torch_is_there == "False"  # torch reads them when it is imported
     assert shown({**others, name: "7"}) == ["7", "False"]
+
+
+# ---- words
+
+
+def test_a_wrong_flag_proposes_the_one_that_is_near(refused):
+    training = "masked_model_gpu_mamba_next"
+    assert refused(training, "--epoch", 3).endswith(
+        "unrecognized arguments: --epoch 3; did you mean --epochs?; see pytest --help\n".replace(
+            "pytest", "masked_model_gpu_mamba_next.py"))
+    assert "did you mean --max-horizon and --gate-lr-factor?" in refused(
+        training, "--max-horizons=8", "--gate-lr-factors", 1)
+    assert "did you mean" not in refused(training, "--colour", "red") + refused(training, "--epochs", "-1")
+
+
+def test_things_are_counted_in_words():
+    assert [cli.count(n, "visit") for n in (0, 1, 2, 12345)] == ["0 visits", "1 visit", "2 visits", "12,345 visits"]
+    assert [cli.count(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]

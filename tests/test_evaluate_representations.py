@@ -439,7 +439,8 @@ def test_a_comparison_leaves_out_columns_that_nobody_fills_and_marks_empty_cells
 def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
     flags = {"lr": 0.1, "epochs": 5, "seed": 1, "checkpoint": "a.pt", "resume": None, "device": "cpu", "log_dir": None}
     changes = {"a": {}, "b": {"seed": 2}, "c": {"lr": 0.2}, "d": {"checkpoint": "d.pt", "resume": "x.pt"},
-               "e": {"epochs": 6, "seed": 3}, "f": {"device": "cuda", "log_dir": "logs"}, "g": {"lr": 0.2, "seed": 9}}
+               "e": {"epochs": 6, "seed": 3}, "f": {"device": "cuda", "log_dir": "x", "style": "talk"},
+               "g": {"lr": 0.2, "seed": 9}}
     reports = [{"name": name, "trained_with": {**flags, **change}} for name, change in changes.items()]
     groups = level_tables.seed_groups(reports)
     assert {name: [r["name"] for r in group] for name, group in groups.items()} == {"a": ["a", "b", "d", "f"],

@@ -473,6 +473,7 @@ class WriterStub:
 
     def __init__(self, log_dir, purge_step=None):
         self.log_dir, self.purge_step, self.scalars, self.images, self.closed = log_dir, purge_step, [], {}, False
+        self.summaries, self.file_writer = [], types.SimpleNamespace(add_summary=lambda s: self.summaries.append(s))
 
     def add_scalar(self, tag, value, step):
         self.scalars.append((tag, value, step))
@@ -495,10 +496,16 @@ def test_log_dir_has_every_curve_and_figure(script, shared_data, tmp_path, monke
         return made[-1]
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=make))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.summary", types.SimpleNamespace(
+        hparams=lambda flags, metrics: (flags, metrics)))
     argv = flags(shared_data, tmp_path / "a.pt", "--log-dir", str(tmp_path / "logs"), "--max-horizon", "2")
     assert script("masked_model_gpu_mamba_next", *argv).code == 0
     writer, = made
     assert writer.log_dir == str(tmp_path / "logs" / "a") and writer.closed
+    hyperparameters, metrics = writer.summaries  # by which runs can be sorted
+    assert {"val_loss"} == set(metrics) and not set(hyperparameters) & {"device", "checkpoint", "resume", "log_dir"}
+    assert (hyperparameters["max_horizon"], hyperparameters["freeze_A"], hyperparameters["lr"]) == (2, False, 1e-3)
+    assert hyperparameters["data_dir"] == str(shared_data)
     log = rows(tmp_path / "a_log.csv")
     expected = {(name, float(row[name]), int(row["epoch"])) for row in log for name in row
                 if name not in ("epoch", "step")}

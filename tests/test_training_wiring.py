@@ -503,7 +503,7 @@ def test_what_is_printed_of_a_run(watched_run):
     def line(row):
         excess = ", ".join(f"{float(row[f'excess_percent_{k}']):.2f}" for k in HORIZONS)
         return (f"epoch {row['epoch']}/{EPOCHS}: training {float(row['train_loss']):.4f}, validation "
-                f"{float(row['val_loss']):.4f}, {excess} % above optimal")
+                f"{float(row['val_loss']):.4f}, {excess} % above optimal at horizons {', '.join(map(str, HORIZONS))}")
 
     run = watched_run
     lines = run.out.splitlines()
@@ -528,9 +528,11 @@ def test_the_table_of_eval(script, shared_data, watched_run):
     for k, cells in zip(HORIZONS, table[2:], strict=True):
         assert cells == [str(k), f"{float(row[f'val_mse_{k}']):.4f}", f"{float(row[f'floor_mse_{k}']):.4f}",
                          f"{float(row[f'excess_percent_{k}']):+.2f} %"]
-    # The windows are the run's own, unless a flag says otherwise.
+    assert "ignored" not in out
+    # The windows are the run's own, unless a flag says otherwise; flags that only training has are said to be ignored.
     out = script(NAME, "--eval", run.folder / "run.pt", "--data-dir", shared_data, "--stride", "50", "--test-steps",
-                 0).out
+                 0, "--lr", "1e-3", "--freeze-A", "--no-amp").out
+    assert "--eval trains nothing: --freeze-A, --lr ignored\n" in out
     other = errors_by_loops(run.best, run.series, range(2700, 3000 - 63, 50))
     found = [float(re.split(r" {2,}", line.strip())[1]) for line in out.splitlines()[-3:]]
     assert found == pytest.approx(other, rel=1e-3) and found[0] != pytest.approx(float(row["val_mse_1"]), rel=1e-3)
@@ -692,3 +694,10 @@ def test_flags_given_are_known_from_defaults():
 def test_a_progress_line_without_a_floor():
     row = {"epoch": 3, "train_loss": 1.23456, "val_loss": 2.34567, "excess_percent_1": None}
     assert run_files.progress_line(row, 7, [1]) == "epoch 3/7: training 1.2346, validation 2.3457"
+
+
+def test_a_progress_line_names_its_horizons_where_there_are_several():
+    row = {"epoch": 3, "train_loss": 1.0, "val_loss": 2.0, "excess_percent_1": 1.234, "excess_percent_4": 5.0}
+    start = "epoch 3/7: training 1.0000, validation 2.0000"
+    assert run_files.progress_line(row, 7, [1]) == f"{start}, 1.23 % above optimal"
+    assert run_files.progress_line(row, 7, [1, 4]) == f"{start}, 1.23, 5.00 % above optimal at horizons 1, 4"
