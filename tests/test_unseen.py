@@ -20,11 +20,6 @@ TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", 
         "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "1", "--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def few_threads(one_thread):
-    """The arrays here are tiny."""
-
-
 @pytest.fixture
 def own_series(shared_data, tmp_path):
     """The small series as somebody's own: its values alone, of a process that nobody knows."""
