@@ -8,6 +8,7 @@ of the past of every step but the first ones. Tables go to the terminal, files t
   NAME_summary.png    every measure against depth
   NAME_metrics.json   all numbers
   compare_A_B_summary.png and .csv   with several checkpoints: all in the same axes and in one table
+  compare_A_B_test.csv               and their errors on the test series, each less the first one's on the same blocks
 With --velocity or --pca 20, NAME becomes NAME_velocity or NAME_pca20, so that nothing is overwritten.
 
 The measures of a level:
@@ -82,6 +83,7 @@ def parse_args(argv=None):
     dimension.add_argument("--no-lb", action="store_true", help="no Levina-Bickel dimension")
     dimension.add_argument("--lb-points", type=cli.positive_int, default=10_000, metavar="N",
                            help="random time steps for the dimension")
+    cli.add_test_steps(parser.add_argument_group("test series"))
     cli.add_computing(parser)
     cli.add_drawing(parser)
     files = parser.add_argument_group("files")
@@ -115,6 +117,7 @@ import measures
 import optimal_filter
 import representations
 import terminal
+import unseen
 from measures import DIMENSION_K, DIMENSION_KS
 
 PROBE_FRACTION = 0.7  # the probes are fitted on this part of time and scored on the rest
@@ -265,7 +268,7 @@ class Optimum:
     """
 
     def __init__(self, series):
-        self.series, self.floors = series, {}
+        self.series, self.floors, self.tests = series, {}, {}
         self.process = optimal_filter.process_or_none(series, "no optimal floor and ceiling")
         self.circle_accuracy = None if self.process is None else self.measure_circle_accuracy()
 
@@ -286,15 +289,33 @@ class Optimum:
             self.floors[key] = optimal_filter.window_floors(self.process, self.series, starts, seq_len, horizons)
         return self.floors[key]
 
+    def held_back(self, trained_with):
+        """How many steps of the series its training has left to the test; trained_with: the flags of the training."""
+        return 0 if unseen.can_be_drawn(self.series, self.process) else trained_with.get("test_steps") or 0
 
-def prediction_errors(model, series, window_settings, optimum):
+    def test_errors(self, model, seq_len, n_steps, held_back):
+        """`unseen.as_report` of a model, which is printed; None without a test series. n_steps: of --test-steps."""
+        if (seq_len, held_back) not in self.tests:
+            with terminal.busy("test series"):
+                self.tests[seq_len, held_back] = unseen.unseen_part(self.series, self.process, seq_len, n_steps,
+                                                                    held_back)
+        tested = self.tests[seq_len, held_back]
+        if tested is None:
+            return None
+        with terminal.busy("errors on the test series"):
+            report = unseen.as_report(model, tested)
+        print(f"{report['what']}\n{unseen.unseen_table(report['rows'])}")
+        return report
+
+
+def prediction_errors(model, series, window_settings, optimum, held_back=0):
     """The validation errors of the model and of the exact filter on the same windows: `optimal_filter.error_rows`.
 
-    window_settings: (seq_len, stride, val_fraction). Raises UserError when the validation part holds no window or the
-    largest horizon doesn't fit into one.
+    window_settings: (seq_len, stride, val_fraction); held_back: steps at the end that are a test part.
+    Raises UserError when the validation part holds no window or the largest horizon doesn't fit into one.
     """
     seq_len = window_settings[0]
-    _, starts, _ = dataset.split_windows(series.n_steps, *window_settings, series.recordings)
+    _, starts, _ = dataset.split_windows(series.n_steps, *window_settings, series.recordings, held_back)
     if model.horizons[-1] >= seq_len:
         raise cli.UserError(f"its largest horizon, {model.horizons[-1]}, does not fit into windows of {seq_len} steps")
     device = next(model.parameters()).device
@@ -421,8 +442,10 @@ def evaluate(loaded, series, optimum, rows, args, pool):
 
     # ---- how well it predicts
     try:
-        report["errors"] = prediction_errors(loaded.model, series, loaded.window_settings, optimum)
+        held_back = optimum.held_back(loaded.trained_with)
+        report["errors"] = prediction_errors(loaded.model, series, loaded.window_settings, optimum, held_back)
         print(optimal_filter.error_table(report["errors"]))
+        report["test"] = optimum.test_errors(loaded.model, loaded.window_settings[0], args.test_steps, held_back)
     except cli.UserError as error:
         print(f"no validation MSE: {error}")
 
@@ -510,6 +533,11 @@ def write_comparison(reports, args, suffix, subtitle):
     groups = level_tables.seed_groups(reports)
     if groups:
         print("\nthe same flags but for the seed\n" + level_tables.spread_table(groups))
+    tested = unseen.compared(level_tables.test_settings(reports))
+    if tested:
+        print("\n" + unseen.compared_table(tested))
+        cli.write_text(args.save_dir / f"{prefix}_test.csv", level_tables.comparison_csv(tested))
+        print(f"wrote {args.save_dir / f'{prefix}_test.csv'}")
     cli.write_text(args.save_dir / f"{prefix}_summary.csv", level_tables.comparison_csv(rows))
     print(f"wrote {args.save_dir / f'{prefix}_summary.csv'}")
     figures.save(level_figures.draw_summary(reports, f"measures against depth{subtitle}"),

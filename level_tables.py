@@ -125,6 +125,18 @@ def seed_groups(reports):
     return {group[0]["name"]: group for group in groups.values() if len(group) > 1}
 
 
+def test_settings(reports):
+    """The errors on the test series by setting, as `unseen.compared` takes them: {name of the first report of those
+    with the same flags but for the seed: list of their "test"}."""
+    groups = seed_groups(reports)
+    in_a_group = {report["name"]: name for name, group in groups.items() for report in group}
+    settings = {}
+    for report in reports:
+        if report.get("test"):
+            settings.setdefault(in_a_group.get(report["name"], report["name"]), []).append(report["test"])
+    return settings
+
+
 def spread_table(groups):
     """Mean ± standard deviation (n - 1) over the seeds of each column of the comparison, one row per group.
 
@@ -149,7 +161,8 @@ def spread_table(groups):
 def comparison_csv(rows):
     """Rows of comparison_row as CSV text with a header line."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)  # None is written as an empty cell
     return text.getvalue()

@@ -21,6 +21,7 @@ import torch
 import cli
 import dataset
 import floor_cache
+import measures
 import optimal_filter
 from circle_process import draw_series
 from mamba_model import window_errors
@@ -83,13 +84,13 @@ def can_be_drawn(series, process):
     return dataset.unknown_of_process(series) == [] and (process is not None or series.config["noise_std"] == 0)
 
 
-def drawn_series(series, process, n_steps):
+def drawn_series(series, n_steps):
     """A new dataset.Series of n_steps steps of the process of `series`.
 
     A centre that walks leads ever further away. There it is several series, each as long as the data at most, so that
     the model meets no place to which its training never led.
     """
-    longest = series.n_steps if process.center_walk_std else n_steps
+    longest = series.n_steps if series.config.get("center_walk_std") else n_steps
     lengths = [longest] * (n_steps // longest) + [n_steps % longest] * (n_steps % longest > 0)
     parts = [draw_series(series.process, series.config, length, [SEED, number, 0, 1])[0]
              for number, length in enumerate(lengths)]
@@ -107,7 +108,7 @@ def unseen_part(series, process, seq_len, n_steps=None, held_back=0):
         return None
     drawn = can_be_drawn(series, process)
     if drawn:
-        tested, first = drawn_series(series, process, max(n_steps, seq_len)), 0
+        tested, first = drawn_series(series, max(n_steps, seq_len)), 0
     else:
         tested, first = series, series.n_steps - held_back
     recordings = tested.recordings
@@ -199,20 +200,14 @@ def floor_blocks(unseen, horizons):
 def mean_and_error(values, weights):
     """The mean of block means (n_blocks,), weighted by the blocks' shares, and its standard error, None where there are
     fewer than FEWEST_BLOCKS."""
-    mean, n = float(weights @ values), len(values)
-    if n < FEWEST_BLOCKS:
-        return mean, None
-    return mean, math.sqrt(n / (n - 1) * float(np.sum((weights * (values - mean))**2)))
+    mean, error = measures.ratio_and_error(weights * values, weights)
+    return mean, error if len(values) >= FEWEST_BLOCKS else None
 
 
 def excess_and_error(mse, floor, weights):
-    """How far an MSE is above the floor in percent, and its standard error, from block means (n_blocks,) of both.
-
-    The excess is a ratio of two means; to first order its error is that of mse - (1 + excess) floor, over the floor.
-    """
-    ratio, scale = float(weights @ mse) / float(weights @ floor), float(weights @ floor)
-    _, error = mean_and_error(100 * (mse - ratio * floor) / scale, weights)
-    return 100 * (ratio - 1), error
+    """How far an MSE is above the floor in percent, and its standard error, from block means (n_blocks,) of both."""
+    ratio, error = measures.ratio_and_error(weights * mse, weights * floor)
+    return 100 * (ratio - 1), 100 * error if len(mse) >= FEWEST_BLOCKS else None
 
 
 def unseen_rows(blocks, floors, weights):
@@ -239,16 +234,75 @@ def unseen_rows(blocks, floors, weights):
     return rows
 
 
-def difference_row(blocks, other, floors, weights, k=1):
-    """By how much a model's errors at horizon k are above those of another one on the same blocks: `mse_percent` of
-    the floor (of the other model's MSE where there is none), `nats` where both predict densities, and their standard
-    errors `…_error`."""
-    base = floors.get("mse", {}).get(k, other["mse"][k])
-    row = dict(zip(("mse_percent", "mse_percent_error"), mean_and_error(
-        100 * (blocks["mse"][k] - other["mse"][k]) / float(weights @ base), weights), strict=True))
-    if "nll" in blocks and "nll" in other:
-        row["nats"], row["nats_error"] = mean_and_error(blocks["nll"][k] - other["nll"][k], weights)
-    return row
+# ---- Several models on one test series ------------------------------------------------------------------------
+
+def as_report(model, unseen):
+    """What NAME_metrics.json holds of a model's errors on the test series, a dict that `compared` takes: the blocks of
+    model and filter, their shares, and the rows of `unseen_rows`."""
+    blocks, floors = model_blocks(model, unseen), floor_blocks(unseen, model.horizons)
+    return {"what": unseen.describe(), "rows": unseen_rows(blocks, floors, unseen.weights),
+            "blocks": as_lists(blocks), "floors": as_lists(floors), "weights": unseen.weights.tolist()}
+
+
+def as_lists(blocks):
+    return {measure: {str(k): values.tolist() for k, values in by_horizon.items()}
+            for measure, by_horizon in blocks.items()}
+
+
+def compared(settings):
+    """Settings side by side at horizon 1, a dict per setting. settings: {name: list of `as_report`, one per seed}.
+
+    A setting is the mean over its seeds. Beside its excess over the filter stands the difference from the first setting
+    that was measured on the same blocks. A standard error is that over blocks and, where there are several seeds, that
+    over seeds: both of them vary, independently of each other.
+    """
+    rows, firsts = [], {}
+    for name, reports in settings.items():
+        first_name, first = firsts.setdefault(subject(reports[0]), (name, reports))
+        weights = np.array(reports[0]["weights"])
+        floor = reports[0]["floors"].get("mse", {}).get("1")
+        base = np.mean([report["blocks"]["mse"]["1"] for report in first], axis=0) if floor is None else np.array(floor)
+        row = {"setting": name, "seeds": len(reports), "compared_with": None if name == first_name else first_name}
+        scale = 100 / float(weights @ base)
+
+        def put(key, members, others, weights=weights, row=row):
+            """The mean over members (n, n_blocks), less that over others (m, n_blocks)."""
+            mean, error = mean_and_error(np.mean(members, axis=0) - np.mean(others, axis=0), weights)
+            seeds = sum(np.var(group @ weights, ddof=1) / len(group) for group in (members, others) if len(group) > 1)
+            row[key], row[f"{key}_error"] = mean, None if error is None else math.hypot(error, math.sqrt(seeds))
+
+        mse, first_mse = ([np.array(r["blocks"]["mse"]["1"]) * scale for r in group] for group in (reports, first))
+        if floor is not None:
+            put("excess_percent", np.array(mse), np.array(floor)[None] * scale)
+        if row["compared_with"]:
+            put("difference_percent", np.array(mse), np.array(first_mse))
+        if all("nll" in report["blocks"] for report in [*reports, *first]):
+            nll, first_nll = (np.array([r["blocks"]["nll"]["1"] for r in group]) for group in (reports, first))
+            if floor is not None:
+                put("excess_nats", nll, np.array(reports[0]["floors"]["nll"]["1"])[None])
+            if row["compared_with"]:
+                put("difference_nats", nll, first_nll)
+        rows.append(row)
+    return rows
+
+
+def subject(report):
+    """What two reports must have in common to be compared block by block: their floors, or else their blocks."""
+    return repr((report["floors"].get("mse", {}).get("1"), report["weights"]))
+
+
+COMPARED = {  # of that table, as COLUMNS
+    "above the filter": ("excess_percent", "+.2f", " %"), "above the first": ("difference_percent", "+.2f", " %"),
+    "nats above the filter": ("excess_nats", "+.4f", ""), "above the first (nats)": ("difference_nats", "+.4f", "")}
+
+
+def compared_table(rows):
+    """The text table of `compared`; columns that no row has a value for are left out."""
+    shown = {title: column for title, column in COMPARED.items() if any(column[0] in row for row in rows)}
+    return cli.table(["on the test series", "seeds", *shown], [
+        [row["setting"], row["seeds"], *(with_error(row.get(key), row.get(f"{key}_error"), form, unit)
+                                         for key, form, unit in shown.values())] for row in rows],
+        align="l" + "r" * (1 + len(shown)))
 
 
 # ---- How they are printed -------------------------------------------------------------------------------------

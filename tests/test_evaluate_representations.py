@@ -34,6 +34,7 @@ import mamba_model
 import measures
 import optimal_filter
 import representations
+import unseen
 from measures import knn, levina_bickel
 
 SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
@@ -728,7 +729,8 @@ def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, 
 def test_several_checkpoints_are_compared_in_one_table_and_one_figure(run, tiny_checkpoint, tmp_path):
     deeper = save_model(tmp_path / "deep.pt", tiny_model(1, n_layers=3, max_horizon=4))
     result, files = run(*QUICK, checkpoints=(tiny_checkpoint, deeper))
-    assert files == {"compare_tiny_deep_summary.csv", "compare_tiny_deep_summary.png", "tiny_summary.png",
+    assert files == {"compare_tiny_deep_summary.csv", "compare_tiny_deep_summary.png", "compare_tiny_deep_test.csv",
+                     "tiny_summary.png",
                      "tiny_metrics.json", "deep_summary.png", "deep_metrics.json"}
     with open(tmp_path / "plots" / "compare_tiny_deep_summary.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -832,7 +834,7 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
               "trained_with": {**SAVED, "dropout": 0.1, "data_dir": str(shared_data)}, "best_layer": "layer 2",
               "umap_neighbors": 9, "data_crc32": dataset.crc32(series.X)}
     assert {key: report[key] for key in wanted} == wanted
-    assert set(report) == {*wanted, "errors", "levels", "weights_crc32", "made_by"}
+    assert set(report) == {*wanted, "errors", "test", "levels", "weights_crc32", "made_by"}
     starts = np.arange(2700, 3000 - 128 + 1, 64)
     floor = optimal_filter.window_floors(process, series, starts, 128, [1])
     assert report["errors"][0]["optimal_mse"] == pytest.approx(floor["mse"][1], rel=1e-9)
@@ -906,7 +908,8 @@ def test_figures_per_level_show_that_level(run, shared_data, quick_measures, sav
         "tiny: measures against depth, up to 3 principal components")
 
 
-def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint, tmp_path, quick_measures, saved):
+def test_what_is_printed_and_drawn_is_what_the_reports_say(run, shared_data, tiny_checkpoint, tmp_path, quick_measures,
+                                                           saved):
     other = save_model(tmp_path / "deep.pt", tiny_model(1, n_layers=3, max_horizon=2), seq_len=64)
     result, _ = run("--umap-points", 120, "--lb-points", 130, "--device", "cpu", "--pca", 3, "--velocity",
                     checkpoints=(tiny_checkpoint, other))
@@ -932,6 +935,16 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, tiny_checkpoint,
     assert level_tables.comparison_table(table) in result.out
     folder = tmp_path / "plots"
     assert (folder / "compare_tiny_deep_velocity_pca3_summary.csv").read_text() == level_tables.comparison_csv(table)
+    # The errors on the test series: of each model in its own windows, and beside each other in a table and a file.
+    series = dataset.load_series(shared_data)
+    for report, path in zip(reports, (tiny_checkpoint, tmp_path / "deep.pt"), strict=True):
+        part = unseen.unseen_part(series, unseen.process_of(series), report["seq_len"])
+        test = unseen.as_report(mamba_model.load_checkpoint(path)[0], part)
+        assert report["test"] == test
+        assert f"{part.describe()}\n{unseen.unseen_table(test['rows'])}\n" in result.out
+    tested = unseen.compared({report["name"]: [report["test"]] for report in reports})
+    assert f"\n{unseen.compared_table(tested)}\n" in result.out
+    assert (folder / "compare_tiny_deep_velocity_pca3_test.csv").read_text() == level_tables.comparison_csv(tested)
     compared = saved["compare_tiny_deep_velocity_pca3_summary.png"]
     assert compared.get_suptitle() == (
         "measures against depth, change since the step before, up to 3 principal components")
@@ -964,9 +977,9 @@ def test_windows_shared_by_models_are_filtered_once(monkeypatch):
 
 def test_without_flags_the_readmes_defaults_hold():
     args = vars(ev.parse_args([]))
-    assert args == {"layers": None, "velocity": False, "pca": None, "no_umap": False, "umap_points": 5000,
-                    "umap_neighbors": 30, "per_layer": False, "no_lb": False, "lb_points": 10_000, "seed": 42,
-                    "device": "auto", "scan": "auto", "checkpoint": [Path("model_next.pt")],
+    assert args == {"layers": None, "velocity": False, "pca": None, "test_steps": None, "no_umap": False,
+                    "umap_points": 5000, "umap_neighbors": 30, "per_layer": False, "no_lb": False, "lb_points": 10_000,
+                    "seed": 42, "device": "auto", "scan": "auto", "checkpoint": [Path("model_next.pt")],
                     "data_dir": None, "save_dir": Path("plots"), "format": "png", "style": None}
 
 

@@ -181,7 +181,7 @@ def test_standard_errors_are_the_spread_over_repeated_draws():
     assert unseen.mean_and_error(values[:4], equal[:4] * 2) == (pytest.approx(values[:4].mean()), None)
 
 
-def test_rows_the_table_and_differences():
+def test_rows_and_their_table():
     weights = np.array([0.1, 0.2, 0.2, 0.2, 0.3])
     floor, mse = np.array([8.0, 8.1, 7.9, 8.2, 8.0]), np.array([8.1, 8.25, 7.98, 8.3, 8.14])
     nll = np.array([50.0, 50.1, 49.9, 50.2, 50.0])
@@ -199,12 +199,6 @@ def test_rows_the_table_and_differences():
     assert lines[3][-2:] == ["–", "–"]
     alone = unseen.unseen_rows({"mse": {1: mse}}, {}, weights)
     assert unseen.unseen_table(alone).splitlines()[2].split() == ["1", "8.16", "±", "0.06", "–", "–"]
-    shifted = {"mse": {1: mse + 0.08}, "nll": {1: nll - 0.5}}
-    difference = unseen.difference_row(shifted, blocks, floors, weights)
-    assert difference["mse_percent"] == pytest.approx(100 * 0.08 / (weights @ floor))
-    assert difference["mse_percent_error"] == pytest.approx(0, abs=1e-12) and difference["nats"] == pytest.approx(-0.5)
-    without = unseen.difference_row({"mse": {1: mse + 0.08}}, blocks, {}, weights)
-    assert without["mse_percent"] == pytest.approx(100 * 0.08 / (weights @ mse)) and "nats" not in without
 
 
 @pytest.mark.parametrize("value, error, form, text", [
@@ -223,3 +217,36 @@ def test_eval_prints_the_errors_on_the_test_series(script, tiny_checkpoint, shar
     assert out.endswith(f"{part.describe()}\n{unseen.unseen_table(rows)}\n") and "±" in out.splitlines()[-1]
     assert "test series" not in script(NAME, "--eval", tiny_checkpoint, "--test-steps", 0).out
     assert f"{unseen.TEST_STEPS // 128 * 128:,} steps, newly drawn" in script(NAME, "--eval", tiny_checkpoint).out
+
+
+def test_settings_are_compared_on_the_same_blocks():
+    rng, weights = np.random.default_rng(0), np.full(8, 1 / 8)
+    floor = rng.normal(8, 0.1, 8)
+    models = [floor + rng.normal(0.1 + shift, 0.02, 8) for shift in (0, 0.01, 0.2, 0.22, 0.24)]
+    nlls = [50 + model for model in models]
+
+    def report(i, floors=True):
+        return {"blocks": {"mse": {"1": models[i].tolist()}, "nll": {"1": nlls[i].tolist()}},
+                "weights": weights.tolist(),
+                "floors": {"mse": {"1": floor.tolist()}, "nll": {"1": (floor + 50).tolist()}} if floors else {}}
+
+    first, second, other = unseen.compared({"full": [report(0), report(1)], "lti": [report(2), report(3), report(4)],
+                                            "else": [report(0, False)]})
+    scale = 100 / floor.mean()
+    assert (first["setting"], first["seeds"], first["compared_with"]) == ("full", 2, None)
+    assert "difference_percent" not in first and "excess_percent" not in other and other["compared_with"] is None
+    assert (second["seeds"], second["compared_with"]) == (3, "full")
+    means = [np.mean(models[:2], axis=0), np.mean(models[2:], axis=0)]
+    seeds = [np.var([m.mean() for m in models[:2]], ddof=1) / 2, np.var([m.mean() for m in models[2:]], ddof=1) / 3]
+    for row, values, variance, key in (
+            (first, means[0] - floor, seeds[0], "excess_percent"),
+            (second, means[1] - floor, seeds[1], "excess_percent"),
+            (second, means[1] - means[0], sum(seeds), "difference_percent")):
+        assert row[key] == pytest.approx(scale * values.mean())
+        assert row[f"{key}_error"] == pytest.approx(scale * math.sqrt(values.var(ddof=1) / 8 + variance))
+    assert second["difference_nats"] == pytest.approx((means[1] - means[0]).mean())
+    assert first["excess_nats"] == pytest.approx((means[0] - floor).mean())
+    lines = unseen.compared_table([first, second]).splitlines()
+    assert lines[0].split("  ")[0] == "on the test series" and "above the first (nats)" in lines[0]
+    assert lines[2].split()[:2] == ["full", "2"] and lines[2].split()[-1] == "–"
+    assert unseen.with_error(second["difference_percent"], second["difference_percent_error"], "+.2f", " %") in lines[3]
