@@ -240,6 +240,7 @@ class Tables(NamedTuple):
     offsets: np.ndarray  # (K,) first of the period_i places of circle i among all pairs (i, j)
     cos: np.ndarray  # (2 * pairs,) the circle's points, two revolutions long: no index wraps around
     sin: np.ndarray
+    turn: np.ndarray  # (2, pairs) cos and sin of the angle run through in j steps
     gain: np.ndarray  # (K,) r / σ²
     half: np.ndarray  # (K,) r² / 2σ²
     log_transition: np.ndarray  # (K, K) from, to
@@ -258,8 +259,11 @@ class FilterState(NamedTuple):
     entry: np.ndarray  # (n_steps, K)
     revolution: np.ndarray  # (n_steps + max period, K), row s + max period: those cut by the first or last step too
     past: np.ndarray  # (K,) log rate of the visits that began before the first step
-    partial: np.ndarray  # (pairs,) log-likelihood of the steps since the revolution began
+    sums: np.ndarray  # (K, 3) over all steps so far, for `likelihood_since`
+    since: np.ndarray  # (pairs,) what `likelihood_since` adds: minus its value when the revolution began
     weight: np.ndarray  # (pairs,)
+    level: np.ndarray  # (pairs,) since + weight
+    bound: np.ndarray  # (K,) no score of a pair of the circle is larger
     leave: np.ndarray  # (pairs,)
     exits: np.ndarray  # (pairs, Q) P(the visit ends with the q-th revolution after this one | it is on), or UNKNOWN
     done: np.ndarray  # (pairs,) mean of the revolutions that the visit has done before this one; empty: not asked for
@@ -273,10 +277,11 @@ def tables(process):
     angles = [entry + 2 * np.pi / period * (np.arange(2 * period) % period)
               for entry, period in zip(process.entry_angles, periods, strict=True)]
     angles, variance = np.concatenate(angles), process.noise_std**2
+    turns = np.concatenate([2 * np.pi / period * np.arange(period) for period in periods])
     with np.errstate(divide="ignore"):
         return Tables(
             periods=periods, offsets=np.cumsum(periods) - periods, cos=np.cos(angles), sin=np.sin(angles),
-            gain=process.radii / variance, half=process.radii**2 / (2 * variance),
+            turn=np.stack([np.cos(turns), np.sin(turns)]), gain=process.radii / variance, half=process.radii**2 / (2 * variance),
             log_transition=np.log(process.transition_matrix), log_law=np.log(process.dwell_law),
             log_survival=np.log(survival(process)),
         )
@@ -317,7 +322,8 @@ def start_state(process, n_steps, starts, past, max_horizon, count_revolutions=F
         ends[:, q] = law[:, q:q + M].sum(axis=1)
     return FilterState(
         entry=entry, revolution=np.zeros((n_steps + int(periods.max()), K)), past=log_past,
-        partial=np.zeros(pairs), weight=log_on[circle_of_pair], leave=log_past[circle_of_pair],
+        sums=np.zeros((K, 3)), since=np.zeros(pairs), weight=log_on[circle_of_pair],
+        level=log_on[circle_of_pair], bound=np.full(K, np.inf), leave=log_past[circle_of_pair],
         exits=(ends / mean_revolutions[:, None])[circle_of_pair],
         done=(alive @ np.arange(M) / mean_revolutions)[circle_of_pair] if count_revolutions else np.empty(0),
         score=np.empty(pairs), scratch=np.empty(max(M, K)),
@@ -371,6 +377,45 @@ def visits_on(tab, state, t, i, history):
 
 
 @njit(nogil=True, cache=True)
+def add_step(tab, state, t, x, baseline):
+    """Add step t to the sums: x (K, 2) in the planes, and its baseline.
+
+    The log-likelihood of a step, given that circle i is j steps into its revolution, is (r x·point - r² / 2) / σ² less
+    the baseline. Its part in x is the real part of a complex number, turned on by j steps, so the sum over the steps
+    since a revolution began is a difference of two sums over all steps, turned on. Nothing is done for each pair.
+    """
+    for i in range(len(tab.periods)):
+        place = 2 * tab.offsets[i] + t % tab.periods[i]
+        along, across = tab.gain[i] * x[i, 0], tab.gain[i] * x[i, 1]
+        state.sums[i, 0] += along * tab.cos[place] + across * tab.sin[place]
+        state.sums[i, 1] += along * tab.sin[place] - across * tab.cos[place]
+        state.sums[i, 2] += tab.half[i] + baseline
+
+
+@njit(nogil=True, cache=True)
+def likelihood_since(tab, state, i, place):
+    """Log-likelihood of the steps since the revolution at this place among the pairs, one of circle i, began."""
+    turned = state.sums[i, 0] * tab.turn[0, place] - state.sums[i, 1] * tab.turn[1, place]
+    return turned - state.sums[i, 2] + state.since[place]
+
+
+@njit(nogil=True, cache=True)
+def find_scores(tab, state, i):
+    """Fill in the scores of the pairs of circle i, the logs of their posterior up to a constant: likelihood + weight.
+
+    Returns the largest, which bounds all later ones until a revolution begins: the baseline is such that no step has a
+    positive log-likelihood.
+    """
+    pairs = slice(tab.offsets[i], tab.offsets[i] + tab.periods[i])
+    cos, sin, level, score = tab.turn[0, pairs], tab.turn[1, pairs], state.level[pairs], state.score[pairs]
+    real, imaginary, drop = state.sums[i]
+    for p in range(len(score)):  # a loop of its own: without the maximum in it, it is vectorised
+        score[p] = real * cos[p] - imaginary * sin[p] + level[p] - drop
+    state.bound[i] = largest(score)
+    return state.bound[i]
+
+
+@njit(nogil=True, cache=True)
 def begin_revolutions(tab, state, t):
     """Bring the state from the steps before t to the beginning of step t.
 
@@ -385,8 +430,9 @@ def begin_revolutions(tab, state, t):
     # What has ended: store the revolution's likelihood, and log p(a visit to i ends before t, x_{<t}).
     for i in range(K):
         place = tab.offsets[i] + (-t) % tab.periods[i]
-        state.revolution[t - tab.periods[i] + pad, i] = state.partial[place]
-        leaving[i] = state.leave[place] + state.partial[place]
+        likelihood = likelihood_since(tab, state, i, place)
+        state.revolution[t - tab.periods[i] + pad, i] = likelihood
+        leaving[i] = state.leave[place] + likelihood
 
     # Who enters: those who have left, through the transition matrix. The first step's law is given.
     if t > 0:
@@ -399,10 +445,12 @@ def begin_revolutions(tab, state, t):
     for i in range(K):
         place = tab.offsets[i] + (-t) % tab.periods[i]
         n = visits_on(tab, state, t, i, history)
-        state.partial[place] = 0.0
+        state.since[place] -= likelihood_since(tab, state, i, place)
         for m in range(n):
             terms[m] = history[m] + tab.log_survival[i, m]
         state.weight[place] = log_sum_exp(terms[:n])
+        state.level[place] = state.since[place] + state.weight[place]
+        state.bound[i] = max(state.bound[i], state.weight[place])
         if len(state.done):
             state.done[place] = 0.0
             for m in range(n):
@@ -440,35 +488,27 @@ def forward(tab, state, plane, baseline, first, log_evidence, posterior, phasor,
     P(the next visit begins r + 1 steps on, after this circle); and, where `state` counts them, revolutions (b,), the
     mean of those that the present visit has done.
     """
-    K, horizon = flux.shape[1], flux.shape[2]
+    K, horizon, likeliest = flux.shape[1], flux.shape[2], 0
     for row in range(len(posterior)):
         t = first + row
         begin_revolutions(tab, state, t)
 
-        # Each pair sees x_t: log-likelihood (r x·point - r² / 2) / σ² less the baseline; and its score, the log of
-        # its posterior up to a constant. The pair at place p is `phase + p` steps into its revolution.
-        top = -np.inf
+        # The scores of the circles that matter: the likeliest one's, and those that may come near it.
+        add_step(tab, state, t, plane[t], baseline[t])
+        top = find_scores(tab, state, likeliest)
         for i in range(K):
-            period, a = tab.periods[i], tab.offsets[i]
-            phase = t % period
-            cos, sin = tab.cos[2 * a + phase:2 * a + phase + period], tab.sin[2 * a + phase:2 * a + phase + period]
-            partial, weight = state.partial[a:a + period], state.weight[a:a + period]
-            score = state.score[a:a + period]
-            along, across = tab.gain[i] * plane[t, i, 0], tab.gain[i] * plane[t, i, 1]
-            drop = tab.half[i] + baseline[t]
-            for p in range(period):  # a loop of its own: without the maximum in it, it is vectorised
-                partial[p] += along * cos[p] + across * sin[p] - drop
-                score[p] = partial[p] + weight[p]
-            state.scratch[i] = largest(score)
-            top = max(top, state.scratch[i])
+            if i != likeliest and state.bound[i] - top > NEGLIGIBLE:
+                top = max(top, find_scores(tab, state, i))
 
         # Sums over the pairs that matter, relative to the likeliest: what the predictions need of the posterior.
         total = 0.0
         for i in range(K):
+            if state.bound[i] - top <= NEGLIGIBLE:
+                continue
+            if state.bound[i] == top:
+                likeliest = i
             period, a = tab.periods[i], tab.offsets[i]
             phase = t % period
-            if state.scratch[i] - top <= NEGLIGIBLE:
-                continue
             for p in range(period):
                 if state.score[a + p] - top > NEGLIGIBLE:
                     mass = math.exp(state.score[a + p] - top)
@@ -502,7 +542,7 @@ def backward(tab, state, log_evidence, occupancy):
     """
     K, M = tab.log_law.shape
     n, pad = len(state.entry), len(state.revolution) - len(state.entry)
-    rest = np.empty((len(state.partial), M))  # a pair's row is used again one period earlier
+    rest = np.empty((len(state.since), M))  # a pair's row is used again one period earlier
     after, begins, terms, history = np.empty((n, K)), np.empty(K), np.empty(K), np.empty(M)
     for s in range(n - 1, -pad, -1):
         for i in range(K):
@@ -511,7 +551,7 @@ def backward(tab, state, log_evidence, occupancy):
                 continue  # over before the first step, or no visit began before it
             place, end = tab.offsets[i] + (-s) % period, s + period
             if end >= n:  # cut by the end of the series: `forward` had no occasion to store it
-                state.revolution[s + pad, i] = state.partial[place]
+                state.revolution[s + pad, i] = likelihood_since(tab, state, i, place)
             n_before = visits_on(tab, state, s, i, history)
             for m in range(M):
                 log_survival = tab.log_survival[i, m]
