@@ -12,8 +12,6 @@ of the rest.
 kind of event takes.
 """
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +72,7 @@ def in_windows(process, X, starts, length):
         dataset.release(window)
         return found
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
-        found = list(pool.map(one, np.asarray(starts).tolist()))
+    found = optimal_filter.on_all_cores(one, np.asarray(starts).tolist())
     return Beliefs(*(None if values[0] is None else np.stack(values) for values in zip(*found, strict=True)))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import cli
 import dataset
 
-VERSION = 1  # raise it when the filter computes something else
+VERSION = 2  # raise it when the filter computes something else
 MOST_ENTRIES = 100  # the oldest go
 
 
@@ -24,7 +24,7 @@ def digest(process, series, starts, seq_len, horizons):
     """A text that differs when the floor of these windows might. horizons: with other numbers behind them, if the floor
     depends on more."""
     numbers = [process.radii, process.entry_angles, process.periods, process.transition_matrix, process.planes,
-               process.dwell_law, np.array([process.noise_std, process.center_walk_std])]
+               process.dwell_law, np.array([process.noise_std, process.center_walk_std, process.tilt_rate])]
     windows = [np.asarray(starts, np.int64), np.array([seq_len, *horizons], np.int64)]
     text = hashlib.sha256(f"{VERSION} {dataset.crc32(series.X)} {series.X.shape}".encode())
     for array in (*numbers, *windows):

@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 import circle_process
 import dataset
@@ -218,15 +219,15 @@ def config_number(config, name):
 # revolution began at the same time s share what they have seen since. Hence the usual forward recursion of an
 # explicit-duration model (Yu 2010, Artificial Intelligence 174, 215-243) over the starts of visits and revolutions:
 #
-#   entry[s, i]       log p(a visit to i begins at s, x_{<s})
-#   revolution[s, i]  log p(the period_i steps of x from s on | a revolution of circle i begins at s)
+#   entry[i, s]       log p(a visit to i begins at s, x_{<s})
+#   revolution[i, s]  log p(the period_i steps of x from s on | a revolution of circle i begins at s)
 #   weight            log p(a revolution of i begins at s, x_{<s}) = logsumexp over m of
-#                       entry[s - m period, i] + the m revolutions since + log P(R > m)
+#                       entry[i, s - m period] + the m revolutions since + log P(R > m)
 #   leave             the same with log P(R = m + 1): the visit ends with the revolution that begins at s
 #
 # and the posterior of (i, j) at t is proportional to exp(weight at t - j + log-likelihood of x_{t-j} … x_t). One step
-# costs an addition per pair (i, j), of which there are 2200 by default, and one look back per circle, for the
-# revolution that begins.
+# costs one look back per circle, for the revolution that begins, and two multiplications per pair (i, j) of those
+# circles that aren't out of the question; of all circles there are 2200 pairs by default.
 #
 # All stored numbers are logarithms, and none is exponentiated before the largest of those it is added to is taken
 # away. Nothing can underflow, so a state that a burst of outliers made hopeless is still there when the data come back
@@ -246,6 +247,7 @@ class Tables(NamedTuple):
     log_transition: np.ndarray  # (K, K) from, to
     log_law: np.ndarray  # (K, M) log P(R = m + 1)
     log_survival: np.ndarray  # (K, M) log P(R > m)
+    most: np.ndarray  # (K,) the most revolutions of a visit to each circle
 
 
 class FilterState(NamedTuple):
@@ -256,8 +258,8 @@ class FilterState(NamedTuple):
     revolution that is under way moves on by one j per step and so keeps its place: nothing has to be shifted.
     """
 
-    entry: np.ndarray  # (n_steps, K)
-    revolution: np.ndarray  # (n_steps + max period, K), row s + max period: those cut by the first or last step too
+    entry: np.ndarray  # (K, n_steps)
+    revolution: np.ndarray  # (K, n_steps + max period), column s + max period: those cut by an end of the series too
     past: np.ndarray  # (K,) log rate of the visits that began before the first step
     sums: np.ndarray  # (K, 3) over all steps so far, for `likelihood_since`
     since: np.ndarray  # (pairs,) what `likelihood_since` adds: minus its value when the revolution began
@@ -281,9 +283,10 @@ def tables(process):
     with np.errstate(divide="ignore"):
         return Tables(
             periods=periods, offsets=np.cumsum(periods) - periods, cos=np.cos(angles), sin=np.sin(angles),
-            turn=np.stack([np.cos(turns), np.sin(turns)]), gain=process.radii / variance, half=process.radii**2 / (2 * variance),
+            turn=np.stack([np.cos(turns), np.sin(turns)]), gain=process.radii / variance,
+            half=process.radii**2 / (2 * variance),
             log_transition=np.log(process.transition_matrix), log_law=np.log(process.dwell_law),
-            log_survival=np.log(survival(process)),
+            log_survival=np.log(survival(process)), most=(survival(process) > 0).sum(axis=1),
         )
 
 
@@ -311,8 +314,8 @@ def start_state(process, n_steps, starts, past, max_horizon, count_revolutions=F
     mean_revolutions = alive.sum(axis=1)
     with np.errstate(divide="ignore"):
         log_past, log_on = np.log(past), np.log(past * mean_revolutions)
-        entry = np.full((n_steps, K), -np.inf)
-        entry[0] = np.log(starts)
+        entry = np.full((K, n_steps), -np.inf)
+        entry[:, 0] = np.log(starts)
     # P(it ends with the q-th revolution after this one): P(R = m + q + 1) summed over m. A prediction max_horizon
     # steps ahead can see at most Q ends of revolutions.
     M, Q = process.dwell_law.shape[1], -(-max_horizon // int(periods.min()))
@@ -321,7 +324,7 @@ def start_state(process, n_steps, starts, past, max_horizon, count_revolutions=F
     for q in range(Q):
         ends[:, q] = law[:, q:q + M].sum(axis=1)
     return FilterState(
-        entry=entry, revolution=np.zeros((n_steps + int(periods.max()), K)), past=log_past,
+        entry=entry, revolution=np.zeros((K, n_steps + int(periods.max()))), past=log_past,
         sums=np.zeros((K, 3)), since=np.zeros(pairs), weight=log_on[circle_of_pair],
         level=log_on[circle_of_pair], bound=np.full(K, np.inf), leave=log_past[circle_of_pair],
         exits=(ends / mean_revolutions[:, None])[circle_of_pair],
@@ -359,21 +362,23 @@ def log_add_exp(a, b):
 
 
 @njit(nogil=True, cache=True)
-def visits_on(tab, state, t, i, history):
-    """Fill history[m] = log p(a visit to i began m revolutions before t, x_{<t} if it has lasted until t).
+def visits_on(entry, revolution, past, period, most, t, history):
+    """Fill history[m] = log p(a visit to a circle began m revolutions before t, x_{<t} if it has lasted until t).
 
-    Returns for how many m there is such a visit: fewer than M when none began before the first step.
+    entry, revolution, past, period and most: the circle's, in a FilterState and in Tables. (Given those themselves,
+    which are many arrays, each call would take ten times as long.) Returns for how many m there is such a visit: as
+    many as a visit has revolutions, or fewer when none began before the first step.
     """
-    period, pad = tab.periods[i], len(state.revolution) - len(state.entry)
+    pad = len(revolution) - len(entry)
     seen = 0.0  # log-likelihood of the m revolutions before t
-    for m in range(tab.log_law.shape[1]):
+    for m in range(most):
         s = t - m * period
         if m > 0 and s > -period:
-            seen += state.revolution[s + pad, i]
-        if s < 0 and state.past[i] == -np.inf:
+            seen += revolution[s + pad]
+        if s < 0 and past == -np.inf:
             return m
-        history[m] = seen + (state.entry[s, i] if s >= 0 else state.past[i])
-    return tab.log_law.shape[1]
+        history[m] = seen + (entry[s] if s >= 0 else past)
+    return most
 
 
 @njit(nogil=True, cache=True)
@@ -423,7 +428,7 @@ def begin_revolutions(tab, state, t):
     one look back over the dwell law per circle, whatever the number of pairs.
     """
     K, M = tab.log_law.shape
-    pad = len(state.revolution) - len(state.entry)
+    pad = state.revolution.shape[1] - state.entry.shape[1]
     history, terms = np.empty(M), state.scratch
     leaving = np.empty(K)
 
@@ -431,7 +436,7 @@ def begin_revolutions(tab, state, t):
     for i in range(K):
         place = tab.offsets[i] + (-t) % tab.periods[i]
         likelihood = likelihood_since(tab, state, i, place)
-        state.revolution[t - tab.periods[i] + pad, i] = likelihood
+        state.revolution[i, t - tab.periods[i] + pad] = likelihood
         leaving[i] = state.leave[place] + likelihood
 
     # Who enters: those who have left, through the transition matrix. The first step's law is given.
@@ -439,12 +444,12 @@ def begin_revolutions(tab, state, t):
         for k in range(K):
             for i in range(K):
                 terms[i] = leaving[i] + tab.log_transition[i, k]
-            state.entry[t, k] = log_sum_exp(terms[:K])
+            state.entry[k, t] = log_sum_exp(terms[:K])
 
     # What begins: a revolution of each circle, whatever number of the visit it is.
     for i in range(K):
         place = tab.offsets[i] + (-t) % tab.periods[i]
-        n = visits_on(tab, state, t, i, history)
+        n = visits_on(state.entry[i], state.revolution[i], state.past[i], tab.periods[i], tab.most[i], t, history)
         state.since[place] -= likelihood_since(tab, state, i, place)
         for m in range(n):
             terms[m] = history[m] + tab.log_survival[i, m]
@@ -471,7 +476,7 @@ def find_exits(tab, state, s, i, place):
     """
     M = tab.log_law.shape[1]
     history = np.empty(M)
-    n = visits_on(tab, state, s, i, history)
+    n = visits_on(state.entry[i], state.revolution[i], state.past[i], tab.periods[i], tab.most[i], s, history)
     for q in range(state.exits.shape[1]):
         state.exits[place, q] = 0.0
         for m in range(min(n, M - q)):
@@ -541,7 +546,7 @@ def backward(tab, state, log_evidence, occupancy):
     to checkpoint.
     """
     K, M = tab.log_law.shape
-    n, pad = len(state.entry), len(state.revolution) - len(state.entry)
+    n, pad = state.entry.shape[1], state.revolution.shape[1] - state.entry.shape[1]
     rest = np.empty((len(state.since), M))  # a pair's row is used again one period earlier
     after, begins, terms, history = np.empty((n, K)), np.empty(K), np.empty(K), np.empty(M)
     for s in range(n - 1, -pad, -1):
@@ -551,8 +556,8 @@ def backward(tab, state, log_evidence, occupancy):
                 continue  # over before the first step, or no visit began before it
             place, end = tab.offsets[i] + (-s) % period, s + period
             if end >= n:  # cut by the end of the series: `forward` had no occasion to store it
-                state.revolution[s + pad, i] = likelihood_since(tab, state, i, place)
-            n_before = visits_on(tab, state, s, i, history)
+                state.revolution[i, s + pad] = likelihood_since(tab, state, i, place)
+            n_before = visits_on(state.entry[i], state.revolution[i], state.past[i], period, tab.most[i], s, history)
             for m in range(M):
                 log_survival = tab.log_survival[i, m]
                 if log_survival == -np.inf:
@@ -560,7 +565,7 @@ def backward(tab, state, log_evidence, occupancy):
                     continue
 
                 # The future from s: this revolution, then another one of the same visit, or the end of the visit.
-                value = state.revolution[s + pad, i]
+                value = state.revolution[i, s + pad]
                 if end < n:
                     stays = -np.inf
                     if m + 1 < M:
@@ -749,6 +754,15 @@ def predictions_of(process, maps, phasor, flux, center, ahead=0.0):
     return prediction.reshape(b, -1, process.feature_dim) + ahead + center
 
 
+def on_all_cores(function, jobs):
+    """[function(job) for job in jobs], as many at a time as there are cores: the kernels release the interpreter lock.
+
+    Each job makes its matrix products by itself; several threads for each of them as well would get in their way.
+    """
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(function, jobs))
+
+
 class Stretch(NamedTuple):
     """Steps [first, last) of a series, for which a filter runs over [begin, end)."""
 
@@ -797,8 +811,7 @@ def filter_series(process, X, horizons, initial, first_step=None, keep_predictio
                               progress or (lambda steps: None))
 
     cuts = stretches(process, n, smoothing)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
-        found = list(pool.map(one, cuts))
+    found = on_all_cores(one, cuts)
     if not all(forgotten(left, right) for left, right in itertools.pairwise(found)):
         return one(Stretch(0, 0, n, n))
     return {name: np.concatenate([found[0][name], *(right[name][1:] for right in found[1:])]) for name in found[0]}
@@ -928,8 +941,7 @@ def filter_each_window(process, series, starts, first_steps, seq_len, horizons, 
         return [*errors, nll, filtering.n_hypotheses / seq_len]
 
     places = zip(np.asarray(starts).tolist(), np.asarray(first_steps).tolist(), strict=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
-        return np.array(list(pool.map(one_window, places)))
+    return np.array(on_all_cores(one_window, places))
 
 
 @terminal.busy("what merging and dropping paths costs")

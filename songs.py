@@ -21,8 +21,6 @@ No function here needs the model: a real series, or noise, can be judged as a so
 """
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from scipy.special import chdtri
@@ -74,9 +72,8 @@ def analyse(process, seeds, generated):
             steps[name][sample, first:last] = array[first - low:last - low]
         bar.update(last - first)
 
-    # The smoother's kernels release the interpreter lock.
-    with terminal.Bar(n * n_steps, desc="exact smoother") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(judge, jobs))
+    with terminal.Bar(n * n_steps, desc="exact smoother") as bar:
+        optimal_filter.on_all_cores(judge, jobs)
     window = min(window_length(process), n_steps)
     deviation = np.stack([np.sqrt(window_mean(row, window) / process.feature_dim) for row in steps.pop("squared")])
     on = deviation <= largest_deviation(process, window)
