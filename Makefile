@@ -16,7 +16,7 @@ demo: $(DEMO)/plots/model_report.html
 
 test: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.bench
 	$(PY) bench.py

@@ -7,11 +7,13 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # isort: split
+import base64
 import contextlib
 import importlib
 import json
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ import pytest
 import torch
 
 import cli
+import figures
 import mamba_model
 import unseen
 
@@ -36,6 +39,29 @@ def pytest_runtest_protocol(item):
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that it starts
         return (yield)
+
+
+ONE_PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQ"
+                             "DwAEhQGAhKmMIQAAAABJRU5ErkJggg==")  # as a PNG
+
+
+@pytest.fixture
+def undrawn(request):
+    """Figures are made and their files written, but with one pixel in each: to lay out and draw the four of a tiny
+    training takes ten times as long as the training. A test that is marked `drawn` gets its figures all the same."""
+    def save_all(figs):
+        form, _ = cli.drawing_flags()
+        paths = [Path(path).with_suffix(f".{form}") for path in figs]
+        for path in paths:
+            with cli.writing(path) as part:
+                part.write_bytes(ONE_PIXEL)
+            print(f"wrote {path}")
+        return paths
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("drawn") is None:
+            patch.setattr(figures, "save_all", save_all)
+        yield
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import masked_model_gpu_mamba_next as training
 from kernels import step_cpu
 from kernels.selective_scan import _inner_op, matrix_and_bias
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 NAME = "masked_model_gpu_mamba_next"
 SUBSETS = ["delta", "B", "C", "z", "B,C", "delta,B,C", "delta,B,C,z"]
 SIZES = {"delta": lambda b: b.d_inner, "B": lambda b: b.d_state, "C": lambda b: b.d_state, "z": lambda b: b.d_inner}

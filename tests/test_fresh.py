@@ -11,6 +11,8 @@ import circle_process
 import dataset
 import masked_model_gpu_mamba_next as training
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 NAME = "masked_model_gpu_mamba_next"
 TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
         "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu"]

@@ -19,6 +19,8 @@ import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
 import run_files
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TRAIN = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
          "--batch-size", "8", "--warmup-epochs", "1", "--device", "cpu"]
 NAME = "masked_model_gpu_mamba_next"

@@ -14,6 +14,8 @@ import masked_model_gpu_mamba_next as training
 import optimal_filter
 import run_files
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 NAME = "masked_model_gpu_mamba_next"
 TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
         "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--lr", "0.01", "--device", "cpu",

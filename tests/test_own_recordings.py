@@ -20,6 +20,8 @@ import optimal_filter
 import representations
 import visualize_gates
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 NAME = "masked_model_gpu_mamba_next"
 TINY = ["--d-model", 8, "--n-layers", 2, "--d-state", 4, "--d-ff", 8, "--seq-len", 32, "--stride", 16, "--batch-size",
         8, "--epochs", 2, "--warmup-epochs", 0, "--no-train-eval", "--val-fraction", 0.3]
@@ -302,7 +304,7 @@ def test_a_scaling_that_does_not_fit_is_refused(tmp_path, scaling):
 # ---- the scripts -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["alone", "two.npz:arr_*", "tables"])
+@pytest.mark.parametrize("source", ["alone", "two.npz:arr_*", pytest.param("tables", marks=pytest.mark.drawn)])
 def test_every_script_runs_on_recordings_without_labels(two, tmp_path, script, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, "state_strip", lambda *given, **more: pytest.fail("there are no circles to show"))

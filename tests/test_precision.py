@@ -18,6 +18,8 @@ from conftest import relative_error
 import mamba_model
 from mamba_model import CausalTimeSeriesMamba, horizon_mse
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 UNIT_ROUNDOFF = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 TOLERANCE = {torch.float32: (64, 512), torch.float16: (8, 64), torch.bfloat16: (8, 64)}  # u: all, and one tensor
 LOSS_SCALE = 2.0**8  # keeps float16 gradients off its subnormal numbers, as a gradient scaler would

@@ -22,6 +22,8 @@ import masked_model_gpu_mamba_next as training
 import ranks
 import run_files
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 NAME = "masked_model_gpu_mamba_next"
 # 21 training windows in 3 steps of 7.
 TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",

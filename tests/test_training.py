@@ -22,6 +22,8 @@ import masked_model_gpu_mamba_next as training
 import run_files
 from mamba_model import CausalTimeSeriesMamba, load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = ["--d-model", "16", "--n-layers", "2", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
         "--batch-size", "8", "--epochs", "3", "--warmup-epochs", "1", "--device", "cpu"]
 
@@ -149,6 +151,7 @@ def test_snapshot_copies_and_renews_the_copy_in_place():
 # ---- whole runs
 
 
+@pytest.mark.drawn
 def test_a_run_and_its_files(script, shared_data, tmp_path):
     result = script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "run.pt", "--max-horizon", "3"))
     assert result.code == 0 and "above optimal" in result.out
@@ -488,6 +491,7 @@ class WriterStub:
         self.closed = True
 
 
+@pytest.mark.drawn
 def test_log_dir_has_every_curve_and_figure(script, shared_data, tmp_path, monkeypatch):
     made = []
 
@@ -525,6 +529,7 @@ def test_log_dir_without_tensorboard_takes_nothing(refused, shared_data, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.drawn
 def test_the_csv_alone_redraws_the_curves(script, shared_data, tmp_path):
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--max-horizon", "2"))
     columns = run_files.log_columns(types.SimpleNamespace(horizons=[1, 2], measures=("mse",)), True)

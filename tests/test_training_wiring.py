@@ -29,6 +29,8 @@ import optimal_filter
 import run_files
 from mamba_model import CausalTimeSeriesMamba, MambaBlock, load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 NAME = "masked_model_gpu_mamba_next"
 # 21 training windows in 3 steps of 7.
 TINY = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--d-ff", "16", "--seq-len", "64", "--stride", "128",
