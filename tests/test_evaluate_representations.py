@@ -7,6 +7,7 @@ import math
 import os
 import re
 import statistics
+import zlib
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -835,6 +836,8 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
               "umap_neighbors": 9, "data_crc32": dataset.crc32(series.X)}
     assert {key: report[key] for key in wanted} == wanted
     assert set(report) == {*wanted, "errors", "test", "levels", "weights_crc32", "made_by"}
+    weights = mamba_model.load_checkpoint(tiny_checkpoint)[0].state_dict().values()
+    assert report["weights_crc32"] == zlib.crc32(b"".join(tensor.numpy().tobytes() for tensor in weights))
     starts = np.arange(2700, 3000 - 128 + 1, 64)
     floor = optimal_filter.window_floors(process, series, starts, 128, [1])
     assert report["errors"][0]["optimal_mse"] == pytest.approx(floor["mse"][1], rel=1e-9)

@@ -481,6 +481,16 @@ def test_damaged_pickles(run_copy, run_folder, data):
     check_checkpoint(run_copy / "a.pt")
 
 
+@pytest.mark.parametrize("offset", [20, 24])  # of the size in the file and of the size when read, in the directory
+@pytest.mark.parametrize("value", [99, 101, 2**31])
+def test_an_archive_whose_sizes_differ_is_refused_before_it_is_read(tmp_path, offset, value):
+    raw = bytearray(zipped({"a/data.pkl": bytes(100)}))
+    struct.pack_into("<I", raw, raw.index(b"PK\1\2") + offset, value)
+    (tmp_path / "a.pt").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a/data\.pkl is compressed"):
+        mamba_model.check_archive(tmp_path / "a.pt")
+
+
 @hostile
 @given(data=st.data())
 def test_lying_checkpoint_archives(run_copy, run_folder, data):

@@ -19,6 +19,7 @@ from scipy.stats import norm
 import circle_process
 import cli
 import figures
+import floor_cache
 import optimal_filter
 from dataset import Series
 
@@ -573,8 +574,28 @@ def test_entropy_rate_is_minus_the_mean_log_likelihood_of_long_series():
     assert error < spread  # the control variate takes most of the noise away
     assert optimal_filter.entropy_rate(process, 20_000) == (rate, error)
     assert optimal_filter.entropy_rate(process, 20_000, seed=1) != (rate, error)
+    # the error is how far the rates of other seeds are spread
+    others = np.array([optimal_filter.entropy_rate(process, 2000, seed) for seed in range(12)])
+    assert 0.6 < others[:, 1].mean() / others[:, 0].std(ddof=1) < 1.7
     # more noise, more entropy: at least that of the noise
     assert rate > 0.5 * 4 * np.log(2 * np.pi * np.e * NOISE**2)
+
+
+def test_a_kept_floor_is_found_under_all_that_it_depends_on():
+    series, process = make_process(3)
+    simulate(series, 100)
+    ask = [0, 40], 30, [1, 2]
+    other = {name: getattr(process, name) * 1.01 for name in ("radii", "entry_angles", "planes", "noise_std")}
+    other |= {"periods": process.periods + 1, "transition_matrix": process.transition_matrix[::-1],
+              "dwell_law": process.dwell_law[:, ::-1], "center_walk_std": 0.5}
+    moved = dataclasses.replace(series, X=series.X + np.float32(0.01))
+    keys = [floor_cache.digest(process, series, *ask), floor_cache.digest(process, moved, *ask),
+            *(floor_cache.digest(dataclasses.replace(process, **{name: value}), series, *ask)
+              for name, value in other.items()),
+            *(floor_cache.digest(process, series, *more) for more in (
+                ([0, 41], 30, [1, 2]), ([0], 30, [1, 2]), ([0, 40], 31, [1, 2]), ([0, 40], 30, [1, 3])))]
+    assert len(set(keys)) == len(keys) == 2 + 8 + 4
+    assert floor_cache.digest(process, series, *ask) == keys[0]
 
 
 def test_drawn_paths_follow_the_laws_of_the_process():

@@ -12,6 +12,7 @@ from conftest import TINY_DATA
 import cli
 import dataset
 import figures
+import generate
 import mamba_model
 import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
@@ -257,10 +258,11 @@ def test_levels_see_nothing_of_the_recording_before(velocity):
 
 
 def test_the_scaling_is_that_of_each_feature():
-    X = np.concatenate([waves(500, offset=3), np.full((500, 1), 7.3)], axis=1).astype(np.float32)
+    far = 1e5 + waves(500)[:, :1]  # as a temperature in mK or a time: it changes, though little beside its mean
+    X = np.concatenate([waves(500, offset=3), far, np.full((500, 1), 7.3)], axis=1).astype(np.float32)
     scaling = dataset.scaling_of(X)
     np.testing.assert_allclose(scaling.mean, X.mean(axis=0, dtype=np.float64), rtol=1e-6)
-    np.testing.assert_allclose(scaling.std, [*X[:, :3].std(axis=0, dtype=np.float64), 1.0], rtol=1e-6)
+    np.testing.assert_allclose(scaling.std, [*X[:, :4].std(axis=0, dtype=np.float64), 1.0], rtol=1e-6)
     np.testing.assert_allclose(dataset.scaling_of(X, one_std=True).std,
                                np.sqrt(X.var(axis=0, dtype=np.float64).mean()), rtol=1e-6)
 
@@ -337,6 +339,21 @@ def test_every_script_runs_on_recordings_without_labels(two, tmp_path, script, m
     assert "needs the process" in script("optimal_filter", *flag).err
 
 
+def test_the_true_continuation_ends_with_its_recording(two, tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model, shown = mamba_model.CausalTimeSeriesMamba(3, 8, 1, 4, d_ff=8), []
+    mamba_model.save_checkpoint("m.pt", 1, model.state_dict(), {}, 1, 1, {})
+    draw = generate.draw_truth
+    monkeypatch.setattr(generate, "draw_truth", lambda *given: shown.append(given[3]) or draw(*given))
+    flags = ["--seed-len", 30, "--gen-len", 40, "--n-samples", 2, "--seed-offset", 260, "--data", "two.npz:arr_*"]
+    done = script("generate", "--checkpoint", "m.pt", *flags)
+    assert done.code == 0 and "from time steps 260, 345" in done.out, done
+    (truths,) = shown
+    np.testing.assert_allclose(truths[0], two[0][290:], rtol=1e-5, atol=1e-4)  # not on into the other recording
+    np.testing.assert_allclose(truths[1], two[1][75:115], rtol=1e-5, atol=1e-4)
+
+
 def test_a_normalised_run_goes_on_where_it_stopped(two, tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--data", "two.npz:arr_*", *TINY, "--normalise", "--ema", 0.5]
@@ -377,17 +394,17 @@ def test_umaps_without_labels_tell_the_time():
 # ---- the generator, and what is not the generator's ------------------------------------------------------------
 
 
-def generate(script, folder, *more):
+def generate_data(script, folder, *more):
     return script("markov_circles_timeseries", *TINY_DATA, "--data-dir", folder, *more)
 
 
 def test_the_same_command_writes_the_same_bytes_again(data_dir, script):
     before = {path.name: path.read_bytes() for path in data_dir.iterdir()}
-    assert generate(script, data_dir).code == 0
+    assert generate_data(script, data_dir).code == 0
     assert {name: (data_dir / name).read_bytes() for name in before} == before
-    assert generate(script, data_dir, "--uncompressed").code == 0  # the same arrays
+    assert generate_data(script, data_dir, "--uncompressed").code == 0  # the same arrays
     (data_dir / "config.json").unlink()  # as where a process was killed
-    assert generate(script, data_dir).code == 0 and (data_dir / "config.json").exists()
+    assert generate_data(script, data_dir).code == 0 and (data_dir / "config.json").exists()
 
 
 @pytest.mark.parametrize("change", ["seed", "longer", "X alone", "damaged", "one value", "one label", "more arrays"])
@@ -406,7 +423,7 @@ def test_other_data_are_never_replaced(data_dir, script, rewrite_data, change, m
         arrays[name][-1] += 1 if name == "X" or arrays[name][-1] == 0 else -1
         rewrite_data(**{name: arrays[name]})
     before = {path.name: path.read_bytes() for path in data_dir.iterdir()}
-    done = generate(script, data_dir, *mode, *flags)
+    done = generate_data(script, data_dir, *mode, *flags)
     assert done.code == 2 and done.err.count("\n") == 1
     assert "exists already and is not what these flags make" in done.err
     assert {path.name: path.read_bytes() for path in data_dir.iterdir()} == before
@@ -414,10 +431,10 @@ def test_other_data_are_never_replaced(data_dir, script, rewrite_data, change, m
 
 def test_figures_of_data_that_are_gone_do_not_stay(data_dir, script):
     (data_dir / "umap.png").write_bytes(b"of this series")
-    generate(script, data_dir)
+    generate_data(script, data_dir)
     assert (data_dir / "umap.png").exists()
     (data_dir / "data.npz").unlink()
-    generate(script, data_dir, "--seed", 9)
+    generate_data(script, data_dir, "--seed", 9)
     assert not (data_dir / "umap.png").exists() and (data_dir / "periods.png").exists()
 
 

@@ -127,22 +127,23 @@ def test_several_runs_begin_with_what_differs(script, folder):
 
 def test_seeds_of_one_setting_are_a_mean_and_a_band(folder):
     runs = [report.read_run(make_run(folder, name, losses, **flags), folder / "plots") for name, losses, flags in (
-        ("a", [3.0, 2.0], {}), ("b", [5.0, 4.0, 9.0], {"seed": 43}), ("c", [1.0, 1.5], {"lr": 0.1}))]
+        ("a", [3.0, 2.0], {}), ("b", [5.0, 4.0, 9.0], {"seed": 43}), ("c", [10.0, 9.0], {"seed": 44}),
+        ("d", [1.0, 1.5], {"lr": 0.1}))]
     groups = report.settings(runs)
     assert {label: [run["name"] for run in group] for label, group in groups.items()} == {
-        "--lr 0.01": ["a", "b"], "--lr 0.1": ["c"]}
+        "--lr 0.01": ["a", "b", "c"], "--lr 0.1": ["d"]}
     fig = report.draw_curves(groups)
     loss, excess = fig.axes
     assert (loss.get_ylabel(), excess.get_ylabel()) == ("validation MSE (data units²)", "excess over the filter (%)")
-    assert [line.get_label() for line in loss.get_lines()] == ["--lr 0.01 (2 seeds)", "--lr 0.1"]
+    assert [line.get_label() for line in loss.get_lines()] == ["--lr 0.01 (3 seeds)", "--lr 0.1"]
     for ax, factor in ((loss, 1), (excess, 10)):
-        both, single = ax.get_lines()
-        assert list(both.get_xdata()) == [5, 10]  # the steps that both seeds have
-        assert list(both.get_ydata()) == [4 * factor, 3 * factor]
+        several, single = ax.get_lines()
+        assert list(several.get_xdata()) == [5, 10]  # the steps that all seeds have
+        assert list(several.get_ydata()) == [6 * factor, 5 * factor]
         assert list(single.get_ydata()) == [1 * factor, 1.5 * factor]
         (band,) = ax.collections
         assert {tuple(point) for point in band.get_paths()[0].vertices} == {
-            (5, 3 * factor), (5, 5 * factor), (10, 2 * factor), (10, 4 * factor)}
+            (5, 3 * factor), (5, 10 * factor), (10, 2 * factor), (10, 9 * factor)}
         circle_colors = {tuple(color) for color in figures.circle_colors(10)}
         assert not circle_colors & {tuple(matplotlib_rgb(line)) for line in ax.get_lines()}
 
