@@ -134,6 +134,7 @@ def test_commands_run_in_order_and_write_what_the_page_says(page, script, tmp_pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("markov_circles_timeseries.UMAP_POINTS", 500)  # sizes without a flag
     monkeypatch.setattr("measures.KMEANS_RESTARTS", 1)
+    monkeypatch.setattr("unseen.TEST_STEPS", 20_000)
     codes = [text for language, text in blocks(page) if language == "python"]
     for code in codes:
         if "load_checkpoint" not in code:  # it makes data for the commands
