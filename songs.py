@@ -31,6 +31,7 @@ import terminal
 
 FALSE_ALARM = 1e-5  # the share of the steps of a real series that count as off the process
 BLOCK = 2**15  # steps smoothed at a time, at least: bounds the memory for long songs
+COURSE = 20  # steps that must keep to a circle's course where a visit to it begins
 BAND_DRAWS, DWELL_DRAWS = 2000, 999  # simulations for the band of total variation and the test of the dwell times
 ERROR_BATCH = 100  # steps whose mean counts as one independent number in a standard error
 
@@ -230,6 +231,73 @@ def deviance(k, n, p):
         return count * np.log(np.where(count > 0, count, 1) / expected)
 
     return 2 * (term(k, n * p) + term(n - k, n * (1 - p))).sum(axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------- the clock
+
+
+def clock_errors(process, X):
+    """By how many steps visits in X (n_steps, feature_dim) missed the end of a revolution when they ended: (n,) int.
+
+    A visit may end after any whole number of revolutions, and only there. The smoother knows that, and calls a visit
+    impossible that ends one step early; this follows the series without it, from one visit to the next. Two steps
+    behind each other that are off the course of a circle (with probability FALSE_ALARM each, when they are not) show
+    that the visit is over; the next visit began at that step near these, and on that circle, from where both courses
+    together fit best. Where none fits, the series is followed again from the next visit that does; the first visit
+    that is found this way doesn't count, because its beginning is not known to the step.
+    """
+    errors, begin, circle, exact, n = [], 0, None, False, len(X)
+    seen_as = X, circle_process.plane_coordinates(process, X)
+    circles = np.arange(process.n_circles)
+    longest = int((process.periods * (process.dwell_law > 0).sum(axis=1)).max())
+    at_step, over_course = (chdtri(steps * process.feature_dim, FALSE_ALARM) / steps for steps in (1, COURSE))
+    while begin + COURSE <= n:
+        if circle is None:  # which circle's course the next steps keep to, entered at one of them
+            begins = np.arange(begin, min(begin + COURSE, n - COURSE + 1))
+            fits = np.stack([off_course(process, seen_as, circles, t, np.arange(t, t + COURSE)).mean(axis=1)
+                             for t in begins])
+            t, i = np.unravel_index(fits.argmin(), fits.shape)
+            if fits[t, i] > over_course:
+                begin = int(begins[-1]) + 1
+                continue
+            begin, circle, exact = int(begins[t]), int(i), False
+        off_by = off_course(process, seen_as, circle, begin, np.arange(begin, min(begin + longest + COURSE, n)))
+        off = off_by > at_step
+        over = int((off[:-1] & off[1:]).argmax())
+        first, last = max(over - COURSE, 1), over + COURSE
+        if not off[over] or begin + last > n:
+            break
+
+        # The old course until t, and from there on that of circle i, entered at t; all over the steps first … last - 1.
+        steps, ends = np.arange(first, last), np.arange(first, over + 2)
+        old = np.cumsum(off_by[first - 1:over + 1]) - off_by[first - 1]
+        new = off_course(process, seen_as, circles[:, None, None], begin + ends[:, None], begin + steps)
+        new = np.where(steps >= ends[:, None], new, 0.0)
+        total = old + new.sum(axis=2)
+        total[circle] = np.inf
+        i, t = np.unravel_index(total.argmin(), total.shape)
+        lasted, period = int(ends[t]), int(process.periods[circle])
+        if exact:
+            errors.append(lasted - max(1, round(lasted / period)) * period)
+        fits = new[i, t].sum() / (last - lasted) <= over_course
+        begin, circle, exact = (begin + lasted, int(i), True) if fits else (begin + lasted + 1, None, False)
+    return np.array(errors, dtype=np.int64)
+
+
+def off_course(process, seen_as, circles, begins, steps):
+    """|x - point|² / noise_std² at the given steps for visits to circles that were entered at the steps `begins`.
+
+    seen_as: X and its `circle_process.plane_coordinates`; circles, begins, steps: arrays that broadcast.
+    """
+    X, plane = seen_as
+    circles = np.asarray(circles)
+    if circles.ndim == 1:
+        circles = circles[:, None]
+    angles = process.entry_angles[circles] + 2 * np.pi / process.periods[circles] * (steps - begins)
+    x, radii = plane[steps, circles], process.radii[circles]
+    along = np.cos(angles) * x[..., 0] + np.sin(angles) * x[..., 1]
+    norm2 = np.einsum("...d,...d->...", X[steps], X[steps])
+    return (norm2 - 2 * radii * along + radii**2) / process.noise_std**2
 
 
 # ------------------------------------------------------------------------------------------------- a summary
