@@ -366,6 +366,13 @@ def print_summaries(process, summaries):
     print()
     print(cli.table(SUMMARY_HEADER, [*(summary_row(name, summary) for name, summary in summaries.items()), law]))
     print()
+    clocks = {name: summary for name, summary in summaries.items() if summary["visit_ends"]}
+    if clocks:
+        print("visits end with a revolution, as they must:")
+        print(cli.table(["", "ends seen", "to the step", *(f"within {k}" for k in range(1, songs.CLOCK_SHOWN + 1))], [
+            [name, summary["visit_ends"], *(f"{share:.1%}" for share in summary["visit_ends_within"])]
+            for name, summary in clocks.items()]))
+        print()
 
 
 def transition_table(summary):

@@ -31,7 +31,8 @@ import terminal
 
 FALSE_ALARM = 1e-5  # the share of the steps of a real series that count as off the process
 BLOCK = 2**15  # steps smoothed at a time, at least: bounds the memory for long songs
-COURSE = 20  # steps that must keep to a circle's course where a visit to it begins
+CLOCK_SHOWN = 3  # the most steps by which the end of a visit misses that of a revolution that a summary counts
+COURSE = 20  # steps, at most, that must keep to a circle's course where a visit to it begins
 BAND_DRAWS, DWELL_DRAWS = 2000, 999  # simulations for the band of total variation and the test of the dwell times
 ERROR_BATCH = 100  # steps whose mean counts as one independent number in a standard error
 
@@ -56,7 +57,7 @@ def analyse(process, seeds, generated):
     Returns a dict of arrays. Per generated step, (n, n_steps): labels and thetas, its circle and its angle in radians,
     given seed and song; deviation, the RMS over features and the window around it of the distance to the path, in data
     units; on, whether that is what noise can do; log_likelihood, of the step given all before it, in nats. And visits,
-    (n_visits, 6) int, as `visit_table` describes them.
+    (n_visits, 6) int, as `visit_table` describes them, and `clock_errors`, of seed and song, one after the other.
     """
     seed_len, names = seeds.shape[1], ("labels", "thetas", "log_likelihood", "squared")
     n, n_steps = len(seeds), seed_len + generated.shape[1]
@@ -81,7 +82,9 @@ def analyse(process, seeds, generated):
     visits = [visit_table(labels, row, seed_len) for labels, row in zip(steps["labels"], on, strict=True)]
     samples = np.repeat(np.arange(n), [len(rows) for rows in visits])
     return {**{name: array[:, seed_len:] for name, array in steps.items()}, "deviation": deviation[:, seed_len:],
-            "on": on[:, seed_len:], "visits": np.column_stack([samples, np.concatenate(visits)])}
+            "on": on[:, seed_len:], "visits": np.column_stack([samples, np.concatenate(visits)]),
+            "clock_errors": np.concatenate([clock_errors(process, np.concatenate(parts))
+                                            for parts in zip(seeds, generated, strict=True)])}
 
 
 def overlapping_blocks(process, n_steps):
@@ -244,42 +247,46 @@ def clock_errors(process, X):
     behind each other that are off the course of a circle (with probability FALSE_ALARM each, when they are not) show
     that the visit is over; the next visit began at that step near these, and on that circle, from where both courses
     together fit best. Where none fits, the series is followed again from the next visit that does; the first visit
-    that is found this way doesn't count, because its beginning is not known to the step.
+    that is found this way doesn't count, because its beginning is not known to the step; nor does one after which the
+    series goes on elsewhere. Circles that move have no
+    course that is known in advance: there are no errors of theirs.
     """
+    if optimal_filter.moves(process):
+        return np.zeros(0, dtype=np.int64)
     errors, begin, circle, exact, n = [], 0, None, False, len(X)
     seen_as = X, circle_process.plane_coordinates(process, X)
-    circles = np.arange(process.n_circles)
+    circles, course = np.arange(process.n_circles)[:, None], min(COURSE, int(process.periods.min()))
     longest = int((process.periods * (process.dwell_law > 0).sum(axis=1)).max())
-    at_step, over_course = (chdtri(steps * process.feature_dim, FALSE_ALARM) / steps for steps in (1, COURSE))
-    while begin + COURSE <= n:
+    at_step, over_course = (chdtri(steps * process.feature_dim, FALSE_ALARM) / steps for steps in (1, course))
+    while begin + course <= n:
         if circle is None:  # which circle's course the next steps keep to, entered at one of them
-            begins = np.arange(begin, min(begin + COURSE, n - COURSE + 1))
-            fits = np.stack([off_course(process, seen_as, circles, t, np.arange(t, t + COURSE)).mean(axis=1)
+            begins = np.arange(begin, min(begin + course, n - course + 1))
+            fits = np.stack([off_course(process, seen_as, circles, t, np.arange(t, t + course)).mean(axis=1)
                              for t in begins])
             t, i = np.unravel_index(fits.argmin(), fits.shape)
             if fits[t, i] > over_course:
                 begin = int(begins[-1]) + 1
                 continue
             begin, circle, exact = int(begins[t]), int(i), False
-        off_by = off_course(process, seen_as, circle, begin, np.arange(begin, min(begin + longest + COURSE, n)))
+        off_by = off_course(process, seen_as, circle, begin, np.arange(begin, min(begin + longest + course, n)))
         off = off_by > at_step
         over = int((off[:-1] & off[1:]).argmax())
-        first, last = max(over - COURSE, 1), over + COURSE
+        first, last = max(over - course, 1), over + course
         if not off[over] or begin + last > n:
             break
 
         # The old course until t, and from there on that of circle i, entered at t; all over the steps first … last - 1.
         steps, ends = np.arange(first, last), np.arange(first, over + 2)
         old = np.cumsum(off_by[first - 1:over + 1]) - off_by[first - 1]
-        new = off_course(process, seen_as, circles[:, None, None], begin + ends[:, None], begin + steps)
+        new = off_course(process, seen_as, circles[:, None], begin + ends[:, None], begin + steps)
         new = np.where(steps >= ends[:, None], new, 0.0)
         total = old + new.sum(axis=2)
         total[circle] = np.inf
         i, t = np.unravel_index(total.argmin(), total.shape)
         lasted, period = int(ends[t]), int(process.periods[circle])
-        if exact:
-            errors.append(lasted - max(1, round(lasted / period)) * period)
         fits = new[i, t].sum() / (last - lasted) <= over_course
+        if exact and fits:
+            errors.append(lasted - max(1, round(lasted / period)) * period)
         begin, circle, exact = (begin + lasted, int(i), True) if fits else (begin + lasted + 1, None, False)
     return np.array(errors, dtype=np.int64)
 
@@ -290,9 +297,6 @@ def off_course(process, seen_as, circles, begins, steps):
     seen_as: X and its `circle_process.plane_coordinates`; circles, begins, steps: arrays that broadcast.
     """
     X, plane = seen_as
-    circles = np.asarray(circles)
-    if circles.ndim == 1:
-        circles = circles[:, None]
     angles = process.entry_angles[circles] + 2 * np.pi / process.periods[circles] * (steps - begins)
     x, radii = plane[steps, circles], process.radii[circles]
     along = np.cos(angles) * x[..., 0] + np.sin(angles) * x[..., 1]
@@ -353,6 +357,9 @@ def summarise(process, song):
         "completed_visits": len(dwells),
         "mean_dwell": float(dwells.mean()) if len(dwells) else None,
         "dwell_p_value": dwell_p_value(process, visits),
+        "visit_ends": len(song["clock_errors"]),
+        "visit_ends_within": [float((np.abs(song["clock_errors"]) <= steps).mean()) for steps in range(CLOCK_SHOWN + 1)]
+        if len(song["clock_errors"]) else None,
     }
 
 

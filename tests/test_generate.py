@@ -535,7 +535,7 @@ def judged(process, seeds, generated):
     return [np.array(value) for value in zip(*found, strict=True)], visits
 
 
-def song_numbers(process, found, visits):
+def song_numbers(process, found, visits, clock_errors):
     """The row of a song in the JSON and in the table, counted one step at a time."""
     K, P, (labels, _, log_likelihood, _, on) = process.n_circles, process.transition_matrix, found
     counts = np.zeros((K, K), int)
@@ -563,7 +563,10 @@ def song_numbers(process, found, visits):
             "total_variation_per_circle": [None if d is None else pytest.approx(d) for d in distances],
             "total_variation_band_per_circle": [row[1:] for row in plain[:-1]],
             "completed_visits": len(dwells), "mean_dwell": pytest.approx(np.mean(dwells)),
-            "dwell_p_value": songs.dwell_p_value(process, np.array(visits))}
+            "dwell_p_value": songs.dwell_p_value(process, np.array(visits)),
+            "visit_ends": len(clock_errors),
+            "visit_ends_within":
+                [np.mean([abs(e) <= k for e in clock_errors]) for k in range(4)] if len(clock_errors) else None}
 
 
 def table_cells(summary):
@@ -643,7 +646,7 @@ def test_each_array_of_the_npz(sung, toy, model_of, flags, noise_std, bursts, ra
     seeds = np.stack([series.X[start:start + 50] for start in starts])
     generated, predictions = song_step_by_step(model_of, seeds, 60, noise_std, bursts, random_seed)
     assert set(found) == {"generated", "predictions", "seed", "seed_starts", "perturbed", "labels", "thetas",
-                          "log_likelihood", "deviation", "on", "visits"}
+                          "log_likelihood", "deviation", "on", "visits", "clock_errors"}
     assert found["seed_starts"].tolist() == starts
     np.testing.assert_array_equal(found["seed"], seeds)
     np.testing.assert_allclose(found["generated"], generated, atol=2e-4)
@@ -672,9 +675,11 @@ def test_each_number_that_is_printed_of_a_song(sung, toy, played):
     starts = [300, 300 + (3000 - 60 - 220 - 300) // 2]
     assert f"seeds of 60 steps from time steps {starts[0]}, {starts[1]}" in lines
     assert any(line.startswith("generated 2 x 220 steps in ") for line in lines)
-    summary = song_numbers(process, *judged(process, found["seed"], found["generated"]))
+    summary = song_numbers(process, *judged(process, found["seed"], found["generated"]), found["clock_errors"])
     real = [series.X[start + 60:start + 280] for start in starts]
-    real = song_numbers(process, *judged(process, found["seed"], real))
+    clock = songs.clock_errors(process, series.X[starts[0]:starts[0] + 280])
+    clock = [*clock, *songs.clock_errors(process, series.X[starts[1]:starts[1] + 280])]
+    real = song_numbers(process, *judged(process, found["seed"], real), clock)
     assert summary["transitions"] and summary["completed_visits"] and summary["share_on_process"].expected < 0.95
     head = lines.index(next(line for line in lines if "on the process" in line))
     assert re.split(r" {2,}", lines[head].strip()) == [
@@ -767,7 +772,7 @@ def test_each_panel_of_the_song(sung, toy, monkeypatch, played):
     found, fig = result.arrays, result.figures["song"]
     true, generated, histogram, distance = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
     _, visits = judged(process, found["seed"], found["generated"])
-    summary = song_numbers(process, *judged(process, found["seed"], found["generated"]))
+    summary = song_numbers(process, *judged(process, found["seed"], found["generated"]), found["clock_errors"])
     counts, left = np.array(summary["transition_counts"]), summary["transitions_per_circle"]
     whole = [visit for visit in visits if visit[4] and visit[5] and visit[2] >= 0]
     on, dwells = [visit[1] for visit in whole], [visit[3] - visit[2] for visit in whole]
@@ -875,7 +880,9 @@ def test_compare_runs_what_its_rows_say(script, inputs, toy, tmp_path, monkeypat
         assert numbers[name]["log_likelihood"] == pytest.approx(log_likelihood.mean())
         assert rows[i][0] == name and rows[i][1] == f"{100 * on.mean():.2f}%"
         if name == "real series":
-            expected = song_numbers(process, found, visits)
+            seen = zip(asked[0].seeds, song, strict=True)
+            clock = [error for parts in seen for error in songs.clock_errors(process, np.concatenate(parts))]
+            expected = song_numbers(process, found, visits, clock)
             assert numbers[name] == expected
             assert rows[i] == [name, *table_cells(expected)]
         strip, curve = panels[2 * i:2 * i + 2]

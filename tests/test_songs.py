@@ -301,3 +301,47 @@ def test_dwell_law_is_the_law_of_the_visits(toy):
     circles, dwells = songs.completed_dwells(drawn_visits(process, 200_000, 0))
     assert songs.mean_dwell_of_law(process) == pytest.approx(dwells.mean(), rel=0.02)
     assert set(circles.tolist()) == {0, 1, 2}
+
+
+# ---- the clock --------------------------------------------------------------------------------------------------
+
+
+def visits_that_miss(process, missed, seed):
+    """A series of visits of three revolutions, each as many steps longer as `missed` says, with noise."""
+    rng, parts = np.random.default_rng(seed), []
+    for n, error in enumerate(missed):
+        circle = n % process.n_circles
+        steps = np.arange(3 * process.periods[circle] + error)
+        angles = process.entry_angles[circle] + 2 * np.pi * steps / process.periods[circle]
+        parts.append(circle_process.points(process, np.full(len(steps), circle), angles))
+    X = np.concatenate(parts)
+    return X + process.noise_std * rng.standard_normal(X.shape)
+
+
+def test_clock_errors_are_the_steps_by_which_visits_miss_the_end_of_a_revolution(toy):
+    _, process = toy
+    missed = [0, 0, -2, 1, 0, 3, -1, 0, 0, 2, 0]
+    errors = songs.clock_errors(process, visits_that_miss(process, missed, 1))
+    # The first beginning isn't known to the step, and the last end isn't in the series.
+    assert errors.tolist() == missed[1:-1]
+    song = songs.analyse(process, *(part[None] for part in np.split(visits_that_miss(process, missed, 1), [SEED_LEN])))
+    summary = songs.summarise(process, song)
+    assert summary["visit_ends"] == 9
+    assert summary["visit_ends_within"] == pytest.approx([4 / 9, 6 / 9, 8 / 9, 1])
+
+
+def test_a_real_series_keeps_the_clock_and_what_is_no_song_has_none(toy):
+    series, process = toy
+    lengths = [len(list(steps)) for _, steps in itertools.groupby(series.states.tolist())]
+    errors = songs.clock_errors(process, series.X)
+    assert not errors.any() and len(errors) in (len(lengths) - 2, len(lengths) - 1)
+    noise = np.random.default_rng(0).standard_normal((2000, process.feature_dim)) * 5
+    assert len(songs.clock_errors(process, noise)) == 0
+    circle = np.arange(2000)
+    for_ever = circle_process.points(process, np.zeros(2000, int), process.entry_angles[0] + 2 * np.pi * circle / 8)
+    assert len(songs.clock_errors(process, for_ever)) == 0
+    walking = dataclasses.replace(process, center_walk_std=0.1)
+    assert len(songs.clock_errors(walking, series.X)) == 0
+    # a stretch that fits nowhere is passed over, and the visit after it doesn't count
+    broken = np.concatenate([series.X[:1000], noise[:100], series.X[1000:]])
+    assert not songs.clock_errors(process, broken).any() and len(songs.clock_errors(process, broken)) > len(errors) - 6
