@@ -59,9 +59,10 @@ $(DEMO)/model_prediction_2.png: $(DEMO)/data/umap.png
 	    --fresh --mixture 8 --d-model 64 --n-layers 3 --d-state 16 --d-ff 128 --dropout 0 --seq-len 512 --stride 512 \
 	    --batch-size 8 --epochs 177 --warmup-epochs 2 --lr 8e-3 --ema 0.99 --no-train-eval $$(test -f $(DEMO)/model_last.pt && echo --resume)
 
-$(DEMO)/plots/model_umap.png: $(DEMO)/model_prediction_2.png
+$(DEMO)/plots/.evaluated: $(DEMO)/model_prediction_2.png
 	$(PY) evaluate_representations.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots \
 	    --umap-points 3000
+	@touch $@
 
 $(DEMO)/plots/.generated: $(DEMO)/model_prediction_2.png
 	$(PY) generate.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots --gen-len 2048 \
@@ -71,11 +72,12 @@ $(DEMO)/plots/.generated: $(DEMO)/model_prediction_2.png
 $(DEMO)/plots/model_gates_summary_0.png: $(DEMO)/model_prediction_2.png
 	$(PY) visualize_gates.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots
 
-$(DEMO)/plots/dimension_$(DEMO).png: $(DEMO)/data/umap.png
+$(DEMO)/plots/.dimension: $(DEMO)/data/umap.png
 	$(PY) estimate_dimension.py --data-dir $(DEMO)/data --save-dir $(DEMO)/plots
+	@touch $@
 
-$(DEMO)/plots/model_report.html: $(DEMO)/plots/model_umap.png $(DEMO)/plots/model_gates_summary_0.png \
-                                 $(DEMO)/plots/dimension_$(DEMO).png $(DEMO)/plots/.generated
+$(DEMO)/plots/model_report.html: $(DEMO)/plots/.evaluated $(DEMO)/plots/model_gates_summary_0.png \
+                                 $(DEMO)/plots/.dimension $(DEMO)/plots/.generated
 	$(PY) report.py $(DEMO)/model.pt --save-dir $(DEMO)/plots
 
 # The runs of the study. All have STUDY_FLAGS; what a run adds to them stands beside its name below.

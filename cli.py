@@ -459,15 +459,15 @@ def writing(path):
 def flags_in_name(parser, args, without=()):
     """The parts of a file's name that say which flags have an effect and aren't the default, like `seed2`."""
     parts = []
+    defaults = {action.dest: parser._get_value(action, action.default) if isinstance(action.default, str)
+                else action.default for action in parser._actions}
     for name, value in vars(args).items():
-        default = parser.get_default(name)
-        if name in (*WITHOUT_EFFECT, *without, "flags_given") or value == default:
+        if name not in defaults or name in (*WITHOUT_EFFECT, *without) or value == defaults[name]:
             continue
-        if name == "data_dir":
-            parts += [data_name(value)] if data_name(value) else []
+        if name == "data_dir":  # of training, which refuses a name that is taken: it needs no hash
+            parts += [word for word in [data_name(value, plain_in=Path(value).parent)] if word]
         else:
-            parts.append(name if value is True else f"{name}_{value.replace(',', '_')}" if isinstance(value, str)
-                         else f"{name}{number_name(value)}")
+            parts.append(name if value is True else f"{name}{value_name(value)}")
     return parts
 
 
@@ -476,24 +476,41 @@ def flag_of(name):
     return f"--{name.replace('_', '-')}"
 
 
-def number_name(value):
-    """A number as short as it can be without another number getting the same name."""
+def value_name(value):
+    """A number, or several, as short as it can be without another value getting the same name."""
+    if isinstance(value, list | tuple):
+        return "-".join(map(value_name, value))
+    if isinstance(value, str):
+        return re.sub(r"[^\w.-]+", "-", value)
     short = f"{value:g}"
     return short if float(short) == value else repr(value).removesuffix(".0")
 
 
-def named_after(name, data_dir):
-    """The file name's stem `name`, with what `data_name` adds: so files of two data sets in one folder differ."""
-    return "_".join(filter(None, (name, data_name(data_dir))))
+def named_after(name, parser, args, without=()):
+    """The stem of a file's name: `name`, what `flags_in_name` adds, and what `data_name` does: so commands that differ
+    in what changes the result never write the same file."""
+    is_file = RECORDING.search(str(args.data_dir))
+    parts = [*flags_in_name(parser, args, ("save_dir", "data_dir", *without)),
+             data_name(args.data_dir, plain_in="." if is_file else "data")]
+    return short_name("_".join([name, *filter(None, parts)]))
 
 
-def data_name(data_dir, default="data"):
-    """What data are called in the names of files: nothing where they are those of the folder `default`, otherwise
-    their folder's name, or of a folder that is called data, too, that of the folder around it."""
-    path = Path(re.sub(r"\.(npy|npz|csv|tsv)(?=$|:)", "", os.path.abspath(data_dir)))
+RECORDING = re.compile(r"\.(npy|npz|csv|tsv)(?=$|:)", re.IGNORECASE)  # the ending of a file, or before its arrays
+
+
+def data_name(data_dir, default="data", plain_in="data"):
+    """What data are called in the names of files: nothing where they are those of the folder `default`, otherwise by
+    the name of their file or folder, or of a folder that is called data, too, by that of the folder around it.
+
+    A short hash of the full path follows, which tells /a/songs from /b/songs, unless they lie in the folder `plain_in`.
+    """
+    path = Path(os.path.abspath(data_dir))
     if path == Path(os.path.abspath(default)):
         return ""
-    return re.sub(r"[^\w.-]+", "-", path.parent.name if path.name == "data" else path.name) or "data"
+    name = re.sub(r"[^\w.-]+", "-", path.parent.name if path.name == "data" else path.name) or "data"
+    if path.parent == Path(os.path.abspath(plain_in)):
+        return name
+    return f"{name}-{hashlib.sha256(str(path).encode()).hexdigest()[:4]}"
 
 
 def short_name(name, longest=108):

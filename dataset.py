@@ -51,8 +51,8 @@ class Series:
 
     X (n_steps, feature_dim) float32; states (n_steps,) int64, the circle of each step; thetas (n_steps,) float64,
     radians in [0, 2π); process: a circle_process.Process, without planes in older files; config: the generator's
-    flags; folder: where data.npz lies, None for a series that no file holds. X, states and thetas are read-only views
-    of the file where it was written with --uncompressed.
+    flags; folder: where data.npz lies, None for a series that no file holds; source: what the user named. X, states
+    and thetas are read-only views of the file where it was written with --uncompressed.
 
     Of a user's own recordings only X is sure: states, then labels 0…K-1, thetas and process may be None, and config is
     empty. Several recordings lie in X one behind the other; lengths: their numbers of steps, () for a single one.
@@ -64,6 +64,7 @@ class Series:
     process: Process | None = None
     config: dict = field(default_factory=dict)
     folder: Path | None = None
+    source: Path | None = None
     lengths: tuple = ()
 
     @property
@@ -100,6 +101,13 @@ def load_series(source):
     """
     source = Path(source)
     reads_data(source)
+    series = read_series(source)
+    series.source = source
+    return series
+
+
+def read_series(source):
+    """`load_series` without the note of where the series comes from."""
     path, names = split_names(source)
     if path.is_file() and path.suffix.lower() in RECORDING_SUFFIXES:
         return load_recordings(source, [path], names)

@@ -1,8 +1,9 @@
 """Estimate the intrinsic dimension of the data, for all points and for each circle, over k nearest neighbours.
 
-Reads DIR/data.npz or your own --data; writes dimension.json and dimension.png to the save folder, with the name of
-the data where these aren't data/, as in dimension_subspace4.json. The maximum-likelihood estimator of Levina & Bickel
-(NeurIPS 2004), averaged over points as MacKay & Ghahramani (2005) correct it.
+Reads DIR/data.npz or your own --data; writes dimension.json and dimension.png to the save folder, with flags that
+aren't the default and the name of the data where these aren't data/, as in dimension_points50000_subspace4.json. The
+maximum-likelihood estimator of Levina & Bickel (NeurIPS 2004), averaged over points as MacKay & Ghahramani (2005)
+correct it.
 
 Examples:
   python estimate_dimension.py
@@ -36,6 +37,7 @@ def parse_args(argv=None):
     cli.add_data_dir(files)
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
+    args.name = cli.named_after("dimension", parser, args)
     if min(args.k) < 2:
         parser.error("--k must be 2 or more: one neighbour has no distance to compare with")
     return args
@@ -99,7 +101,7 @@ def draw_dimension(entries, ks, ambient_dim, title):
 
 
 def main(args):
-    save_dir, name = cli.output_folder(args.save_dir), cli.named_after("dimension", args.data_dir)
+    save_dir, name = cli.output_folder(args.save_dir), args.name
     series = dataset.load_series(args.data_dir)
     ks = sorted(set(args.k))
     n = min(args.points, series.n_steps)

@@ -9,7 +9,8 @@ of the past of every step but the first ones. Tables go to the terminal, files t
   NAME_metrics.json   all numbers
   compare_A_B_summary.png and .csv   with several checkpoints: all in the same axes and in one table
   compare_A_B_test.csv               and their errors on the test series, each less the first one's on the same blocks
-With --velocity or --pca 20, NAME becomes NAME_velocity or NAME_pca20, so that nothing is overwritten.
+With other flags than the default, as --velocity, --pca 20 or --umap-points 3000, NAME becomes NAME_velocity, NAME_pca20
+or NAME_umap_points3000, and a grid of some --layers NAME_umap_layers_input-7.png, so that nothing is overwritten.
 
 The measures of a level:
   probe acc.   how often a linear probe (multinomial logistic regression), fitted on the first 70 % of time, names the
@@ -92,6 +93,8 @@ def parse_args(argv=None):
     cli.add_data_dir(files, of_checkpoint=True)
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
+    args.settings = "".join(f"_{part}" for part in cli.flags_in_name(parser, args, (
+        "layers", "no_umap", "no_lb", "per_layer", "checkpoint", "data_dir", "save_dir")))
     if args.umap_neighbors < 2:
         parser.error("--umap-neighbors must be 2 or more: the point itself counts as one")
     if not args.no_umap and args.umap_points < 4:
@@ -332,12 +335,11 @@ def prediction_errors(model, series, window_settings, optimum, held_back=0):
 # The script
 
 
-def variant(args):
-    """What --velocity and --pca add to file names and to titles: two strings."""
-    suffix = ("_velocity" if args.velocity else "") + (f"_pca{args.pca}" if args.pca else "")
+def subtitle_of(args):
+    """What --velocity and --pca add to titles."""
     words = [", change since the step before"] if args.velocity else []
     words += [f", up to {args.pca} principal components"] if args.pca else []
-    return suffix, "".join(words)
+    return "".join(words)
 
 
 def unique_names(checkpoints):
@@ -431,7 +433,7 @@ def evaluate(loaded, series, optimum, rows, args, pool):
     The report is what NAME_metrics.json holds; the list is empty without UMAP.
     """
     report = {
-        "name": loaded.name, "checkpoint": str(loaded.path), "data_dir": str(args.data_dir or series.folder),
+        "name": loaded.name, "checkpoint": str(loaded.path), "data_dir": str(args.data_dir or series.source),
         "weights_crc32": weights_crc32(loaded.model), "data_crc32": dataset.crc32(series.X), "seed": args.seed,
         "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
         "umap_neighbors": None if args.no_umap else args.umap_neighbors,
@@ -497,7 +499,7 @@ def with_earlier(report, path):
 
 
 def write_report(report, args, prefix, subtitle):
-    """Print the tables of a model, write its numbers and its summary figure."""
+    """Print the tables of a model, write its numbers and its summary figure; returns the report `with_earlier` ones."""
     print(level_tables.level_table(report))
     if report["levels"][0].get("umap_silhouette") is not None:
         print(level_tables.umap_table(report))
@@ -506,6 +508,7 @@ def write_report(report, args, prefix, subtitle):
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
     figures.save(level_figures.draw_summary([report], f"{report['name']}: measures against depth{subtitle}"),
                  args.save_dir / f"{prefix}_summary.png")
+    return report
 
 
 def write_umaps(report, embeddings, series, steps, args, prefix, subtitle):
@@ -517,7 +520,8 @@ def write_umaps(report, embeddings, series, steps, args, prefix, subtitle):
     titles = [level_figures.level_title(m) for m in report["levels"]]
     if not args.per_layer:
         fig = figures.draw_umaps(embeddings, titles, states, n_circles, title)
-        figures.save(fig, args.save_dir / f"{prefix}_umap.png")
+        shown = "" if args.layers is None else f"_layers_{'-'.join(map(str, args.layers))}"
+        figures.save(fig, args.save_dir / f"{prefix}_umap{shown}.png")
         return
     for level, embedding, level_name in zip(report["levels"], embeddings, titles, strict=True):
         fig = figures.draw_umaps([embedding], [level_name], states, n_circles, title)
@@ -551,7 +555,7 @@ def main(args):
     steps = representations.steps_of_rows(series, args.velocity)
     rows = sampled_rows(len(steps), args)
     cli.output_folder(args.save_dir)
-    suffix, subtitle = variant(args)
+    suffix, subtitle = args.settings, subtitle_of(args)
 
     # ---- one model after the other, while other processes embed the levels that are ready
     n_embeddings = 0 if args.no_umap else sum(len(loaded.depths) for loaded in models)
@@ -565,11 +569,11 @@ def main(args):
                        else f"; exact filter's circle accuracy {optimum.circle_accuracy:.3f}")
             print(f"\n{loaded.name}: {loaded.model.n_layers} layers{ceiling}")
             report, embeddings = evaluate(loaded, series, optimum, rows, args, pool)
-            write_report(report, args, loaded.name + suffix, subtitle)
+            whole = write_report(report, args, loaded.name + suffix, subtitle)
             if embeddings:
                 shown = steps[rows[:report["umap_points"]]]
                 write_umaps(report, embeddings, series, shown, args, loaded.name + suffix, subtitle)
-            reports.append(report)
+            reports.append(whole)
 
         # ---- the models beside each other
         if len(reports) > 1:

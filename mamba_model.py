@@ -632,8 +632,8 @@ def open_model(path, data_dir, device, scan, series=None):
 def data_suffix(series, args):
     """What names of files say of the data that a model is used on: nothing for those of its training, or where these
     aren't known. args: the flags of its training; series: both as from `open_model`."""
-    known = series.folder is not None and "data_dir" in args
-    name = cli.data_name(series.folder, args["data_dir"]) if known else ""
+    known = series.source is not None and "data_dir" in args
+    name = cli.data_name(series.source, args["data_dir"], Path(args["data_dir"]).parent) if known else ""
     return f"_{name}" if name else ""
 
 

@@ -4,7 +4,8 @@ The generator is a hidden semi-Markov process whose parameters are known, so E[x
 exactly. No predictor that sees the same past can have a lower expected mean squared error. Reads
 DATA_DIR/data.npz and config.json; prints the noise floor noise_std², the mean squared error of the filter per horizon,
 and how often it names the true circle; writes SAVE_DIR/optimal_filter.json and optimal_filter.png
-(with the name of the data's folder where that isn't data/, as in optimal_filter_subspace4.json).
+(with flags that aren't the default and the name of the data's folder where that isn't data/, as in
+optimal_filter_seq_len512_subspace4.json).
 
 When the circles move (--center-walk-std, --drift), the filter of moving_filter.py takes its place, which merges and
 drops hidden paths; the report tells by how much the errors change when more are kept and, when the centre walks, the
@@ -78,6 +79,7 @@ def parse_args(argv=None):
     cli.add_data_dir(files)
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
+    args.name = cli.named_after("optimal_filter", parser, args)
     if args.seq_len <= max(args.horizons):
         parser.error(f"--seq-len {args.seq_len} must be longer than the largest of --horizons, {max(args.horizons)}")
     return args
@@ -1238,7 +1240,7 @@ def center_paths(series, process, shown, inferred):
 
 
 def main(args):
-    save_dir, name = cli.output_folder(args.save_dir), cli.named_after("optimal_filter", args.data_dir)
+    save_dir, name = cli.output_folder(args.save_dir), args.name
     series = dataset.load_series(args.data_dir)
     process = process_from_series(series)
     report, posterior, center = measure(args, series, process)

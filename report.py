@@ -53,18 +53,19 @@ CAPTIONS = [
      "A validation window, the prediction of each of its steps from the steps before, and their difference on the same "
      "colour scale. What is left should look like noise. Stripes at a change of circle are steps at which nobody can "
      "know where the process goes."),
-    ("What the layers know", r"(?:\w+_)?umap(?!_(?:delta|z|B|C|conv)$)(?:_\w+)?",
+    ("What the layers know", r"(?!gates)(?:[\w.-]+_)?umap(?:_input|_output|_layer\d+|_layers_[\w-]+)?",
      "UMAPs of the input, the layers' outputs and the prediction, coloured by the hidden circle, which the model never "
      "saw. Circles that come apart from one level to the next are circles that the model tells apart."),
-    ("What the layers know", r"(?:\w+_)?summary",
+    ("What the layers know", r"(?!gates|compare)(?:[\w.-]+_)?summary",
      "Measures of each level against depth: dimension, probes for circle and phase, clusters. The output is another "
      "space (the features of the data), so its values don't continue the layers' curve."),
-    ("Gates", r"gates_summary_\d+",
+    ("Gates", r"gates_summary_\d+(?:_[\w.-]+)?",
      "The step size of every layer beside the series, and how much of each signal's variance the hidden circle "
      "explains (η²)."),
-    ("Gates", r"gates_layer\d+_\d+",
+    ("Gates", r"gates_layer\d+_\d+(?:_[\w.-]+)?",
      "The signals of one layer beside the series. Look for stripes that follow the changes of circle in the strip."),
-    ("Gates", r"gates(?:_layer\d+)?_umap_\w+", "UMAPs of one signal of each layer, coloured by the hidden circle."),
+    ("Gates", r"gates(?:_layer\d+)?_umap_(?:delta|z|B|C|conv)(?:_[\w.-]+)?",
+     "UMAPs of one signal of each layer, coloured by the hidden circle."),
     ("Songs", r"generated(?:_\S+)?_seed",
      "Real steps up to the dashed line, and the model's own continuation behind it."),
     ("Songs", r"generated(?:_\S+)?_truth",
@@ -81,6 +82,8 @@ DATA_CAPTIONS = {
     "periods": "Each circle's period and dwell times.",
     "umap": "UMAP of the series itself, coloured by circle.",
 }
+MIME_TYPES = {".png": "image/png", ".svg": "image/svg+xml"}  # of the figures that a page can hold
+FORMATS = (*MIME_TYPES, ".pdf")
 # {title of a result: (column of NAME_log.csv at the best epoch, number format)}
 RESULTS = {"best epoch": ("epoch", "d"), "validation MSE": ("val_mse_1", ".4f"),
            "excess (%)": ("excess_percent_1", ".2f"), "NLL (nats per step)": ("val_nll_1", ".4f"),
@@ -99,12 +102,29 @@ def read_run(path, save_dir):
     return {"name": name, "flags": flags, "record": run_files.read_record(files["record"]) or {},
             "rows": rows, "best": min(rows, key=lambda row: row["val_loss"]) if rows else {},
             "epoch": checkpoint.get("epoch"), "data_dir": data_dir,
-            "metrics": read_metrics(save_dir / f"{name}_metrics.json"),
+            "metrics": read_metrics(path, save_dir),
             "sections": find_figures(path, save_dir) | find_data_figures(data_dir)}
 
 
-def read_metrics(path):
-    """The table of NAME_metrics.json: (titles, rows), or None when it is missing or damaged."""
+def files_of_run(checkpoint, folders, pattern, endings):
+    """The files in these folders whose names are NAME_ and what `pattern` matches, with one of these endings.
+
+    Those of a run NAME_more, whose NAME_more.pt lies beside NAME.pt, are not among them.
+    """
+    longer = [other for other in map(stem, checkpoint.parent.glob("*.pt")) if other.startswith(f"{stem(checkpoint)}_")]
+    pattern = re.compile(f"{re.escape(stem(checkpoint))}_(?:{pattern})")
+    found = {file for folder in folders for file in folder.glob("*") if file.suffix in endings}
+    return sorted(file for file in found if pattern.fullmatch(file.stem)
+                  and not any(file.stem.startswith(f"{other}_") for other in longer))
+
+
+def read_metrics(checkpoint, save_dir):
+    """The table of NAME_metrics.json, or without it of the newest NAME_…_metrics.json: (titles, rows), or None when
+    there is none or it is damaged."""
+    found = files_of_run(checkpoint, [save_dir], r"(?:[\w.-]+_)?metrics", [".json"])
+    if not found:
+        return None
+    path = max(found, key=lambda file: (file.stem == f"{stem(checkpoint)}_metrics", file.stat().st_mtime))
     columns = {"level": "level", "probe_accuracy": "probe accuracy", "phase_r2": "phase R²",
                "umap_silhouette": "UMAP silhouette", "umap_ari_smooth": "UMAP ARI", "effective_rank": "effective rank"}
     try:
@@ -117,19 +137,31 @@ def read_metrics(path):
 
 def find_figures(path, save_dir):
     """{section: [(caption, Path)]} of a run's figures, those beside its checkpoint and those in save_dir."""
-    name, sections = re.escape(stem(path)), {}
-    figures_there = sorted({*path.parent.glob("*.png"), *save_dir.glob("*.png")})
+    sections = {}
     for section, pattern, caption in CAPTIONS:
-        found = [file for file in figures_there if re.fullmatch(f"{name}_{pattern}", file.stem)]
+        found = shown(files_of_run(path, [path.parent, save_dir], pattern, FORMATS))
         if found:
             sections.setdefault(section, []).append((caption, found))
     return sections
 
 
 def find_data_figures(data_dir):
-    found = [(caption, [data_dir / f"{name}.png"]) for name, caption in DATA_CAPTIONS.items()
-             if (data_dir / f"{name}.png").is_file()]
-    return {"Data": found} if found else {}
+    drawn = [(caption, shown(file for file in data_dir.glob(f"{name}.*") if file.suffix in FORMATS))
+             for name, caption in DATA_CAPTIONS.items()]
+    return {"Data": [pair for pair in drawn if pair[1]]} if any(found for _, found in drawn) else {}
+
+
+def shown(files):
+    """Of figure files those that a page can hold, the newest where there are several of one name. A line is printed of
+    those that are there as PDF only."""
+    newest = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime):
+        if file.suffix in MIME_TYPES or file.stem not in newest:
+            newest[file.stem] = file
+    only_pdf = [file for file in newest.values() if file.suffix == ".pdf"]
+    if only_pdf:
+        print(f"a page can't hold a PDF, so it lacks {', '.join(map(str, only_pdf))}; draw with --format png or svg")
+    return sorted(file for file in newest.values() if file.suffix in MIME_TYPES)
 
 
 # ---- Several runs ---------------------------------------------------------------------------------------------
@@ -214,14 +246,14 @@ def number(value, form):
     return format(int(value) if form == "d" else value, form)
 
 
-def png_uri(content):
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+def image_uri(content, ending=".png"):
+    return f"data:{MIME_TYPES[ending]};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def data_uri(path):
-    """A PNG as text that a page can hold, or None when it can't be read."""
+    """A figure as text that a page can hold, or None when it can't be read."""
     try:
-        return png_uri(Path(path).read_bytes())
+        return image_uri(path.read_bytes(), path.suffix)
     except OSError:
         return None
 
@@ -231,7 +263,7 @@ def figure_uri(fig):
     file = io.BytesIO()
     figures.laid_out(fig).canvas.draw()
     matplotlib.image.imsave(file, np.array(fig.canvas.buffer_rgba()), format="png", dpi=fig.dpi)
-    return png_uri(file.getvalue())
+    return image_uri(file.getvalue())
 
 
 def facts(run):

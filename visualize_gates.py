@@ -7,6 +7,7 @@ model was trained on; samples follow each other without overlap and are numbered
                               variance the circle explains
   NAME_gates_umap_delta.png   with --umap: one UMAP of delta per layer, coloured by circle; the same for z, B, C and
                               conv. With --layer 7 of that layer only: NAME_gates_layer7_umap_delta.png
+With other --umap-points or --seed than the default these stand in the name.
 
 Examples:
   python visualize_gates.py --checkpoint model_next.pt --layer 7 --sample 0
@@ -37,7 +38,10 @@ def parse_args(argv=None):
     files.add_argument("--checkpoint", type=Path, required=True, metavar="NAME.pt", help="the trained model; required")
     cli.add_data_dir(files, of_checkpoint=True)
     cli.add_save_dir(files)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.settings = "".join(f"_{part}" for part in cli.flags_in_name(parser, args, (
+        "layer", "sample", "n_samples", "umap", "data_dir", "save_dir", *(() if args.umap else ("umap_points",)))))
+    return args
 
 
 if __name__ == "__main__":
@@ -366,7 +370,7 @@ def write_umaps(args, model, series, starts, seq_len, folder):
 def main(args):
     device = cli.pick_device(args.device)
     model, trained_with, series = mamba_model.open_model(args.checkpoint, args.data_dir, device, args.scan)
-    args.data_suffix = mamba_model.data_suffix(series, trained_with)
+    args.data_suffix = args.settings + mamba_model.data_suffix(series, trained_with)
     if args.layer is not None and args.layer > model.n_layers:
         raise cli.UserError(f"--layer {args.layer} is out of range: the model has layers 1…{model.n_layers}")
     seq_len, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)
