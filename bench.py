@@ -33,7 +33,6 @@ import gc
 import importlib.util
 import io
 import itertools
-import json
 import os
 import platform
 import sys
@@ -845,7 +844,7 @@ def main(args):
         report["rows"][name] = {"title": title, "seconds": time.perf_counter() - started, "notes": notes,
                                 "lines": [dataclasses.asdict(line) for line in lines]}
         if args.save is not None:
-            cli.write_text(args.save, json.dumps(report, indent=2) + "\n")
+            cli.write_json(args.save, report)
     if args.save is not None:
         print(f"\nwrote {args.save}")
 

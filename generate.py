@@ -41,7 +41,6 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 
 # isort: split
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -744,7 +743,7 @@ def compare(args, inputs):
 
     summaries = {name: songs.summarise(process, song) for name, song in compared.items()}
     print_summaries(process, summaries)
-    cli.write_text(beside(args, ".json"), json.dumps(summaries, indent=2) + "\n")
+    cli.write_json(beside(args, ".json"), summaries)
     print(f"wrote {beside(args, '.json')}")
     title = (f"{stem(args.checkpoint)}: bursts of std {args.perturb_scale:g}, {args.perturb_duration} of every "
              f"{args.perturb_interval} steps")

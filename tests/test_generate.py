@@ -446,6 +446,7 @@ def test_compare_end_to_end(script, inputs, tmp_path):
     assert done.code == 0, done.err
     assert names_in(tmp_path) == {"m_compare_g250.png", "m_compare_g250.json"}
     numbers = json.loads((tmp_path / "m_compare_g250.json").read_text())
+    assert "--compare" in numbers.pop("made_by")["command"]
     assert list(numbers) == ["real series", "greedy", "temperature 1", "output bursts", "hidden bursts"]
     for name in numbers:
         assert name in done.out
@@ -851,7 +852,9 @@ def compared(script, flags, monkeypatch, tmp_path):
     monkeypatch.setattr(generate, "generate", record)
     done = script("generate", *flags, "--compare", "--save-dir", tmp_path)
     assert done.code == 0, done.err
-    return asked, json.loads(next(tmp_path.glob("*.json")).read_text()), done.out.partition("\n\n")[2]
+    numbers = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert set(numbers.pop("made_by")) == {"command", "commit", "data"}
+    return asked, numbers, done.out.partition("\n\n")[2]
 
 
 def test_compare_runs_what_its_rows_say(script, inputs, toy, tmp_path, monkeypatch, caught):

@@ -193,3 +193,35 @@ def test_the_columns_of_the_results_are_those_of_the_log():
     model = CausalTimeSeriesMamba(3, **TINY_MODEL, mixture=2)
     assert {column for column, _ in report.RESULTS.values()} <= set(run_files.log_columns(model, False))
     assert torch.is_tensor(next(model.parameters()))
+
+
+def test_files_with_settings_in_their_names_find_their_place_and_those_of_a_longer_name_do_not(script, folder):
+    make_run(folder, "a", [3.0])
+    make_run(folder, "a_frozen", [3.0])
+    plots = folder / "plots"
+    own = ["a_umap_points3000_umap", "a_umap_points3000_umap_layers_input-2", "a_seed7_summary",
+           "a_gates_summary_0_seed7", "a_gates_umap_delta_umap_points50"]
+    for name in (*own, "a_frozen_umap", "a_frozen_summary", "a_frozen_gates_summary_0"):
+        figures.save(figures.new_figure()[0], plots / f"{name}.png")
+    for name, accuracy in (("a_seed7", 0.5), ("a_frozen", 0.25)):
+        (plots / f"{name}_metrics.json").write_text(json.dumps({"levels": [{"level": "input",
+                                                                           "probe_accuracy": accuracy}]}))
+    page = Page(page_of(script, folder, "a")[1])
+    assert page.images == ["a_loss.png", *(f"{name}.png" for name in own)]
+    assert page.tables[2][1] == ["input", "0.500"]
+    (plots / "a_metrics.json").write_text(json.dumps({"levels": [{"level": "input", "probe_accuracy": 0.75}]}))
+    assert Page(page_of(script, folder, "a")[1]).tables[2][1] == ["input", "0.750"]
+
+
+def test_svg_is_embedded_and_pdf_is_told(script, folder):
+    make_run(folder, "a", [3.0])
+    (folder / "a_loss.png").unlink()
+    fig = figures.new_figure()[0]
+    for name in ("a_loss.svg", "data/periods.svg", "plots/a_umap.pdf"):
+        figures.write_vectors(fig, folder / name, name[-3:])
+    result = script("report", folder / "a.pt", "--save-dir", folder / "plots")
+    assert f"a page can't hold a PDF, so it lacks {folder / 'plots' / 'a_umap.pdf'}; draw with --format" in result.out
+    text = (folder / "plots" / "a_report.html").read_text()
+    page = Page(text)
+    assert page.images == ["a_loss.svg", "periods.svg"]
+    assert sum(reference.startswith("data:image/svg+xml;base64,") for reference in page.references) == 2
