@@ -391,6 +391,13 @@ def crc32(array):
     return value
 
 
+def data_crc32(series):
+    """A number that tells the data of two Series apart: their values, and where one recording ends and another begins.
+    Of a single recording, the CRC-32 of X."""
+    value = crc32(series.X)
+    return zlib.crc32(np.array(series.lengths, np.int64), value) if len(series.lengths) > 1 else value
+
+
 def find_problem(arrays, least_steps=2):
     """What is wrong with the arrays of a data.npz, {name: array}, in words, or None.
 

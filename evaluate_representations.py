@@ -434,7 +434,7 @@ def evaluate(loaded, series, optimum, rows, args, pool):
     """
     report = {
         "name": loaded.name, "checkpoint": str(loaded.path), "data_dir": str(args.data_dir or series.source),
-        "weights_crc32": weights_crc32(loaded.model), "data_crc32": dataset.crc32(series.X), "seed": args.seed,
+        "weights_crc32": weights_crc32(loaded.model), "data_crc32": dataset.data_crc32(series), "seed": args.seed,
         "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
         "umap_neighbors": None if args.no_umap else args.umap_neighbors,
         "lb_points": None if args.no_lb else min(args.lb_points, len(rows)), "n_layers": loaded.model.n_layers,

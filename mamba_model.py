@@ -623,7 +623,7 @@ def open_model(path, data_dir, device, scan, series=None):
         series = dataset.load_series(data_dir or own)
     dataset.check_fits_model(series, model, path)
     crc32 = checkpoint.get("data_crc32")
-    if isinstance(crc32, int) and crc32 != dataset.crc32(series.X):
+    if isinstance(crc32, int) and crc32 != dataset.data_crc32(series):
         print(f"warning: {path} was trained on other data ({args.get('data_dir')}): its numbers on these say little "
               "about it")
     return model, {**args, "data_dir": str(own)} if "data_dir" in args else args, series

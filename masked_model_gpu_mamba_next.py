@@ -514,7 +514,7 @@ def open_state(args, saved, path, series, plan, device, scaling=None):
 
     A restored model has the sizes of the saved tensors, and so no more memory than the file fills. Raises UserError.
     """
-    data_crc32 = dataset.crc32(series.X)
+    data_crc32 = dataset.data_crc32(series)
     if saved is None:
         X = dataset.scaled(series.X[:min(plan.boundary, mixture_head.STEPS_FOR_SCALE)], scaling)
         model = build_model(args, series.feature_dim, X).to(device).use_scan(args.scan, device).train_scaled(scaling)

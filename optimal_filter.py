@@ -131,7 +131,7 @@ def check_describes(process, series):
     variance of the noise and, where the centre walks, of what is unknown about it. All stretches together show a
     noise_std that is wrong by a tenth; a single one shows what came later.
     """
-    n, dim = min(CHECKED_STEPS, series.n_steps), process.feature_dim
+    n, dim = min(CHECKED_STEPS // (2 if moves(process) else 1), series.n_steps), process.feature_dim
     if n == 0:
         return
     walk_variance, variance = process.center_walk_std**2, process.noise_std**2
@@ -141,8 +141,13 @@ def check_describes(process, series):
     n_states = float((process.periods * process.dwell_law.shape[1]).sum())
     surprise = 3 * hidden_entropy(process) + 2 * math.log(n_states) / n
     starts = np.unique(np.linspace(0, series.n_steps - n, CHECKED_STRETCHES).astype(int)).tolist()
-    filtered = [predict(process, series.X[start:start + n], (), "stationary", False, start) for start in starts]
-    values = [float(stretch["log_likelihood"].mean()) for stretch in filtered]
+
+    def value_at(start):
+        stretch = predict(process, series.X[start:start + n], (), "stationary", False, start)
+        return float(stretch["log_likelihood"].mean())
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
+        values = list(pool.map(value_at, starts))
     for value, weight in ((np.mean(values), len(values)), (min(values), 1), (max(values), 1)):
         # Six standard deviations of the mean of so many draws of the noise, and room for what is nearly right; of
         # circles that move there is more to know, and their filter is an approximation

@@ -65,6 +65,8 @@ import torch.nn.functional as F
 from cli import UserError
 
 BACKENDS = ("auto", "triton", "mamba-ssm", "cpu", "reference")
+NO_SECOND_DERIVATIVE = ("the kernels of the selective scan have no second derivative; give --scan reference, or "
+                        "model.use_scan(\"reference\", device), which is slow")
 KERNEL_MODULES = {"cpu": "kernels.scan_cpu", "triton": "kernels.scan_triton"}
 
 
@@ -339,9 +341,19 @@ class _Inner(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return *_without_autocast(_inner_backward, dy, *ctx.saved_tensors, ctx.backend), None
+        with torch.no_grad():
+            gradients = _without_autocast(_inner_backward, dy, *ctx.saved_tensors, ctx.backend)
+        return *_differentiable_once(gradients, (dy, *ctx.saved_tensors)), None
+
+
+def _differentiable_once(gradients, inputs):
+    """The gradients as they are or, where a graph of them is asked for (create_graph=True), as a node of it whose own
+    backward pass says that there is none. (torch's once_differentiable looks at dy alone, and words it otherwise.)"""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+        return gradients
+    node = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(gradients))
+    return node(*(gradient.detach().requires_grad_() for gradient in gradients))
 
 
 # The same as a custom operator, for torch.compile: it calls an operator without looking inside, where it would try to

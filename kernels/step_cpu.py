@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cli import UserError
 from kernels.numba_cache import njit
 from kernels.selective_scan import matrix_and_bias
 from kernels.simd import (
@@ -358,6 +359,10 @@ def stepper(model, output, states, sampling):
 
     Returns advance(draws) -> (predictions, generated): see generate.py.
     """
+    dtype = str(model.input_proj.weight.dtype).removeprefix("torch.")
+    if dtype not in ("float32", "float64"):
+        raise UserError(f"generation on a CPU computes in float32 or float64, and this model is in {dtype}; give "
+                        "model.float()")
     weights, sizes = pack(model, sampling.scale_range)
     n = len(output)
     tiles = [(slice(first, min(first + TILE, n)), pack_tile(output, states, slice(first, first + TILE),

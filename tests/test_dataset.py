@@ -506,3 +506,14 @@ def test_window_flags_that_an_older_checkpoint_lacks_are_the_defaults_and_are_na
 def test_senseless_window_flags_are_refused(bad):
     with pytest.raises(cli.UserError, match="make no windows"):
         dataset.window_settings({"seq_len": 64, "stride": 8, "val_fraction": 0.1} | bad, "m.pt")
+
+
+def test_other_borders_are_other_data(tmp_path):
+    X = np.random.default_rng(0).normal(size=(30, 2)).astype(np.float32)
+
+    def crc(*lengths):
+        np.savez(tmp_path / "r.npz", *np.split(X, np.cumsum(lengths)[:-1]))
+        return dataset.data_crc32(dataset.load_series(f"{tmp_path / 'r.npz'}:*"))
+
+    assert crc(30) == dataset.crc32(X) == dataset.data_crc32(dataset.Series(X))  # as in every older checkpoint
+    assert len({crc(30), crc(10, 20), crc(20, 10), crc(10, 10, 10)}) == 4

@@ -42,6 +42,14 @@ SAVED = {**TINY_MODEL, "seq_len": 128, "stride": 64, "val_fraction": 0.1}
 QUICK = ["--no-umap", "--lb-points", 400, "--umap-points", 300, "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def short_names(monkeypatch):
+    """Files' names without the numbers that all commands here give to be quick; test_file_names.py is about names."""
+    in_name, quick = cli.flags_in_name, ("umap_points", "umap_neighbors", "lb_points", "seed", "test_steps")
+    monkeypatch.setattr(cli, "flags_in_name",
+                        lambda parser, args, without=(): in_name(parser, args, (*without, *quick)))
+
+
 def tiny_model(seed=0, **sizes):
     torch.manual_seed(seed)
     return mamba_model.CausalTimeSeriesMamba(**{"feature_dim": 6, **TINY_MODEL, **sizes}).eval().use_scan(
@@ -699,8 +707,8 @@ def test_pca_acts_on_clusters_and_dimension_but_not_on_the_probes(run, tmp_path)
 
 def test_umap_end_to_end(run, tmp_path):
     _, files = run("--umap-points", 120, "--umap-neighbors", 10, "--no-lb", "--layers", "input,1", "--device", "cpu")
-    assert files == {"tiny_umap.png", "tiny_summary.png", "tiny_metrics.json"}
-    assert (tmp_path / "plots" / "tiny_umap.png").read_bytes().startswith(b"\x89PNG")
+    assert files == {"tiny_umap_layers_input-1.png", "tiny_summary.png", "tiny_metrics.json"}
+    assert (tmp_path / "plots" / "tiny_umap_layers_input-1.png").read_bytes().startswith(b"\x89PNG")
     for m in json.loads((tmp_path / "plots" / "tiny_metrics.json").read_text())["levels"]:
         assert -1 <= m["umap_silhouette"] <= 1 and m["umap_ari"] <= 1 and 0 <= m["umap_nmi_smooth"] <= 1
 
@@ -857,7 +865,7 @@ def test_the_seed_draws_the_sample_and_starts_all_that_is_random(run, shared_dat
     rows = np.random.default_rng(11).permutation(3000)[:60]
     np.testing.assert_array_equal(quick_measures["points"][0], series.X[rows])
     assert set(quick_measures["seeds"]) == {11}
-    shown = saved["tiny_umap.png"].axes[0].collections[0]
+    shown = saved["tiny_umap_layers_input.png"].axes[0].collections[0]
     np.testing.assert_allclose(shown.get_facecolors()[:, :3], figures.circle_colors(4)[series.states[rows]])
     fitted = sorted(np.random.default_rng(11).permutation(2100)[:100])
     np.testing.assert_array_equal(trained[0], series.thetas[fitted])
@@ -889,7 +897,7 @@ def test_measures_in_the_umap_are_those_of_each_levels_own_umap(run, shared_data
     for key, value in agreement_scores("umap", labels, states).items():
         assert level[key] == pytest.approx(value, abs=2e-3), key
     assert level["umap_silhouette"] == pytest.approx(silhouette_score(embedding, states[rows]), rel=1e-4)
-    fig = saved["tiny_velocity_umap.png"]
+    fig = saved["tiny_velocity_umap_layers_input-output.png"]
     assert fig.get_suptitle() == "tiny: UMAP of 1,500 steps, change since the step before"
     np.testing.assert_allclose(fig.axes[0].collections[0].get_offsets(), embedding, atol=1e-5)
     assert [ax.get_title().split("\n")[0] for ax in fig.axes] == ["input", "output"]

@@ -552,3 +552,11 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     with pytest.raises((pickle.PicklingError, AttributeError)):
         save_checkpoint(path, 1, {}, {}, 0.0, 0.0, {"f": lambda: 0})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_stepping_a_bfloat16_model_on_a_cpu_is_refused_in_words():
+    import generate
+
+    model = CausalTimeSeriesMamba(3, d_model=8, n_layers=1, d_state=4).eval().bfloat16().use_scan("cpu", "cpu")
+    with pytest.raises(cli.UserError, match="float32 or float64, and this model is in bfloat16; give"):
+        generate.generate(model, np.zeros((1, 8, 3), np.float32), 4)

@@ -698,3 +698,17 @@ print(step_cpu.__file__, *(sum(kernel.stats.cache_hits.values()) for kernel in (
     with open(folder / "simd.py", "a") as file:
         file.write("# changed\n")
     assert hits() == [0, 0]
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_second_derivative_ends_in_one_clear_message(linear):
+    leaves = cast(inner_inputs(1, 9, 8, 4), torch.float32)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    y = mamba_inner(*leaves, "cpu")
+    (first,) = torch.autograd.grad(y.sum() if linear else y.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; give --scan reference"):
+        first.square().sum().backward()
+    y = mamba_inner(*leaves, "reference")
+    (first,) = torch.autograd.grad(y.sum(), leaves[:1], create_graph=True)
+    first.square().sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
