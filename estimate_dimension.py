@@ -37,6 +37,7 @@ def parse_args(argv=None):
     cli.add_data_dir(files)
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
+    args.k = sorted(set(args.k))
     args.name = cli.named_after("dimension", parser, args)
     if min(args.k) < 2:
         parser.error("--k must be 2 or more: one neighbour has no distance to compare with")
@@ -103,7 +104,7 @@ def draw_dimension(entries, ks, ambient_dim, title):
 def main(args):
     save_dir, name = cli.output_folder(args.save_dir), args.name
     series = dataset.load_series(args.data_dir)
-    ks = sorted(set(args.k))
+    ks = args.k
     n = min(args.points, series.n_steps)
     steps = np.random.default_rng(args.seed).choice(series.n_steps, n, replace=False)
     points = dataset.pick(series.X, steps)

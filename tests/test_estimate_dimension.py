@@ -57,7 +57,7 @@ def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tm
     assert lines[0] == f"{2500 - n_distinct} of 2,500 points repeat another and count once"
     assert re.split("  +", lines[1]) == ["circle", "points", "k = 6", "k = 20"]
     ((path, fig),) = saved.items()
-    assert path == tmp_path / "plots" / f"dimension_{cli.data_name(folder)}.png"
+    assert path == tmp_path / "plots" / f"dimension_points2500_k6-20_seed9_{cli.data_name(folder)}.png"
     assert fig.axes[0].get_title() == "Intrinsic dimension of 2,500 points"
     for i, name in enumerate(["all", 0, 1, 2, 3]):
         own = points if name == "all" else points[circles == name]
@@ -116,7 +116,7 @@ def test_notebooks_still_import_the_estimator_and_the_umap_from_here():
 def test_without_flags_the_readmes_defaults_hold():
     assert vars(ed.parse_args([])) == {"points": 20_000, "k": [5, 10, 20, 50, 100], "seed": 42,
                                        "data_dir": Path("data"), "save_dir": Path("plots"),
-                                       "format": "png", "style": None}
+                                       "format": "png", "style": None, "name": "dimension"}
 
 
 def test_script_reports_all_points_and_each_circle(script, data_dir, tmp_path):

@@ -991,7 +991,7 @@ def test_without_flags_the_readmes_defaults_hold():
     assert args == {"layers": None, "velocity": False, "pca": None, "test_steps": None, "no_umap": False,
                     "umap_points": 5000, "umap_neighbors": 30, "per_layer": False, "no_lb": False, "lb_points": 10_000,
                     "seed": 42, "device": "auto", "scan": "auto", "checkpoint": [Path("model_next.pt")],
-                    "data_dir": None, "save_dir": Path("plots"), "format": "png", "style": None}
+                    "data_dir": None, "save_dir": Path("plots"), "format": "png", "style": None, "settings": ""}
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------

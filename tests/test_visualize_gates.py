@@ -38,6 +38,14 @@ def write_data(folder, n_steps=N_STEPS, features=FEATURES):
              radii=np.ones(CIRCLES), entry_angles=np.zeros(CIRCLES), periods=np.full(CIRCLES, 10))
 
 
+@pytest.fixture(autouse=True)
+def short_names(monkeypatch):
+    """Files' names without the numbers that many commands here give to be quick; test_file_names.py is about names."""
+    in_name = cli.flags_in_name
+    monkeypatch.setattr(cli, "flags_in_name", lambda parser, args, without=(): in_name(
+        parser, args, (*without, "umap_points", "seed")))
+
+
 @pytest.fixture
 def work(tmp_path):
     """A folder with data/ and ckpt/m.pt, a tiny untrained model that says how its windows were cut."""
@@ -438,7 +446,7 @@ def test_device_and_scan_are_those_asked_for(work, saved, monkeypatch):
 def test_without_flags_the_readmes_defaults_hold():
     assert vars(vg.parse_args(["--checkpoint", "m.pt"])) == {"format": "png", "style": None,
         "layer": None, "sample": 0, "n_samples": 1, "umap": False, "umap_points": 3000, "seed": 42, "device": "auto",
-        "scan": "auto", "checkpoint": Path("m.pt"), "data_dir": None, "save_dir": Path("plots")}
+        "scan": "auto", "checkpoint": Path("m.pt"), "data_dir": None, "save_dir": Path("plots"), "settings": ""}
 
 
 def test_umap_names_a_grid_a_signal_and_colours_by_circle(monkeypatch, work):
@@ -487,7 +495,7 @@ def test_command_line_end_to_end_without_umap_and_numba(work):
 def test_real_umap_end_to_end(work):
     command = [sys.executable, SCRIPT, *flags(work, "--umap", "--umap-points", "60", "--layer", "1")]
     subprocess.run(command, capture_output=True, check=True, cwd=work)
-    assert plots(work) == sorted(f"m_gates_layer1_umap_{name}.png" for name in vg.SIGNALS)
+    assert plots(work) == sorted(f"m_gates_layer1_umap_{name}_umap_points60.png" for name in vg.SIGNALS)
     first = {path.name: path.read_bytes() for path in (work / "plots").iterdir()}
     subprocess.run(command, capture_output=True, check=True, cwd=work)
     assert first == {path.name: path.read_bytes() for path in (work / "plots").iterdir()}
