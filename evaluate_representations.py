@@ -113,6 +113,7 @@ import torch
 
 import dataset
 import figures
+import learned
 import level_figures
 import level_tables
 import mamba_model
@@ -271,7 +272,7 @@ class Optimum:
     """
 
     def __init__(self, series):
-        self.series, self.floors, self.tests = series, {}, {}
+        self.series, self.floors, self.tests, self.learners = series, {}, {}, {}
         self.process = optimal_filter.process_or_none(series, "no optimal floor and ceiling")
         self.circle_accuracy = None if self.process is None else self.measure_circle_accuracy()
 
@@ -296,7 +297,16 @@ class Optimum:
         """How many steps of the series its training has left to the test; trained_with: the flags of the training."""
         return 0 if unseen.can_be_drawn(self.series, self.process) else trained_with.get("test_steps") or 0
 
-    def test_errors(self, model, seq_len, n_steps, held_back):
+    def learner(self, loaded):
+        """The learned.Learner with the labelled training steps of a model; None where each epoch had new ones."""
+        n_steps = dataset.first_validation_step(self.series.n_steps, loaded.window_settings[2])
+        if self.process is None or loaded.trained_with.get("fresh"):
+            return None
+        if n_steps not in self.learners:
+            self.learners[n_steps] = learned.learner_of(self.series, n_steps)
+        return self.learners[n_steps]
+
+    def test_errors(self, model, seq_len, n_steps, held_back, learner=None):
         """`unseen.as_report` of a model, which is printed; None without a test series. n_steps: of --test-steps."""
         if (seq_len, held_back) not in self.tests:
             with terminal.busy("test series"):
@@ -306,8 +316,8 @@ class Optimum:
         if tested is None:
             return None
         with terminal.busy("errors on the test series"):
-            report = unseen.as_report(model, tested)
-        print(f"{report['what']}\n{unseen.unseen_table(report['rows'])}")
+            report = unseen.as_report(model, tested, learner)
+        unseen.print_report(report)
         return report
 
 
@@ -447,7 +457,8 @@ def evaluate(loaded, series, optimum, rows, args, pool):
         held_back = optimum.held_back(loaded.trained_with)
         report["errors"] = prediction_errors(loaded.model, series, loaded.window_settings, optimum, held_back)
         print(optimal_filter.error_table(report["errors"]))
-        report["test"] = optimum.test_errors(loaded.model, loaded.window_settings[0], args.test_steps, held_back)
+        report["test"] = optimum.test_errors(loaded.model, loaded.window_settings[0], args.test_steps, held_back,
+                                             optimum.learner(loaded))
     except cli.UserError as error:
         print(f"no validation MSE: {error}")
 

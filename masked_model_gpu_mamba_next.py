@@ -163,7 +163,6 @@ from mamba_model import (
     stem,
     validation_errors,
 )
-from optimal_filter import process_or_none, window_floors
 
 WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
@@ -571,7 +570,8 @@ def train(args, ranks):
 
     # ---- The floor, and the first files: the last state comes first, as --resume works from then on
     with ranks.together():
-        floor = floors(series, plan.val_starts, args.seq_len, state.model) if ranks.first else {}
+        floor = run_files.floors(series, plan.val_starts, args.seq_len, state.model,
+                                 0 if args.fresh else plan.boundary) if ranks.first else {}
         if not args.resume:
             saver.save()
         log = run_files.EpochLog(args, files, state, plan, ranks)
@@ -649,22 +649,7 @@ def end_of_epoch(state, plan, runner, floor, ranks):
     return row | run_files.error_cells(model, train_errors, val_errors, floor), finite_steps
 
 
-# ---- The floor, and figures -----------------------------------------------------------------------------------
-
-def floors(series, starts, seq_len, model):
-    """The exact filter's errors on the same windows, as from `window_floors`; those that the model has are printed.
-
-    Empty, after a line with the reason, when the process isn't known (no config.json, no noise).
-    """
-    process = process_or_none(series, "no optimal floor")
-    if process is None:
-        return {}
-    floor = window_floors(process, series, starts, seq_len, model.horizons)
-    print("optimal filter on the validation windows: " + ", ".join(
-        f"{measure.upper()} {value:.4f} at horizon {k}" for measure in model.measures
-        for k, value in floor[measure].items()))
-    return floor
-
+# ---- Figures -----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def finish(args, files, log, series, device, val_starts):
@@ -689,7 +674,7 @@ def main(args):
         with joined(args.device) as ranks, run_files.claimed(args, ranks):
             train(args, ranks)
     elif is_first():
-        run_files.print_evaluation(args, parse_args, floors)
+        run_files.print_evaluation(args, parse_args)
 
 
 if __name__ == "__main__":

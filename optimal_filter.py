@@ -13,7 +13,8 @@ error of an observer who is told circle and phase.
 
 The error is given three times: over the whole series; over its validation part; and over windows of --seq-len steps
 in the validation part, where the filter starts each window without any past. The last is the floor of a model that
-sees one window at a time, averaged over the same targets as the model's validation loss.
+sees one window at a time, averaged over the same targets as the model's validation loss. Beside it stands the second
+floor, that of an observer who isn't told the process but has to learn it from the labelled training steps (learned.py).
 
 Examples:
   python optimal_filter.py --data-dir data
@@ -36,6 +37,7 @@ from threadpoolctl import threadpool_limits
 import circle_process
 import dataset
 import floor_cache
+import learned
 import moving_filter
 import terminal
 from circle_process import entry_rates, survival
@@ -1149,6 +1151,12 @@ def measure(args, series, process):
         "smoothed_circle_accuracy": float(right_smoothed.mean()),
         "log_likelihood_per_step": float(filtered["log_likelihood"].mean()),
     }
+    learner = learned.learner_of(series, boundary)
+    if learner is not None:
+        report["learned_from_steps"] = learner.n_steps
+        floors = window_floors(learner.process, series, windows, args.seq_len, args.horizons)
+        for row in report["horizons"]:
+            row["val_window_learned_mse"] = floors["mse"][row["horizon"]]
     report["entropy_rate"], report["entropy_rate_error"] = entropy_rate(process)
     if process.center_walk_std:
         for row in report["horizons"]:
@@ -1167,11 +1175,16 @@ def print_report(report, process, series):
               f"by about {too_low:.1e}\n")
     print("mean squared error of the Bayes-optimal prediction")
     columns = {"whole series": "mse", "validation": "val_mse", f"windows of {report['seq_len']}": "val_window_mse"}
+    if "learned_from_steps" in report:
+        columns["process learned"] = "val_window_learned_mse"
     if process.center_walk_std:
         columns["circle and phase told"] = "told_mse"
     print(cli.table(["horizon", *columns], [
         [row["horizon"], *(f"{row[key]:.4f}" for key in columns.values())] for row in report["horizons"]],
         align="r" * (1 + len(columns))))
+    if "learned_from_steps" in report:
+        print(f"process learned: the same windows, by a filter that has learned the process from the first "
+              f"{report['learned_from_steps']:,} steps and their circles")
     print(f"\ncircle accuracy: {report['circle_accuracy']:.3%} from the past, "
           f"{report['smoothed_circle_accuracy']:.3%} from the whole series")
     print(f"log-likelihood: {report['log_likelihood_per_step']:.4f} nats per step")

@@ -25,10 +25,11 @@ import torch
 import cli
 import dataset
 import figures
+import learned
 import terminal
 import unseen
 from mamba_model import open_model, read_checkpoint, save_checkpoint, stem, trained_on, validation_errors
-from optimal_filter import error_rows, error_table, excess_nats, excess_percent
+from optimal_filter import error_rows, error_table, excess_nats, excess_percent, process_or_none, window_floors
 
 try:
     import fcntl
@@ -470,11 +471,32 @@ def check_resumed(plan, step, epochs_before):
 
 # ---- A finished run, or one that goes on: what --eval prints ----------------------------------------------------
 
-def print_evaluation(args, parse_args, floors):
+def floors(series, starts, seq_len, model, n_learned=0):
+    """The exact filter's errors on these windows, as from `window_floors`; those that the model has are printed, and
+    those of an observer who learns the process from the first n_learned steps.
+
+    Empty, after a line with the reason, when the process isn't known (no config.json, no noise).
+    """
+    process = process_or_none(series, "no optimal floor")
+    if process is None:
+        return {}
+    learner = learned.learner_of(series, n_learned) if n_learned else None
+    observers = {"optimal filter": process}
+    if learner is not None:
+        observers[f"the same filter with the process learned from {n_learned:,} labelled steps"] = learner.process
+    found = [window_floors(observer, series, starts, seq_len, model.horizons) for observer in observers.values()]
+    for name, floor in zip(observers, found, strict=True):
+        print(f"{name} on the validation windows: " + ", ".join(
+            f"{measure.upper()} {value:.4f} at horizon {k}" for measure in model.measures
+            for k, value in floor[measure].items()))
+    return found[0]
+
+
+def print_evaluation(args, parse_args):
     """--eval: the record of a checkpoint's run, its validation loss and its errors on the test series, on its own data
     or those of --data-dir.
 
-    parse_args: see saved_flags; floors(series, starts, seq_len, model): the exact filter's errors, printed too.
+    parse_args: see saved_flags. The exact filter's errors are printed too.
     """
     path = args.checkpoint if args.eval is True else args.eval
     device = cli.pick_device(args.device)
@@ -494,8 +516,8 @@ def print_evaluation(args, parse_args, floors):
         raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
     process = unseen.process_of(series)
     held_back = 0 if unseen.can_be_drawn(series, process) else saved.get("test_steps") or 0
-    _, val_starts, _ = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction, series.recordings,
-                                             held_back)
+    _, val_starts, boundary = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction, series.recordings,
+                                                    held_back)
     windows = dataset.Windows(series.X, seq_len, device)
     errors = validation_errors(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
                                not (args.no_amp or "scaling" in checkpoint))  # data far from 0 need float32
@@ -504,9 +526,9 @@ def print_evaluation(args, parse_args, floors):
     print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
     tested = unseen.unseen_part(series, process, seq_len, args.test_steps, held_back)
     if tested is not None:
-        print(tested.describe())
-        floors_there = unseen.floor_blocks(tested, model.horizons)
-        print(unseen.unseen_table(unseen.unseen_rows(unseen.model_blocks(model, tested), floors_there, tested.weights)))
+        its_data = process is not None and checkpoint.get("data_crc32") == dataset.crc32(series.X)
+        learner = learned.learner_of(series, boundary) if its_data and not saved.get("fresh") else None
+        unseen.print_report(unseen.as_report(model, tested, learner))
 
 
 # ---- The best and the last state ------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def unseen_rows(blocks, floors, weights):
         row["excess_percent"], row["excess_percent_error"] = (
             (None, None) if floor is None else excess_and_error(mse, floor, weights))
         if "nll" in blocks:
-            nll, floor = blocks["nll"][k], floors.get("nll", {}).get(k)
+            nll, floor = blocks["nll"].get(k), floors.get("nll", {}).get(k)
             put(row, "test_nll", nll)
             put(row, "optimal_nll", floor)
             put(row, "excess_nats", nll, floor)
@@ -236,12 +236,28 @@ def unseen_rows(blocks, floors, weights):
 
 # ---- Several models on one test series ------------------------------------------------------------------------
 
-def as_report(model, unseen):
+def as_report(model, unseen, learner=None):
     """What NAME_metrics.json holds of a model's errors on the test series, a dict that `compared` takes: the blocks of
-    model and filter, their shares, and the rows of `unseen_rows`."""
+    model and filter, their shares, and the rows of `unseen_rows`; with a `learned.Learner` its errors too."""
     blocks, floors = model_blocks(model, unseen), floor_blocks(unseen, model.horizons)
-    return {"what": unseen.describe(), "rows": unseen_rows(blocks, floors, unseen.weights),
-            "blocks": as_lists(blocks), "floors": as_lists(floors), "weights": unseen.weights.tolist()}
+    report = {"what": unseen.describe(), "rows": unseen_rows(blocks, floors, unseen.weights),
+              "blocks": as_lists(blocks), "floors": as_lists(floors), "weights": unseen.weights.tolist()}
+    if learner is not None and floors:
+        of_learner = floor_blocks(dataclasses.replace(unseen, process=learner.process), model.horizons)
+        report["learner"] = {"n_steps": learner.n_steps, "rows": unseen_rows(
+            {measure: of_learner[measure] for measure in blocks}, floors, unseen.weights)}
+    return report
+
+
+def print_report(report):
+    """Print what `as_report` returns: the table, and a line on the learner."""
+    print(f"{report['what']}\n{unseen_table(report['rows'])}")
+    if "learner" in report:
+        row = report["learner"]["rows"][0]
+        nats = with_error(row.get("excess_nats"), row.get("excess_nats_error"), "+.4f", " nats")
+        print(f"an observer who learns the process from the {report['learner']['n_steps']:,} labelled training steps: "
+              + with_error(row["excess_percent"], row["excess_percent_error"], "+.2f", " %")
+              + (f" and {nats}" if "excess_nats" in row else "") + f" at horizon {row['horizon']}")
 
 
 def as_lists(blocks):

@@ -29,6 +29,7 @@ import cli
 import dataset
 import evaluate_representations as ev
 import figures
+import learned
 import level_figures
 import level_tables
 import mamba_model
@@ -950,7 +951,7 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, shared_data, tin
     series = dataset.load_series(shared_data)
     for report, path in zip(reports, (tiny_checkpoint, tmp_path / "deep.pt"), strict=True):
         part = unseen.unseen_part(series, unseen.process_of(series), report["seq_len"])
-        test = unseen.as_report(mamba_model.load_checkpoint(path)[0], part)
+        test = unseen.as_report(mamba_model.load_checkpoint(path)[0], part, learned.learner_of(series, 2700))
         assert report["test"] == test
         assert f"{part.describe()}\n{unseen.unseen_table(test['rows'])}\n" in result.out
     tested = unseen.compared({report["name"]: [report["test"]] for report in reports})

@@ -31,6 +31,7 @@ import mamba_model
 import markov_circles_timeseries as generator
 import masked_model_gpu_mamba_next as training
 import optimal_filter
+import run_files
 
 CASES = int(os.environ.get("HOSTILE_CASES", 12))
 hostile = settings(max_examples=CASES, deadline=None, derandomize="HOSTILE_CASES" not in os.environ, database=None,
@@ -572,7 +573,7 @@ def test_pickled_code_in_checkpoints(run_copy, run_folder, place, protocol, raw)
 def quick_end(monkeypatch):
     """The run's end without its figures, which take a second each."""
     monkeypatch.setattr(training, "finish", lambda args, files, rows, *rest: rows)
-    monkeypatch.setattr(training, "floors", lambda *args: {})
+    monkeypatch.setattr(run_files, "floors", lambda *args: {})
 
 
 def answered(result):

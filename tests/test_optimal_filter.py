@@ -493,7 +493,9 @@ def test_each_number_of_the_report(written, report):
     smoothed = reference["smoothed"].argmax(axis=1) == series.states
     assert list(found) == ["noise_floor", "planes_recovered", "n_steps", "first_validation_step", "seq_len", "stride",
                            "horizons", "circle_accuracy", "val_circle_accuracy", "smoothed_circle_accuracy",
-                           "log_likelihood_per_step", "entropy_rate", "entropy_rate_error", "made_by"]
+                           "log_likelihood_per_step", "learned_from_steps", "entropy_rate", "entropy_rate_error",
+                           "made_by"]
+    assert found["learned_from_steps"] == 300
     process = optimal_filter.process_from_series(series)
     assert (found["entropy_rate"], found["entropy_rate_error"]) == optimal_filter.entropy_rate(process)
     assert found["noise_floor"] == pytest.approx(NOISE**2) and found["planes_recovered"] is False
@@ -517,14 +519,16 @@ def test_each_number_of_the_report(written, report):
 def test_each_number_that_is_printed(report):
     lines, found = report.out.splitlines(), report.json
     assert lines[0] == f"noise floor (noise_std²): {NOISE**2:.4f}"
-    assert lines[3].split("  ") == ["horizon", "whole series", "validation", "windows of 30"]
+    assert lines[3].split("  ") == ["horizon", "whole series", "validation", "windows of 30", "process learned"]
     assert [line.split() for line in lines[5:7]] == [
-        [str(row["horizon"]), *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse"))]
+        [str(row["horizon"]), *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse", "val_window_learned_mse"))]
         for row in found["horizons"]]
-    assert lines[8] == (f"circle accuracy: {100 * found['circle_accuracy']:.3f}% from the past, "
+    assert lines[7] == ("process learned: the same windows, by a filter that has learned the process from the first 300 "
+                        "steps and their circles")
+    assert lines[9] == (f"circle accuracy: {100 * found['circle_accuracy']:.3f}% from the past, "
                         f"{100 * found['smoothed_circle_accuracy']:.3f}% from the whole series")
-    assert lines[9] == f"log-likelihood: {found['log_likelihood_per_step']:.4f} nats per step"
-    assert lines[10] == (f"entropy rate of the process: {found['entropy_rate']:.4f} ± "
+    assert lines[10] == f"log-likelihood: {found['log_likelihood_per_step']:.4f} nats per step"
+    assert lines[11] == (f"entropy rate of the process: {found['entropy_rate']:.4f} ± "
                          f"{found['entropy_rate_error']:.1g} nats per step")
     assert "recovered" not in report.out
 
