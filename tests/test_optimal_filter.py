@@ -521,10 +521,10 @@ def test_each_number_that_is_printed(report):
     assert lines[0] == f"noise floor (noise_std²): {NOISE**2:.4f}"
     assert lines[3].split("  ") == ["horizon", "whole series", "validation", "windows of 30", "process learned"]
     assert [line.split() for line in lines[5:7]] == [
-        [str(row["horizon"]), *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse", "val_window_learned_mse"))]
-        for row in found["horizons"]]
-    assert lines[7] == ("process learned: the same windows, by a filter that has learned the process from the first 300 "
-                        "steps and their circles")
+        [str(row["horizon"]), *(f"{row[key]:.4f}" for key in ("mse", "val_mse", "val_window_mse",
+                                                              "val_window_learned_mse"))] for row in found["horizons"]]
+    assert lines[7] == ("process learned: the same windows, by a filter that has learned the process from the first "
+                        "300 steps and their circles")
     assert lines[9] == (f"circle accuracy: {100 * found['circle_accuracy']:.3f}% from the past, "
                         f"{100 * found['smoothed_circle_accuracy']:.3f}% from the whole series")
     assert lines[10] == f"log-likelihood: {found['log_likelihood_per_step']:.4f} nats per step"
