@@ -130,7 +130,7 @@ def run_smaller(script, name, flags):
 
 
 @pytest.mark.parametrize("page", PAGES_THAT_RUN)
-def test_commands_run_in_order_and_write_what_the_page_says(page, script, tmp_path, monkeypatch):
+def test_commands_run_in_order_and_write_what_the_page_says(page, script, undrawn, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("markov_circles_timeseries.UMAP_POINTS", 500)  # sizes without a flag
     monkeypatch.setattr("measures.KMEANS_RESTARTS", 1)
