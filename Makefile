@@ -60,8 +60,7 @@ $(DEMO)/model_prediction_2.png: $(DEMO)/data/umap.png
 	    --batch-size 8 --epochs 177 --warmup-epochs 2 --lr 8e-3 --ema 0.99 --no-train-eval $$(test -f $(DEMO)/model_last.pt && echo --resume)
 
 $(DEMO)/plots/.evaluated: $(DEMO)/model_prediction_2.png
-	$(PY) evaluate_representations.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots \
-	    --umap-points 3000
+	$(PY) evaluate_representations.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots
 	@touch $@
 
 $(DEMO)/plots/.generated: $(DEMO)/model_prediction_2.png
