@@ -308,19 +308,19 @@ def block_gemms(batch, time, d_model, d_inner, d_state):
 
 
 def kernel_limits(limits, batch, time, d_inner, d_state):
-    """The least seconds of each kernel of scan_triton.py for bfloat16 inputs: {kernel: seconds}.
+    """The least seconds of each kernel of the back end triton for bfloat16 inputs: {kernel: seconds}.
 
     Either the bytes that it reads and writes, once each, over the bandwidth, or its exps over their rate, whichever
     takes longer. There is one exp per state update, and two per channel and step for the softplus and the gate.
     """
-    from kernels import scan_triton
+    from kernels import scan_cuda
 
     row, narrow = 2 * batch * time * d_inner, 2 * batch * time * d_state  # bytes of u and of B
-    states = 2 * np.prod(scan_triton.chunk_states_shape(batch, time, d_inner, d_state))
+    states = 2 * np.prod(scan_cuda.chunk_states_shape(batch, time, d_inner, d_state))
     updates = batch * time * d_inner
     needs = {"_conv_forward_kernel": (2 * row, updates), "_conv_backward_kernel": (3 * row, updates),
-             "_forward_kernel": (4 * row + 2 * narrow + states, updates * (d_state + 2)),
-             "_backward_kernel": (7 * row + 4 * narrow + states, updates * (d_state + 2))}
+             "scan_forward": (4 * row + 2 * narrow + states, updates * (d_state + 2)),
+             "scan_backward": (7 * row + 4 * narrow + states, updates * (d_state + 2))}
     return {name: max(n_bytes / limits.bandwidth, exps / limits.exps) for name, (n_bytes, exps) in needs.items()}
 
 
@@ -337,7 +337,7 @@ def block_limits(limits, shape):
     for name in floor:
         if cuda:
             kernels = kernel_limits(limits, batch, time, d_inner, d_state)
-            floor[name] += kernels[f"_conv_{name}_kernel"] + kernels[f"_{name}_kernel"]
+            floor[name] += kernels[f"_conv_{name}_kernel"] + kernels[f"scan_{name}"]
         else:
             floor[name] += batch * time * d_inner * d_state / limits.exps
     return floor
@@ -431,11 +431,21 @@ PEERS = {"cpu": {"mambapy": ("mambapy", mambapy_block), "transformers": ("transf
 
 
 def find_peers(device):
-    """{name: make_block(d_model, d_state)} of the device's peers that are installed, and a note on each that isn't."""
+    """{name: make_block(d_model, d_state)} of the device's peers that are installed, and a note on each that isn't.
+
+    mamba-ssm has two forms: with causal-conv1d its block is one fused function. The name says which was found.
+    """
     known, file = PEERS[device.type], "requirements-cuda.txt" if device.type == "cuda" else "requirements-bench.txt"
-    peers = {name: make_block for name, (package, make_block) in known.items() if importlib.util.find_spec(package)}
-    return peers, [f"{name} is not installed and left out; install it with: pip install -r {file}"
-                   for name in known if name not in peers]
+    peers, notes = {}, []
+    for name, (package, make_block) in known.items():
+        if not importlib.util.find_spec(package):
+            notes.append(f"{name} is not installed and left out; install it with: pip install -r {file}")
+        elif name == "mamba-ssm" and not importlib.util.find_spec("causal_conv1d"):
+            peers["mamba-ssm, slow form"] = make_block
+            notes.append("mamba-ssm is measured without causal-conv1d, which isn't installed: not its fastest form")
+        else:
+            peers["mamba-ssm + causal-conv1d" if name == "mamba-ssm" else name] = make_block
+    return peers, notes
 
 
 class PeerBlock(nn.Module):
@@ -646,13 +656,17 @@ def measure_step(bench):
     measures = {"ours": step_pass(model, x, args)}
     measures |= {name: step_pass(with_blocks_of(make_block, model).train(), x, args)
                  for name, make_block in peers.items()}
-    graphs = {"step as one CUDA graph": replayed_step(model, x, args),
-              "step compiled, as one CUDA graph": replayed_step(model, x, args, compiled=True)} if cuda else {}
-    found = interleaved(measures | graphs, bench.repeats)
     floor, peer = step_limits(bench.limits, args, args.batch_size, features), next(iter(peers), None)
+    graphs, theirs = {}, None
+    if cuda:
+        graphs = {"step as one CUDA graph": replayed_step(model, x, args),
+                  "step compiled, as one CUDA graph": replayed_step(model, x, args, compiled=True)}
+    if cuda and peer:
+        theirs = f"{peer}, CUDA graph"
+        measures[theirs] = replayed_step(with_blocks_of(peers[peer], model).train(), x, args)
+    found = interleaved(measures | graphs, bench.repeats)
     lines = lap_lines(found, peer, floor, "step")
-    lines += [compared(how, found[how], peer, peer and lap_times(found[peer]), limit=sum(floor.values()))
-              for how in graphs]
+    lines += [compared(how, found[how], theirs, found.get(theirs), limit=sum(floor.values())) for how in graphs]
     lines.append(memory_line(measures, peer, device))
     notes.append(f"limit: the blocks as in the row scan, and the matrix products before and behind them "
                  f"({bench.limits.text()})")

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,22 +204,22 @@ def test_limits_of_a_block_and_of_a_training_step():
 
 def test_limits_of_the_kernels_on_a_gpu(monkeypatch):
     """Bytes over the bandwidth or exps over their rate, whichever takes longer; bfloat16 has two bytes."""
-    scan_triton = SimpleNamespace(
-        chunk_states_shape=lambda batch, time_, d_inner, n: (batch, -(-time_ // 8), d_inner, n))
-    monkeypatch.setitem(sys.modules, "kernels.scan_triton", scan_triton)
-    monkeypatch.setattr(bench.importlib.import_module("kernels"), "scan_triton", scan_triton, raising=False)
+    from kernels import scan_cuda
+
+    monkeypatch.setattr(scan_cuda, "chunk_states_shape",
+                        lambda batch, time_, d_inner, n: (batch, -(-time_ // 8), d_inner, n))
     batch, time_, d_inner, n = 2, 16, 64, 4
     row, narrow, states = 2 * batch * time_ * d_inner, 2 * batch * time_ * n, 2 * batch * 2 * d_inner * n
     n_bytes = {"_conv_forward_kernel": 2 * row, "_conv_backward_kernel": 3 * row,
-               "_forward_kernel": 4 * row + 2 * narrow + states, "_backward_kernel": 7 * row + 4 * narrow + states}
+               "scan_forward": 4 * row + 2 * narrow + states, "scan_backward": 7 * row + 4 * narrow + states}
     limits = KnownLimits("cuda")
     limits.exps = 1e12
     expected = {name: count / 1e4 for name, count in n_bytes.items()}
     assert bench.kernel_limits(limits, batch, time_, d_inner, n) == pytest.approx(expected)
     products = batch * time_ * (32 * 128 + 64 * (2 + 8) + 2 * 64 + 64 * 32) / 1e6
     assert bench.block_limits(limits, (batch, time_, 32, n)) == pytest.approx({
-        "forward": products + expected["_conv_forward_kernel"] + expected["_forward_kernel"],
-        "backward": 2 * products + expected["_conv_backward_kernel"] + expected["_backward_kernel"]})
+        "forward": products + expected["_conv_forward_kernel"] + expected["scan_forward"],
+        "backward": 2 * products + expected["_conv_backward_kernel"] + expected["scan_backward"]})
     limits.exps, limits.bandwidth = 1e3, 1e12
     updates = batch * time_ * d_inner / 1e3
     assert list(bench.kernel_limits(limits, batch, time_, d_inner, n).values()) == pytest.approx(
@@ -565,6 +564,18 @@ def test_a_missing_peer_is_one_clear_line_and_no_error(script, monkeypatch):
         assert "not installed" in line and "pip install -r requirements-bench.txt" in line
     peers, (note,) = bench.find_peers(torch.device("cuda"))
     assert not peers and "pip install -r requirements-cuda.txt" in note
+
+
+def test_the_peer_on_a_gpu_is_named_by_its_form(monkeypatch):
+    """mamba-ssm is one fused function only with causal-conv1d: a slower form is never shown as the peer."""
+    installed = {"mamba_ssm", "causal_conv1d"}
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    peers, notes = bench.find_peers(torch.device("cuda"))
+    assert list(peers) == ["mamba-ssm + causal-conv1d"] and not notes
+    assert peers["mamba-ssm + causal-conv1d"] is bench.mamba_ssm_block
+    installed.remove("causal_conv1d")
+    peers, (note,) = bench.find_peers(torch.device("cuda"))
+    assert list(peers) == ["mamba-ssm, slow form"] and "without causal-conv1d" in note
 
 
 def test_bad_flags_are_refused(refused, tmp_path):
