@@ -8,7 +8,7 @@ process. What takes longer than 30 s is measured once. A peer that isn't install
               batches and each kernel on a GPU
   step        a training step of the whole model, against the same model with a peer's blocks
   epoch       an epoch of the training script, against a common training loop: DataLoader workers, one .item() per step,
-              no CUDA graph
+              no CUDA graph; where there are several GPUs, also one process on each against a single process
   generate    generation by the recurrence, against running the model over the whole prefix at each step
 
 Memory on a CPU is the peak of what torch allocates (the kernels' own tiles, a few KiB per thread, are not seen); on a
@@ -35,6 +35,7 @@ import io
 import itertools
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -712,19 +713,44 @@ def common_training(series, args, model, device):
 
 
 def train_by_script(folder, flags, device, epochs):
-    """Train as the training script does, in this process, and return the seconds per epoch, from the run's log.
-
-    The first epoch is left out: it includes compiling and the capture of the CUDA graph.
-    """
+    """Train as the training script does, in this process, and return the seconds per epoch, from the run's log."""
     name = f"run_{time.monotonic_ns()}"
     args = training_flags(flags, device=device, data_dir=folder, checkpoint=Path(folder) / f"{name}.pt", epochs=epochs)
     # Training would handle Ctrl-C itself, from then on: here it must go on ending this script at once.
     with (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
           mock.patch("signal.signal")):
         training.main(args)
-    with open(Path(folder) / f"{name}_log.csv", newline="") as file:
+    return seconds_per_epoch(Path(folder) / f"{name}_log.csv")
+
+
+def seconds_per_epoch(log):
+    """The mean of a run's log, without the first epoch: that includes compiling and the capture of the CUDA graph."""
+    with open(log, newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     return (seconds[-1] - seconds[0]) / (len(seconds) - 1)
+
+
+def train_in_processes(folder, flags, batch_size, processes, epochs):
+    """Train by the training script in so many processes, one per GPU, and return the seconds per epoch."""
+    name = f"run_{processes}_{batch_size}_{time.monotonic_ns()}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    subprocess.run([*torchrun, str(Path(training.__file__)), *flags.split(), "--batch-size", str(batch_size),
+                    "--no-compile", "--no-train-eval", "--data-dir", str(folder), "--epochs", str(epochs),
+                    "--checkpoint", str(Path(folder) / f"{name}.pt")], check=True, stdout=subprocess.DEVNULL)
+    return seconds_per_epoch(Path(folder) / f"{name}_log.csv")
+
+
+def process_lines(folder, flags, batch_size, epochs):
+    """Lines of an epoch in one process per GPU against one process, at the batch size and at four times as much.
+
+    One process replays CUDA graphs, several launch their kernels one by one: both as the training script has it.
+    """
+    lines, n = [], torch.cuda.device_count()
+    for batch in (batch_size, 4 * batch_size) if n > 1 else ():
+        several, one = (train_in_processes(folder, flags, batch, count, epochs) for count in (n, 1))
+        lines.append(compared(f"epoch, batch {batch}, {n} GPUs", [several], "one GPU", [one]))
+        lines.append(Line("speed-up per GPU", one / (n * several), unit="share"))
+    return lines
 
 
 def busy_share(folder, flags, device, epochs, seconds_per_epoch):
@@ -758,6 +784,7 @@ def measure_epoch(bench):
             busy = busy_share(folder, flags, device, epochs, lines[0].ours)
             lines.append(Line("GPU busy", busy, unit="share"))
             notes.append(f"GPU busy: kernel time of {epochs} epochs, profiled, over the time they take unprofiled")
+            lines += process_lines(folder, flags, args.batch_size, epochs)
     train, val, _ = dataset.split_windows(series.n_steps, args.seq_len, args.stride, args.val_fraction)
     return (f"epoch: {len(train)} training windows in {-(-len(train) // args.batch_size)} steps, {len(val)} validation "
             f"windows of {args.seq_len} steps, {args.n_layers} layers"), lines, notes

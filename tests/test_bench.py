@@ -18,6 +18,7 @@ from torch import nn
 import bench
 import dataset
 import generate
+import masked_model_gpu_mamba_next as training
 from mamba_model import CausalTimeSeriesMamba, MambaBlock, autocast
 
 CPU = torch.device("cpu")
@@ -444,6 +445,32 @@ def test_lines_of_the_row_epoch(monkeypatch, tiny_bench):
     # of 900 steps training windows begin at 0, 64, …, 832; of the 100 behind them one window in two strides
     assert title == "epoch: 14 training windows in 4 steps, 2 validation windows of 32 steps, 2 layers" and not notes
     assert as_tuples(lines) == [("epoch", 0.25, "s", "DataLoader, our cpu blocks", 1.0, 4.0, None)]
+
+
+def test_lines_of_several_gpus(monkeypatch, tmp_path):
+    """Two processes against one, each started by torchrun with the row's flags; their logs give the seconds."""
+    started = []
+
+    def run(command, check, stdout):
+        started.append(command)
+        flags = training.parse_args(command[command.index(training.__file__) + 1:])
+        processes = int(command[4].split("=")[1])
+        seconds = {(1, 4): 8.0, (2, 4): 5.0, (1, 16): 6.0, (2, 16): 3.0}[processes, flags.batch_size]
+        assert (flags.data_dir, flags.epochs, flags.no_compile, flags.no_train_eval) == (tmp_path, 3, True, True)
+        with open(flags.checkpoint.with_name(f"{flags.checkpoint.stem}_log.csv"), "w", newline="") as file:
+            csv.writer(file).writerows([["epoch", "seconds"], [1, 50.0], [2, 50 + seconds], [3, 50 + 2 * seconds]])
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    lines = bench.process_lines(tmp_path, bench.TINY_FLAGS, 4, 3)
+    assert as_tuples(lines) == [
+        ("epoch, batch 4, 2 GPUs", 5.0, "s", "one GPU", 8.0, 1.6, None),
+        ("speed-up per GPU", 0.8, "share", "", None, None, None),
+        ("epoch, batch 16, 2 GPUs", 3.0, "s", "one GPU", 6.0, 2.0, None),
+        ("speed-up per GPU", 1.0, "share", "", None, None, None)]
+    assert all(command[1:4] == ["-m", "torch.distributed.run", "--standalone"] for command in started)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert bench.process_lines(tmp_path, bench.TINY_FLAGS, 4, 3) == [] and len(started) == 4
 
 
 def test_lines_of_the_row_generate(monkeypatch, tiny_bench):
