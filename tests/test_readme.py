@@ -320,7 +320,7 @@ def test_code_named_in_the_prose_exists():
 
 def test_names_of_runs_are_as_described():
     training = importlib.import_module(TRAINING)
-    named = re.findall(r"`(--[^`]+)` makes\s+`(model_next[\w.]+\.pt)`", README)
+    named = re.findall(r"`(--[^`]+)` makes\s+`(model_next[\w.]+\.pt)`", PAGES["docs/runs.md"])
     assert len(named) == 2
     for flags, name in named:
         assert training.parse_args(flags.split()).checkpoint.name == name
