@@ -141,6 +141,8 @@ def umap_embedding(points, graph, seed):
     with warnings.catch_warnings():
         # It warns that no points can be added to the embedding later; nobody here does that.
         warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
+        # And that the graph falls into parts. Circles that lie far apart are such parts; UMAP lays out each by itself.
+        warnings.filterwarnings("ignore", message="Graph is not fully connected", category=UserWarning)
         return reducer.fit_transform(points)
 
 
