@@ -1,4 +1,4 @@
-"""What an exact observer believes, and where a model falls short of it.
+"""What an exact observer believes, and how much of that a representation holds.
 
 The exact filter of the process (`optimal_filter`) knows at each time step everything that the past tells about the
 hidden state: how likely each circle is, the phase, how many revolutions the present visit has done, and how likely
@@ -7,9 +7,8 @@ their residual stream", arXiv 2405.15943) look for them in the layers of a train
 network that predicts as well as the filter must hold them in some form, while it could name the circle without any
 of the rest.
 
-`Beliefs` of a series come from `beliefs`, those of windows that each begin without a past from `in_windows`.
-`event_classes` sorts the predictions in windows by what happens there, for the share of a model's excess that each
-kind of event takes.
+`Beliefs` of a series come from `beliefs`, those of windows that each begin without a past from `in_windows`. A
+`Readout` is the regression.
 """
 
 from typing import NamedTuple
@@ -17,13 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 import dataset
+import measures
 import optimal_filter
 
 NEAR_STEPS = 2  # a visit may end soon: at most so many steps from the last step of a revolution
-FIRST_STEPS = 32  # of a window, in which the model has nearly no past to go by
-AFTER_STEPS = 16  # after a switch, in which the new circle may not be known yet
-EVENTS = ("first steps of a window", "step of a switch", "just after a switch", "a revolution ends without a switch",
-          "all others")
+READOUT_STEPS = 50_000  # that the regressions are fitted to
 
 
 class Beliefs(NamedTuple):
@@ -61,18 +58,25 @@ def beliefs(process, X, initial="stationary", first_step=None):
     return Beliefs(circle, phase, revolutions, hazard, error.astype(np.float32), nll.astype(np.float32))
 
 
-def in_windows(process, X, starts, length):
+def in_windows(process, X, starts, length, first_steps=None, progress=None):
     """The Beliefs in windows X[start : start + length], each begun without a past: arrays (n_windows, length, …).
 
-    That is the past that a model has which sees one window at a time.
+    That is the past that a model has which sees one window at a time. first_steps: how many steps each window begins
+    behind the first one of its recording, by default `starts`; progress: called with the number of steps whenever some
+    are done.
     """
-    def one(start):
+    def one(place):
+        start, first_step = place
         window = X[start:start + length]
-        found = beliefs(process, window, first_step=start)
+        found = beliefs(process, window, first_step=first_step)
         dataset.release(window)
+        if progress:
+            progress(length)
         return found
 
-    found = optimal_filter.on_all_cores(one, np.asarray(starts).tolist())
+    starts = np.asarray(starts).tolist()
+    first_steps = starts if first_steps is None else np.asarray(first_steps).tolist()
+    found = optimal_filter.on_all_cores(one, list(zip(starts, first_steps, strict=True)))
     return Beliefs(*(None if values[0] is None else np.stack(values) for values in zip(*found, strict=True)))
 
 
@@ -93,21 +97,53 @@ def near_an_end(process, states, thetas):
     return np.minimum((periods - 1 - step) % periods, (step + 1) % periods) <= NEAR_STEPS
 
 
-def event_classes(process, states, thetas, starts, length):
-    """Which of EVENTS each prediction of the next step is, by its number: (n_windows, length - 1) int.
+# ---------------------------------------------------------------------------------------------------------------
+# How much of the beliefs a representation holds
 
-    The prediction at position t of a window is of the step t + 1. Each is one event: of those that it may be the first
-    in EVENTS. states, thetas (n,): of the series; starts: of the windows.
+
+class Readout:
+    """Linear regressions from a representation of time steps onto the beliefs at them.
+
+    fit, fit_near: the Beliefs at n steps, and whether each is near the end of a revolution, (n,) bool; the regressions
+    are fitted to READOUT_STEPS of them, drawn at random. score, score_near: the same of other, unseen steps, all of
+    which score the regressions.
     """
-    n = len(states)
-    switches = np.flatnonzero(states[1:] != states[:-1]) + 1  # first steps of the visits, but for the first visit
-    since = np.full(n, n)  # steps since the last switch
-    before = np.searchsorted(switches, np.arange(n), side="right")
-    since[before > 0] = (np.arange(n) - switches[before - 1])[before > 0] if len(switches) else n
-    event = np.full(n, EVENTS.index("all others"))
-    event[revolution_steps(process, states, thetas) == 0] = EVENTS.index("a revolution ends without a switch")
-    event[since <= AFTER_STEPS] = EVENTS.index("just after a switch")
-    event[since == 0] = EVENTS.index("step of a switch")
-    classes = event[np.asarray(starts)[:, None] + np.arange(1, length)]
-    classes[:, :FIRST_STEPS] = EVENTS.index("first steps of a window")
-    return classes
+
+    def __init__(self, fit, fit_near, score, score_near, seed):
+        K, rng = fit.circle.shape[1], np.random.default_rng(seed)
+        self.columns = {"circle": slice(0, K), "phase": slice(K, K + 2), "revolutions": slice(K + 2, K + 3),
+                        "hazard": slice(K + 3, K + 4)}
+        self.rows = np.sort(rng.permutation(len(fit_near))[:READOUT_STEPS])
+        self.near_rows = np.sort(rng.permutation(np.flatnonzero(fit_near))[:READOUT_STEPS])
+        self.near_scored = np.flatnonzero(score_near)
+        self.fit, self.score = targets_of(fit), targets_of(score)
+        self.likeliest = fit.circle.argmax(axis=1), score.circle.argmax(axis=1)
+
+    def r2(self, values, scored):
+        """How much of the variance of each belief a ridge regression from a representation explains: a dict.
+
+        values (n, width): at the steps that may fit the regressions; scored (m, width): at those that score them.
+        "circle": of all K probabilities together; "phase": of both numbers; "revolutions": within each circle, since
+        the circle itself tells much about how many revolutions its visits last; "hazard": near the ends of revolutions
+        alone, since elsewhere it is 0. None for what isn't known or doesn't vary.
+        """
+        n, rows, near_rows = len(scored), self.rows, self.near_rows
+        train, rest = measures.whitened(values[rows], np.concatenate([scored, values[near_rows]]))
+        width, test, near = train.shape[1], rest[:n], rest[n:]
+        by_circle = measures.ridge_data(train, self.fit[rows], test, self.score,
+                                        (self.likeliest[0][rows], self.likeliest[1]))
+        everywhere = measures.RidgeData(*(sum(parts) for parts in zip(*by_circle, strict=True)))
+        at_ends = measures.ridge_data(near, self.fit[near_rows], test[self.near_scored], self.score[self.near_scored])
+        data = {"circle": everywhere, "phase": everywhere, "revolutions": by_circle, "hazard": at_ends}
+        return {name: measures.ridge_r2(data[name], width, columns) for name, columns in self.columns.items()}
+
+
+def targets_of(believed):
+    """The beliefs as the columns of one array: circle, phase, revolutions (0 where they aren't known), hazard."""
+    revolutions = np.zeros_like(believed.hazard) if believed.revolutions is None else believed.revolutions
+    return np.column_stack([believed.circle, believed.phase, revolutions, believed.hazard])
+
+
+def rows_of(believed, rows):
+    """The Beliefs of these rows alone; rows: any index of the first axis."""
+    return Beliefs(*(None if values is None else values[rows] for values in believed))

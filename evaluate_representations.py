@@ -38,6 +38,7 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 # isort: split
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.util
@@ -85,6 +86,9 @@ def parse_args(argv=None):
     dimension.add_argument("--lb-points", type=cli.positive_int, default=10_000, metavar="N",
                            help="random time steps for the dimension")
     cli.add_test_steps(parser.add_argument_group("test series"))
+    parser.add_argument_group("baselines").add_argument(
+        "--no-baselines", action="store_true",
+        help="no low-passed input, quadratic probe, untrained model and linear autoregression: faster")
     cli.add_computing(parser)
     cli.add_drawing(parser)
     files = parser.add_argument_group("files")
@@ -94,7 +98,7 @@ def parse_args(argv=None):
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
     args.settings = "".join(f"_{part}" for part in cli.flags_in_name(parser, args, (
-        "layers", "no_umap", "no_lb", "per_layer", "checkpoint", "data_dir", "save_dir")))
+        "layers", "no_umap", "no_lb", "no_baselines", "per_layer", "checkpoint", "data_dir", "save_dir")))
     if args.umap_neighbors < 2:
         parser.error("--umap-neighbors must be 2 or more: the point itself counts as one")
     if not args.no_umap and args.umap_points < 4:
@@ -111,21 +115,21 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+import baselines
 import dataset
+import excess
 import figures
-import learned
 import level_figures
 import level_tables
 import mamba_model
 import measures
+import observer
 import optimal_filter
 import representations
 import terminal
 import unseen
 from measures import DIMENSION_K, DIMENSION_KS
 
-PROBE_FRACTION = 0.7  # the probes are fitted on this part of time and scored on the rest
-PROBE_STEPS = 20_000  # at most so many steps of that part, drawn at random
 POINTS_WORTH_A_POOL = 10_000  # starting a process takes as long as embedding about this many points
 
 
@@ -151,33 +155,17 @@ def chosen_depths(levels, n_layers, checkpoint):
 # The measures of one level
 
 
-def probe_split(n_rows, rng):
-    """The rows that fit the probes and the rows that score them: (train (n,) ascending, a slice).
-
-    Train: at most PROBE_STEPS rows from the first PROBE_FRACTION of time; the slice: all rows after that part.
-    """
-    boundary = round(n_rows * PROBE_FRACTION)
-    train = np.sort(rng.permutation(boundary)[:PROBE_STEPS])
-    return train, slice(boundary, n_rows)
-
-
 def neighborhood(points, lb_points, umap_points, umap_neighbors):
     """The dimension of the first lb_points and the neighbour graph for the UMAP of the first umap_points.
 
-    Returns (dimension {k: value} for the DIMENSION_KS, graph (distances, indices) as `measures.knn` gives it); each is
-    None when its number of points is 0. The dimension of a level with too few distinct points is None for all k. One
-    neighbour query serves all k and, where its lists are long enough, the UMAP too.
+    Returns (`measures.dimensions` for the DIMENSION_KS, graph (distances, indices) as `measures.knn` gives it); each is
+    None when its number of points is 0. One neighbour query serves all k and, where its lists are long enough, the UMAP
+    too.
     """
     dimension = graph = None
     if lb_points:
         distances, indices = measures.knn(points[:lb_points], max(DIMENSION_KS))
-        try:
-            if distances[:, 0].min() > 0:
-                dimension = measures.dimension_from_distances(distances, DIMENSION_KS)
-            else:  # some points repeat; levina_bickel leaves the copies out and asks for the neighbours anew
-                dimension = measures.levina_bickel(points[:lb_points], DIMENSION_KS)
-        except cli.UserError:
-            dimension = dict.fromkeys(DIMENSION_KS)
+        dimension = measures.dimensions(points[:lb_points], DIMENSION_KS, distances)
         if 0 < umap_points <= lb_points:
             graph = measures.knn_of_first(distances, indices, umap_points, umap_neighbors - 1)
     if umap_points and graph is None:
@@ -185,41 +173,160 @@ def neighborhood(points, lb_points, umap_points, umap_neighbors):
     return dimension, graph
 
 
-def level_measures(values, series, rows, args):
-    """All measures of one level but those in its UMAP, and what its UMAP needs.
+class Measurer:
+    """Measures levels of one series; the same for all models and baselines.
 
-    values (n, width), one row for each of the last n steps of the series; rows: the sampled row numbers, in random
-    order. Returns (dict, points, graph, nearest): the sampled points (n_umap, width), their neighbours, and for each of
-    the n rows which of these points is nearest (n,); these three are None without UMAP.
+    rows: the sampled row numbers, in random order; optimum: an observer.Optimum; pool: as from `umap_pool`.
     """
-    from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import, like all of scikit-learn
 
-    steps = representations.steps_of_rows(series, args.velocity)[-len(values):]
-    states, thetas = dataset.rows_of(series.states, steps), dataset.rows_of(series.thetas, steps)
-    mean, eigenvalues, vectors = measures.spectrum(values)
-    reduced = measures.principal_components(values, mean, vectors, args.pca)
+    def __init__(self, series, optimum, rows, args, pool):
+        self.series, self.optimum, self.rows, self.args, self.pool = series, optimum, rows, args, pool
+        self.steps = representations.steps_of_rows(series, args.velocity)
+        self.states, self.thetas = (dataset.rows_of(labels, self.steps) for labels in (series.states, series.thetas))
+        self.n_umap = min(args.umap_points, len(rows))
 
-    # ---- the sample: its first points serve the dimension, the UMAP and the silhouette.
-    points = reduced[rows]
-    n_umap, n_lb = min(args.umap_points, len(rows)), 0 if args.no_lb else min(args.lb_points, len(rows))
-    dimension, graph = neighborhood(points, n_lb, 0 if args.no_umap else n_umap, args.umap_neighbors)
+    def probes(self, values, in_test, window_settings):
+        """The measures of a level by regressions, which see its whole width: a dict.
 
-    # ---- the probes, which see the whole width of the level, and k-means
-    fit, score = probe_split(len(values), np.random.default_rng(args.seed))
-    train, test = measures.whitened(values[fit], values[score])
-    level = {
-        "width": values.shape[1],
-        "probe_accuracy": measures.circle_probe(train, dataset.rows_of(states, fit), test,
-                                                dataset.rows_of(states, score)),
-        "phase_r2": measures.phase_probe(train, dataset.rows_of(thetas, fit), test, dataset.rows_of(thetas, score)),
-        **measures.cluster_scores(reduced, rows, states, series.n_circles, args.seed),
-        "silhouette": measures.silhouette(points[:n_umap], dataset.rows_of(states, rows[:n_umap])),
-        "effective_rank": measures.participation_ratio(eigenvalues),
-        "dimension": dimension,
-    }
-    if args.no_umap:
-        return level, None, None, None
-    return level, points[:n_umap], graph, pairwise_distances_argmin(reduced, points[:n_umap])
+        values (n, width), one row for each of the steps; in_test (n_windows, seq_len, width), the same level in the
+        test series, None without one; window_settings: (seq_len, stride, val_fraction) of the model's training.
+        """
+        fit, score = measures.probe_split(len(values), np.random.default_rng(self.args.seed))
+        train, test = measures.whitened(values[fit], values[score])
+        readout, n = (None, 0) if in_test is None else self.optimum.readout(window_settings, self.args.velocity)
+        return {
+            "width": values.shape[1],
+            "probe_accuracy": measures.circle_probe(train, dataset.rows_of(self.states, fit), test,
+                                                    dataset.rows_of(self.states, score)),
+            "phase_r2": measures.phase_probe(train, dataset.rows_of(self.thetas, fit), test,
+                                             dataset.rows_of(self.thetas, score)),
+            "beliefs": None if readout is None else readout.r2(values[:n], self.optimum.tested(
+                window_settings[0]).rows(in_test, self.args.velocity)),
+        }
+
+    def level(self, values, in_test, window_settings, umap=True):
+        """All measures of a level but those in its UMAP: (dict, its Embedding, or None without one).
+
+        Arguments as for `probes`; umap: whether to make one, if there are any.
+        """
+        args, rows, n_umap = self.args, self.rows, self.n_umap
+        umap = umap and not args.no_umap
+        mean, eigenvalues, vectors = measures.spectrum(values)
+        reduced = measures.principal_components(values, mean, vectors, args.pca)
+        points = reduced[rows]  # its first ones serve the dimension, the UMAP and the silhouette
+        n_lb = 0 if args.no_lb else min(args.lb_points, len(rows))
+        dimension, graph = neighborhood(points, n_lb, n_umap if umap else 0, args.umap_neighbors)
+        level = {
+            **self.probes(values, in_test, window_settings),
+            **measures.cluster_scores(reduced, rows, self.states, self.series.n_circles, args.seed),
+            "silhouette": measures.silhouette(points[:n_umap], dataset.rows_of(self.states, rows[:n_umap])),
+            "effective_rank": measures.participation_ratio(eigenvalues),
+            "dimension": dimension,
+            "dimension_whitened": None if args.no_lb else measures.dimensions(
+                measures.whitened(points[:n_lb], points[:0])[0], [DIMENSION_K]),
+        }
+        return level, self.embedding(reduced, points[:n_umap], graph) if umap else None
+
+    def embedding(self, reduced, points, graph):
+        """Begin the UMAP of the sampled points (n_umap, width) of a level reduced (n, width): an Embedding."""
+        from sklearn.metrics import pairwise_distances_argmin  # takes seconds to import, like all of scikit-learn
+
+        return Embedding(submit(self.pool, measures.umap_embedding, points, graph, self.args.seed),
+                         pairwise_distances_argmin(reduced, points))
+
+    def embedding_scores(self, embedding):
+        """What can be told apart in a UMAP that is ready, as `measures.embedding_scores`."""
+        shown = dataset.rows_of(self.states, self.rows[:self.n_umap])
+        return measures.embedding_scores(embedding.future.result(), embedding.nearest, shown, self.states,
+                                         self.series.n_circles, self.args.seed)
+
+
+class Embedding(NamedTuple):
+    """A UMAP that is being computed."""
+
+    future: concurrent.futures.Future  # of its coordinates (n_umap, 2)
+    nearest: np.ndarray  # (n,) which of its points is nearest to each row of the level
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Baselines
+
+
+class Baselines:
+    """What the module `baselines` has to set beside the levels; computed once for all models with the same windows."""
+
+    def __init__(self, measurer):
+        self.measurer, self.of_input, self.of_architecture, self.linear = measurer, {}, {}, {}
+
+    def input_levels(self, window_settings):
+        """The low-passed input and the quadratic probe as levels, and the former's UMAP: (list, Embedding or None)."""
+        if window_settings not in self.of_input:
+            series, tested = self.measurer.series, self.measurer.optimum.tested(window_settings[0])
+            low, embedding = self.measurer.level(*self.everywhere(baselines.low_passed, series, tested),
+                                                 window_settings)
+            quadratic = self.measurer.probes(*self.everywhere(lambda X, _: baselines.products(X), series, tested),
+                                             window_settings)
+            self.of_input[window_settings] = [{"level": "low-passed input", **low},
+                                              {"level": "quadratic probe", **quadratic}], embedding
+        return self.of_input[window_settings]
+
+    def everywhere(self, function, series, tested):
+        """function(X, recordings) of the series, one row for each step, and of the test windows, None without them."""
+        values, in_test = function(series.X, series.recordings), None
+        if self.measurer.args.velocity:
+            values = values[self.measurer.steps] - values[self.measurer.steps - 1]
+        if tested is not None:
+            n, length, width = tested.windows.shape
+            edges = np.arange(n)[:, None] * length + [0, length]
+            in_test = function(tested.windows.numpy().reshape(-1, width), edges).reshape(n, length, -1)
+        return values, in_test
+
+    def untrained_levels(self, loaded):
+        """The layers of a model of the same architecture and seed with its initial weights, as levels.
+
+        Only the last one has the measures that are no regressions.
+        """
+        seed = loaded.trained_with.get("seed")
+        untrained = baselines.untrained_like(loaded.model, seed if isinstance(seed, int) else 0)
+        key = (weights_crc32(untrained), loaded.window_settings)
+        if key not in self.of_architecture:
+            measurer, n_layers = self.measurer, untrained.n_layers
+            tested = measurer.optimum.tested(loaded.window_settings[0])
+            depths = [depth for depth in range(1, n_layers + 1) if depth in loaded.depths or depth == n_layers]
+            in_test = tested and representations.LevelsInWindows(untrained, tested.windows, depths)
+            levels = []
+            for depth, values in representations.of_steps(untrained, measurer.series.X, loaded.window_settings[0],
+                                                          depths, measurer.args.velocity, measurer.series.recordings):
+                given = values, in_test and in_test.at(depth), loaded.window_settings
+                level = measurer.level(*given, umap=False)[0] if depth == n_layers else measurer.probes(*given)
+                levels.append({"level": f"untrained layer {depth}", "depth": depth, **level})
+            self.of_architecture[key] = levels
+        return self.of_architecture[key]
+
+    def autoregression(self, window_settings):
+        """The error of a linear autoregression in the validation windows, and its excess over new steps: a dict.
+
+        None where the training part is too short, or the validation part.
+        """
+        if window_settings not in self.linear:
+            series, optimum = self.measurer.series, self.measurer.optimum
+            seq_len, boundary = window_settings[0], dataset.first_validation_step(series.n_steps, window_settings[2])
+            tested, self.linear[window_settings] = optimum.tested(seq_len), None
+            with contextlib.suppress(ValueError, cli.UserError):
+                linear = baselines.Autoregression([series.X[first:min(end, boundary)]
+                                                   for first, end in series.recordings.tolist() if first < boundary])
+                _, starts, _ = dataset.split_windows(series.n_steps, *window_settings, series.recordings)
+                mse = float(linear.errors(series.X, starts, seq_len).mean())
+                floor = optimum.window_floors(starts, seq_len, [1]).get("mse", {}).get(1)
+                found = {"lags": linear.lags, "val_mse": mse, "optimal_mse": floor,
+                         "excess_percent": optimal_filter.excess_percent(mse, floor)}
+                if tested is not None:
+                    errors, part = linear.errors(tested.part.series.X, tested.part.starts, seq_len), tested.part
+                    found["test_excess_percent"], found["test_excess_percent_error"] = unseen.excess_and_error(
+                        *(part.block_means(values.mean(axis=1, dtype=np.float64))
+                          for values in (errors, tested.believed.error[:, :-1])), part.weights)
+                self.linear[window_settings] = found
+        return self.linear[window_settings]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -262,63 +369,7 @@ def submit(pool, function, *arguments):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Floor and ceiling
-
-
-class Optimum:
-    """What the exact filter reaches on a series: the floor of the errors and the ceiling of the circle accuracy.
-
-    For data that the filter doesn't know there is neither, and a line says why.
-    """
-
-    def __init__(self, series):
-        self.series, self.floors, self.tests, self.learners = series, {}, {}, {}
-        self.process = optimal_filter.process_or_none(series, "no optimal floor and ceiling")
-        self.circle_accuracy = None if self.process is None else self.measure_circle_accuracy()
-
-    def measure_circle_accuracy(self):
-        """How often the filter, given all of the past, names the true circle, over the steps that score the probes."""
-        with terminal.Bar(self.series.n_steps, desc="exact filter") as bar:
-            posterior = optimal_filter.predict(self.process, self.series.X, horizons=(), keep_predictions=False,
-                                               progress=bar.update)["circle_posterior"]
-        _, scored = probe_split(self.series.n_steps, np.random.default_rng(0))
-        return float((posterior.argmax(axis=1) == self.series.states)[scored].mean())
-
-    def window_floors(self, starts, seq_len, horizons):
-        """`optimal_filter.window_floors` of these windows, each begun without a past, as by a model; {} if unknown."""
-        if self.process is None:
-            return {}
-        key = (starts.tobytes(), seq_len, tuple(horizons))
-        if key not in self.floors:  # models to be compared mostly share their windows
-            self.floors[key] = optimal_filter.window_floors(self.process, self.series, starts, seq_len, horizons)
-        return self.floors[key]
-
-    def held_back(self, trained_with):
-        """How many steps of the series its training has left to the test; trained_with: the flags of the training."""
-        return 0 if unseen.can_be_drawn(self.series, self.process) else trained_with.get("test_steps") or 0
-
-    def learner(self, loaded):
-        """The learned.Learner with the labelled training steps of a model; None where each epoch had new ones."""
-        n_steps = dataset.first_validation_step(self.series.n_steps, loaded.window_settings[2])
-        if self.process is None or loaded.trained_with.get("fresh"):
-            return None
-        if n_steps not in self.learners:
-            self.learners[n_steps] = learned.learner_of(self.series, n_steps)
-        return self.learners[n_steps]
-
-    def test_errors(self, model, seq_len, n_steps, held_back, learner=None):
-        """`unseen.as_report` of a model, which is printed; None without a test series. n_steps: of --test-steps."""
-        if (seq_len, held_back) not in self.tests:
-            with terminal.busy("test series"):
-                self.tests[seq_len, held_back] = unseen.unseen_part(self.series, self.process, seq_len, n_steps,
-                                                                    held_back)
-        tested = self.tests[seq_len, held_back]
-        if tested is None:
-            return None
-        with terminal.busy("errors on the test series"):
-            report = unseen.as_report(model, tested, learner)
-        unseen.print_report(report)
-        return report
+# Errors
 
 
 def prediction_errors(model, series, window_settings, optimum, held_back=0):
@@ -414,70 +465,86 @@ def weights_crc32(model):
     return value
 
 
-def measure_levels(loaded, series, rows, args, pool, bar):
-    """The measures of all levels of a model, the futures of their UMAPs, and the sampled step nearest to each step.
-
-    Returns three lists with one entry per level; the last two are empty without UMAP. bar: a terminal.Bar that counts
-    both, levels and UMAPs.
+def measure_levels(loaded, measurer, bar):
+    """The measures of all levels of a model; their Embeddings, without UMAP an empty list; and its errors on the test
+    series, (n_windows, seq_len - 1), None without one. bar: a terminal.Bar that counts both, levels and UMAPs.
     """
-    names, levels, futures, nearest = representations.level_names(loaded.model.n_layers), [], [], []
-    found = representations.of_steps(loaded.model, series.X, loaded.window_settings[0], loaded.depths, args.velocity,
+    series, args, model = measurer.series, measurer.args, loaded.model
+    tested, output = measurer.optimum.tested(loaded.window_settings[0]), model.n_layers + 1
+    in_test = tested and representations.LevelsInWindows(model, tested.windows, sorted({*loaded.depths, output}))
+    names, levels, embeddings = representations.level_names(model.n_layers), [], []
+    found = representations.of_steps(model, series.X, loaded.window_settings[0], loaded.depths, args.velocity,
                                      series.recordings)
     for depth, values in found:
         if not np.isfinite(values).all():
             raise cli.UserError(f"{loaded.name}: {names[depth]} holds NaN or infinity on these data; give another "
                                 "--checkpoint or the --data-dir it was trained on")
-        level, points, graph, nearest_sample = level_measures(values, series, rows, args)
+        level, embedding = measurer.level(values, in_test and in_test.at(depth), loaded.window_settings)
         levels.append({"level": names[depth], "depth": depth, **level})
         bar.update()
-        if not args.no_umap:
-            futures.append(submit(pool, measures.umap_embedding, points, graph, args.seed))
-            futures[-1].add_done_callback(lambda future: bar.update())
-            nearest.append(nearest_sample)
-    return levels, futures, nearest
+        if embedding is not None:
+            embedding.future.add_done_callback(lambda future: bar.update())
+            embeddings.append(embedding)
+    if tested is None:
+        return levels, embeddings, None
+    return levels, embeddings, np.square(in_test.at(output)[:, :-1] - tested.windows.numpy()[:, 1:]).mean(axis=2)
 
 
-def evaluate(loaded, series, optimum, rows, args, pool):
+def evaluate(loaded, measurer, beside):
     """All numbers of a model, and its UMAPs: (report, list of embeddings (n_umap, 2)).
 
-    The report is what NAME_metrics.json holds; the list is empty without UMAP.
+    The report is what NAME_metrics.json holds; the list is empty without UMAP. beside: Baselines, None without.
     """
+    args, series, optimum, model = measurer.args, measurer.series, measurer.optimum, loaded.model
     report = {
         "name": loaded.name, "checkpoint": str(loaded.path), "data_dir": str(args.data_dir or series.source),
-        "weights_crc32": weights_crc32(loaded.model), "data_crc32": dataset.data_crc32(series), "seed": args.seed,
-        "velocity": args.velocity, "pca": args.pca, "umap_points": min(args.umap_points, len(rows)),
+        "weights_crc32": weights_crc32(model), "data_crc32": dataset.data_crc32(series), "seed": args.seed,
+        "velocity": args.velocity, "pca": args.pca, "umap_points": measurer.n_umap,
         "umap_neighbors": None if args.no_umap else args.umap_neighbors,
-        "lb_points": None if args.no_lb else min(args.lb_points, len(rows)), "n_layers": loaded.model.n_layers,
-        "seq_len": loaded.window_settings[0], "filter_circle_accuracy": optimum.circle_accuracy, "errors": [],
-        "trained_with": loaded.trained_with,
+        "lb_points": None if args.no_lb else min(args.lb_points, len(measurer.rows)), "n_layers": model.n_layers,
+        "seq_len": loaded.window_settings[0], "test_steps": args.test_steps,
+        "filter_circle_accuracy": optimum.circle_accuracy, "errors": [], "trained_with": loaded.trained_with,
     }
 
-    # ---- how well it predicts
+    # ---- how well it predicts in its validation part
     try:
         held_back = optimum.held_back(loaded.trained_with)
-        report["errors"] = prediction_errors(loaded.model, series, loaded.window_settings, optimum, held_back)
+        report["errors"] = prediction_errors(model, series, loaded.window_settings, optimum, held_back)
         print(optimal_filter.error_table(report["errors"]))
-        report["test"] = optimum.test_errors(loaded.model, loaded.window_settings[0], args.test_steps, held_back,
-                                             optimum.learner(loaded))
+        learner = None if loaded.trained_with.get("fresh") else optimum.learner(
+            dataset.first_validation_step(series.n_steps, loaded.window_settings[2]))
+        report["test"] = optimum.test_errors(model, loaded.window_settings[0], held_back, learner)
     except cli.UserError as error:
         print(f"no validation MSE: {error}")
 
-    # ---- what its levels know
+    # ---- what its levels know, and what is known without it
     with terminal.Bar(len(loaded.depths) * (1 if args.no_umap else 2), desc=f"levels of {loaded.name}") as bar:
-        report["levels"], futures, nearest = measure_levels(loaded, series, rows, args, pool, bar)
-        embeddings = [future.result() for future in futures]
+        report["levels"], embeddings, errors = measure_levels(loaded, measurer, bar)
+        low_passed = None
+        if beside is not None:
+            of_input, low_passed = beside.input_levels(loaded.window_settings)
+            report["baselines"] = [*(dict(level) for level in of_input), *beside.untrained_levels(loaded)]
+            report["autoregression"] = beside.autoregression(loaded.window_settings)
+        found = [embedding.future.result() for embedding in embeddings]
     best = level_tables.best_layer(report["levels"])
     report["best_layer"] = best["level"] if best else None
 
     # ---- what can be told apart in their UMAPs
-    states = dataset.rows_of(series.states, representations.steps_of_rows(series, args.velocity))
     with terminal.Bar(len(embeddings), desc="clusters in the UMAPs") as bar:
-        for level, embedding, nearest_sample in zip(report["levels"], embeddings, nearest, strict=False):
-            shown_states = dataset.rows_of(states, rows[:len(embedding)])
-            level |= measures.embedding_scores(embedding, nearest_sample, shown_states, states, series.n_circles,
-                                               args.seed)
+        for level, embedding in zip(report["levels"], embeddings, strict=False):
+            level |= measurer.embedding_scores(embedding)
             bar.update()
-    return report, embeddings
+        if low_passed is not None:
+            report["baselines"][0] |= measurer.embedding_scores(low_passed)
+
+    # ---- where it is further from the truth than the exact filter
+    tested = optimum.tested(loaded.window_settings[0])
+    if tested is not None:
+        optimal = tested.believed.error[:, :-1]
+        report["excess"] = {"steps": int(tested.windows[..., 0].numel()), "blocks": len(tested.part.edges) - 1,
+                            "events": excess.by_event(errors, optimal, tested.events, tested.part.edges),
+                            "history": excess.by_history(errors, optimal)}
+    return report, found
 
 
 # Reports that agree in these are measured on the same, and those in which they agree or one has none (null), alike.
@@ -495,9 +562,12 @@ def with_earlier(report, path):
                        for key in SAME_SETTINGS)):
             return report
         levels = {level["depth"]: level for level in earlier["levels"]}
-        for level in levels.values():
-            if level["dimension"]:
-                level["dimension"] = {int(k): value for k, value in level["dimension"].items()}
+        left_out = {key: earlier[key] for key in ("baselines", "autoregression")
+                    if key in earlier and key not in report}
+        for level in [*levels.values(), *left_out.get("baselines", [])]:
+            for key in ("dimension", "dimension_whitened"):
+                if level.get(key):
+                    level[key] = {int(k) if k.isdecimal() else k: value for k, value in level[key].items()}
         for level in report["levels"]:
             measured = {key: value for key, value in level.items() if value is not None}
             levels[level["depth"]] = {**level, **levels.get(level["depth"], {}), **measured}
@@ -506,7 +576,7 @@ def with_earlier(report, path):
         settings = {key: report[key] if report[key] is not None else earlier[key] for key in SAME_SETTINGS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return report  # there is none, or it is one of an older version
-    return {**report, **settings, "levels": levels, "best_layer": best["level"] if best else None}
+    return {**left_out, **report, **settings, "levels": levels, "best_layer": best["level"] if best else None}
 
 
 def write_report(report, args, prefix, subtitle):
@@ -514,6 +584,13 @@ def write_report(report, args, prefix, subtitle):
     print(level_tables.level_table(report))
     if report["levels"][0].get("umap_silhouette") is not None:
         print(level_tables.umap_table(report))
+    if report["lb_points"] is not None:
+        print(level_tables.dimension_table(report))
+    if report.get("excess"):
+        print(level_tables.belief_table(report))
+        print(level_tables.event_table(report))
+    if report.get("autoregression"):
+        print(level_tables.linear_line(report))
     report = with_earlier(report, args.save_dir / f"{prefix}_metrics.json")
     cli.write_json(args.save_dir / f"{prefix}_metrics.json", report, allow_nan=False)
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
@@ -541,10 +618,12 @@ def write_umaps(report, embeddings, series, steps, args, prefix, subtitle):
 
 def write_comparison(reports, args, suffix, subtitle):
     """Print the comparison of several models, write its CSV and its summary figure."""
-    rows = [level_tables.comparison_row(report) for report in reports]
+    rows = [level_tables.comparison_row(report) for report in reports] + level_tables.baseline_rows(reports[0])
     prefix = comparison_name([report["name"] for report in reports]) + suffix
     print(f"\nbest layer of each checkpoint (last: dimension of the last layer, k = {DIMENSION_K}; peaks over all "
           "levels)\n" + level_tables.comparison_table(rows))
+    if reports[0].get("excess"):
+        print("\n" + level_tables.belief_comparison(reports))
     groups = level_tables.seed_groups(reports)
     if groups:
         print("\nthe same flags but for the seed\n" + level_tables.spread_table(groups))
@@ -569,17 +648,18 @@ def main(args):
     suffix, subtitle = args.settings, subtitle_of(args)
 
     # ---- one model after the other, while other processes embed the levels that are ready
-    n_embeddings = 0 if args.no_umap else sum(len(loaded.depths) for loaded in models)
+    n_embeddings = 0 if args.no_umap else sum(len(loaded.depths) for loaded in models) + (not args.no_baselines)
     pool = umap_pool(n_embeddings, min(args.umap_points, len(rows)))
     try:
         if series.states is None:
             print("these data have no labels: no probes, clusters and silhouette; UMAPs are coloured by time")
-        optimum, reports = Optimum(series), []
+        measurer = Measurer(series, observer.Optimum(series, args.test_steps, args.seed), rows, args, pool)
+        beside, reports = None if args.no_baselines else Baselines(measurer), []
         for loaded in models:
-            ceiling = ("" if optimum.circle_accuracy is None
-                       else f"; exact filter's circle accuracy {optimum.circle_accuracy:.3f}")
+            accuracy = measurer.optimum.circle_accuracy
+            ceiling = "" if accuracy is None else f"; exact filter's circle accuracy {accuracy:.3f}"
             print(f"\n{loaded.name}: {loaded.model.n_layers} layers{ceiling}")
-            report, embeddings = evaluate(loaded, series, optimum, rows, args, pool)
+            report, embeddings = evaluate(loaded, measurer, beside)
             whole = write_report(report, args, loaded.name + suffix, subtitle)
             if embeddings:
                 shown = steps[rows[:report["umap_points"]]]

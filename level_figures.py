@@ -8,7 +8,7 @@ import numpy as np
 import cli
 import figures
 import measures
-from measures import DIMENSION_K, DIMENSION_KS
+from measures import DIMENSION_K
 
 
 def level_title(level):
@@ -35,8 +35,10 @@ PANELS = [
     ("silhouette of the circles", {"in the level": lambda m: m["silhouette"],
                                    "in its UMAP": lambda m: m.get("umap_silhouette")}),
     ("effective rank", {"": lambda m: m["effective_rank"]}),
-    ("Levina–Bickel dimension", {f"k = {k}": lambda m, k=k: (m["dimension"] or {}).get(k)
-                                 for k in sorted(DIMENSION_KS, key=lambda k: k != DIMENSION_K)}),
+    ("dimension", {
+        f"Levina–Bickel, k = {DIMENSION_K}": lambda m: (m["dimension"] or {}).get(DIMENSION_K),
+        "the same, whitened": lambda m: (m.get("dimension_whitened") or {}).get(DIMENSION_K),
+        "TwoNN": lambda m: (m["dimension"] or {}).get("two_nn")}),
 ]
 LINE_STYLES = ["-", "--", ":"]
 OUTPUT_LABEL = "output: the prediction, in another space than the layers"

@@ -12,6 +12,7 @@ import numpy as np
 
 import cli
 from measures import DIMENSION_K, DIMENSION_KS
+from unseen import with_error
 
 
 def best_layer(levels):
@@ -41,21 +42,89 @@ LEVEL_COLUMNS = [  # title, key of a level's measures, number format
 
 
 def level_table(report):
-    """The table of one model, one row per level; without the columns of the dimension when no level has one."""
-    ks = DIMENSION_KS if any(m["dimension"] for m in report["levels"]) else []
-    header = ["level", *(title for title, _, _ in LEVEL_COLUMNS), *(f"dim {k}" for k in ks)]
-    rows = []
-    for m in report["levels"]:
-        rows.append([m["level"], *(cell(m[key], form) for _, key, form in LEVEL_COLUMNS),
-                     *(cell(m["dimension"][k], ".2f") for k in ks)])
-    return cli.table(header, rows)
+    """The table of one model, one row per level, and below them one per baseline."""
+    levels = [*report["levels"], *report.get("baselines", [])]
+    return cli.table(["level", *(title for title, _, _ in LEVEL_COLUMNS)], [
+        [m["level"], *(cell(m.get(key), form) for _, key, form in LEVEL_COLUMNS)] for m in levels])
+
+
+def dimension_table(report):
+    """The table of the dimension at several scales, one row per level and baseline that has one."""
+    columns = [("TwoNN", "dimension", "two_nn"), *((f"k = {k}", "dimension", k) for k in DIMENSION_KS),
+               ("whitened: TwoNN", "dimension_whitened", "two_nn"),
+               (f"k = {DIMENSION_K}", "dimension_whitened", DIMENSION_K)]
+    levels = [m for m in (*report["levels"], *report.get("baselines", [])) if m.get("dimension")]
+    return cli.table([f"dimension of {report['lb_points']:,} steps", *(title for title, _, _ in columns)], [
+        [m["level"], *(cell((m.get(key) or {}).get(k), ".2f") for _, key, k in columns)] for m in levels])
+
+
+BELIEFS = {  # key of a level's beliefs: its title
+    "circle": "circle", "phase": "phase", "revolutions": "revolutions done", "hazard": "visit ends now"}
+
+
+def belief_table(report):
+    """The table of how much of each belief a linear regression reads out of each level and baseline (R²)."""
+    levels = [m for m in (*report["levels"], *report.get("baselines", [])) if m.get("beliefs")]
+    return cli.table(["R² of beliefs", *BELIEFS.values()], [
+        [m["level"], *(cell(m["beliefs"][key]) for key in BELIEFS)] for m in levels])
+
+
+def event_table(report):
+    """The table of where the excess over the exact filter falls, one row per kind of event."""
+    found = report["excess"]
+    return cli.table([f"excess in {found['steps']:,} new steps", "of all", "of the excess", "mean excess"], [
+        [row["event"], f"{row['predictions']:.2%}", with_error(
+            scaled(row["share"], 100), scaled(row["share_error"], 100), ".0f", " %"),
+         with_error(row["mean_excess"], row["mean_excess_error"], ".4f")] for row in found["events"]],
+        align="lrrr")
+
+
+def scaled(value, factor):
+    """value * factor; None stays None."""
+    return None if value is None else value * factor
+
+
+def linear_line(report):
+    """One line about the errors of the linear autoregression."""
+    linear = report["autoregression"]
+    text = f"linear autoregression over {linear['lags']} steps: validation MSE {linear['val_mse']:.4f}"
+    if linear["excess_percent"] is not None:
+        text += f", excess {linear['excess_percent']:+.2f} %"
+    if linear.get("test_excess_percent") is not None:
+        text += ", over new steps " + with_error(linear["test_excess_percent"], linear["test_excess_percent_error"],
+                                                 "+.2f", " %")
+    return text
+
+
+def belief_comparison(reports):
+    """The table of several models and the baselines: the best layer's R² of each belief."""
+    rows = [[report["name"], *(cell(best_belief(report["levels"], key)) for key in BELIEFS)] for report in reports]
+    rows += [[name, *(cell(best_belief(levels, key)) for key in BELIEFS)]
+             for name, levels in baseline_groups(reports[0]).items()]
+    return cli.table(["R² of beliefs, best layer", *BELIEFS.values()], rows)
+
+
+def best_belief(levels, key):
+    """The highest R² of a belief over the layers, or over the levels of a baseline; None when there is none."""
+    layers = [m for m in levels if "layer" in m["level"]] or levels
+    return max((m["beliefs"][key] for m in layers if m.get("beliefs") and m["beliefs"][key] is not None), default=None)
+
+
+def baseline_groups(report):
+    """The levels of each baseline, the input among them: {name: list of levels}."""
+    groups = {"input": [m for m in report["levels"] if m["level"] == "input"]}
+    for level in report.get("baselines", []):
+        name = "untrained model" if level["level"].startswith("untrained") else level["level"]
+        groups.setdefault(name, []).append(level)
+    return {name: levels for name, levels in groups.items() if levels}
 
 
 def umap_table(report):
     """The table of what can be told apart in a model's UMAPs, one row per level."""
     keys = ("umap_silhouette", "umap_ari", "umap_ari_smooth", "umap_nmi", "umap_nmi_smooth")
+    levels = [m for m in (*report["levels"], *report.get("baselines", [])) if "umap_silhouette" in m]
     return cli.table(["in the UMAP", "silhouette", "ARI", "smooth", "NMI", "smooth"], [
-        [m["level"], *(cell(m[key]) for key in keys)] for m in report["levels"]])
+        [m["level"], *(cell(m[key]) for key in keys)] for m in levels])
 
 
 def peak(levels, key):
@@ -84,10 +153,11 @@ COMPARISON = {
     "peak_umap_silhouette": ("UMAP sil.", ".3f"),
     "peak_umap_ari_smooth": ("UMAP ARI", ".3f"),
 }
+BELIEF_COLUMNS = {f"belief_{key}": key for key in BELIEFS}  # what the CSV has behind these: see belief_comparison
 
 
 def comparison_row(report):
-    """One model as {column of COMPARISON: value or None}."""
+    """One model as {column of COMPARISON or BELIEF_COLUMNS: value or None}."""
     levels = report["levels"]
     one_ahead = next((row for row in report["errors"] if row["horizon"] == 1), {})
     best = best_layer(levels) or {}
@@ -102,7 +172,23 @@ def comparison_row(report):
         f"dimension_k{DIMENSION_K}": (best.get("dimension") or {}).get(DIMENSION_K),
         f"last_layer_dimension_k{DIMENSION_K}": (last.get("dimension") or {}).get(DIMENSION_K),
         **{f"peak_{key}": peak(levels, key) for key in ("silhouette", "umap_silhouette", "umap_ari_smooth")},
+        **{column: best_belief(levels, key) for column, key in BELIEF_COLUMNS.items()},
     }
+
+
+def baseline_rows(report):
+    """The baselines that stand beside a model as rows like those of `comparison_row`."""
+    rows = []
+    for name, levels in baseline_groups(report).items():
+        best = max(levels, key=lambda m: -1 if m["probe_accuracy"] is None else m["probe_accuracy"])
+        own = comparison_row({**report, "name": name, "errors": [], "levels": [
+            {**m, "level": f"layer {m['level']}"} for m in levels]})
+        rows.append({**own, "best_layer": best["level"].removeprefix("untrained ") if len(levels) > 1 else None})
+    linear = report.get("autoregression")
+    if linear is not None:
+        rows.append({**dict.fromkeys([*COMPARISON, *BELIEF_COLUMNS]), "checkpoint": "linear autoregression",
+                     **{key: linear[key] for key in ("val_mse", "optimal_mse", "excess_percent")}})
+    return rows
 
 
 def comparison_table(rows):

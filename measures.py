@@ -5,7 +5,9 @@ about models, files or flags. scikit-learn and umap-learn take seconds to import
 import them themselves.
 """
 
+import contextlib
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,11 +16,14 @@ import cli
 BLOCK_VALUES = 2**22  # neighbour differences in memory at a time
 BLOCK_ROWS = 2**16  # rows of which `spectrum` makes a float64 copy at a time
 VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
+PROBE_FRACTION = 0.7  # the probes are fitted on this part of time and scored on the rest
+PROBE_STEPS = 20_000  # at most so many steps of that part, drawn at random
 RIDGE = 1.0
 RIDGE_PENALTIES = 10.0 ** np.arange(-6, 1)  # that `ridge_r2` chooses from, for columns of variance 1
 HELD_OUT = 0.2  # of the rows that it is fitted to: they choose the penalty
 KMEANS_RESTARTS = 4
-DIMENSION_KS = (10, 30, 100)  # numbers of neighbours for the dimension
+DIMENSION_KS = (5, 10, 30, 100)  # numbers of neighbours for the dimension
+DIMENSION_POINTS = 10_000  # time steps drawn for it
 DIMENSION_K = 30  # the one of them in titles and in comparisons
 
 
@@ -119,6 +124,29 @@ def two_nn(distances):
     return float(log_ratio @ height / square) if square > 0 else None
 
 
+def dimensions(points, ks, distances=None):
+    """The dimension of points (n, width) at several scales: {"two_nn": …, k: …}, TwoNN and Levina-Bickel for each k.
+
+    distances: those of `knn` of these points to max(ks) neighbours or more, where they are known. Repeated points count
+    once. None where there are too few different points for it.
+    """
+    if distances is None or distances[:, 0].min() == 0:
+        points = distinct(points)
+        ks_there = [k for k in ks if k < len(points)]
+        distances = knn(points, max(2, *ks_there))[0] if len(points) > 2 else None
+    found = dict.fromkeys(["two_nn", *ks])
+    if distances is not None:
+        found["two_nn"] = two_nn(distances)
+        with contextlib.suppress(cli.UserError):  # points that are equally far apart have none
+            found |= dimension_from_distances(distances, [k for k in ks if k <= distances.shape[1]])
+    return found
+
+
+def dimension_sample(n, points, seed):
+    """The time steps, out of n, that a dimension of `points` points is estimated from, the same in all scripts."""
+    return np.random.default_rng(seed).permutation(n)[:points]
+
+
 def umap_embedding(points, graph, seed):
     """Two UMAP coordinates (n, 2) of points (n, width); the same for the same seed.
 
@@ -204,6 +232,16 @@ def standardise(values):
     return np.where(varies, (values - values.mean(axis=0)) / np.where(varies, values.std(axis=0), 1), 0)
 
 
+def probe_split(n_rows, rng):
+    """The rows that fit the probes and the rows that score them: (train (n,) ascending, a slice).
+
+    Train: at most PROBE_STEPS rows from the first PROBE_FRACTION of time; the slice: all rows after that part.
+    """
+    boundary = round(n_rows * PROBE_FRACTION)
+    train = np.sort(rng.permutation(boundary)[:PROBE_STEPS])
+    return train, slice(boundary, n_rows)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Linear probes (Alain & Bengio 2016, arXiv 1610.01644)
 
@@ -240,50 +278,84 @@ def phase_probe(train, train_thetas, test, test_thetas):
     return float(r2_score(np.stack([np.cos(test_thetas), np.sin(test_thetas)], axis=1), test @ weights + mean))
 
 
-def ridge_solutions(x, y):
-    """The ridge regressions of y (n, targets) on x (n, width), one for each of RIDGE_PENALTIES.
+# ---------------------------------------------------------------------------------------------------------------
+# Ridge regressions from sums over the rows
+#
+# A regression needs no more of its rows than the matrix of second moments of (x, y, 1), which is a sum over them. So
+# one pass over a representation serves regressions onto several targets, of all rows and of each group of rows alone.
 
-    Returns a list of (weights (width, targets), intercept (targets,)). The penalty is on the mean squared error.
+
+class RidgeData(NamedTuple):
+    """The second moments (width + targets + 1, the same) of three sets of rows, which are in order of time."""
+
+    fit: np.ndarray  # the first part of the train set
+    held_out: np.ndarray  # its last part, HELD_OUT of it, which chooses the penalty
+    test: np.ndarray
+
+
+def second_moments(x, y):
+    """The second moments of the rows (x, y, 1) of x (n, width) and y (n, targets), in float64."""
+    rows = np.concatenate([x, y, np.ones((len(x), 1))], axis=1, dtype=np.float64)
+    return rows.T @ rows
+
+
+def ridge_data(train, target, test, test_target, groups=None):
+    """RidgeData of all rows, or, with groups, a list with those of each group.
+
+    train, test (rows, width), in order of time; targets (rows, targets); groups: those of the train rows and those of
+    the test rows, (rows,) int each.
     """
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
-    x, y = x - x_mean, y - y_mean
-    values, vectors = np.linalg.eigh(x.T @ x / len(x))
-    projected = vectors.T @ (x.T @ y) / len(x)
-    weights = [vectors @ (projected / (np.maximum(values, 0) + penalty)[:, None]) for penalty in RIDGE_PENALTIES]
-    return [(w, y_mean - x_mean @ w) for w in weights]
+    later = np.arange(len(train)) >= len(train) - round(HELD_OUT * len(train))
 
+    def of(fit, score):
+        parts = ((train, target, fit & ~later), (train, target, fit & later), (test, test_target, score))
+        return RidgeData(*(second_moments(x[rows], y[rows]) for x, y, rows in parts))
 
-def ridge_residuals(train, target, test, test_target):
-    """Sums of squares on the test set, of what a ridge regression leaves and around the mean: two numbers.
-
-    train, test (rows, width) whitened, targets (rows, targets). The rows are in order of time: those at the end of the
-    train set, HELD_OUT of it, choose the penalty, with which all of the train set is then fitted.
-    """
-    n = len(train) - max(1, round(HELD_OUT * len(train)))
-    held_out = [np.square(train[n:] @ w + intercept - target[n:]).sum()
-                for w, intercept in ridge_solutions(train[:n], target[:n])]
-    w, intercept = ridge_solutions(train, target)[int(np.argmin(held_out))]
-    left = np.square(test @ w + intercept - test_target).sum()
-    return left, np.square(test_target - test_target.mean(axis=0, dtype=np.float64)).sum()
-
-
-def ridge_r2(train, target, test, test_target, groups=None):
-    """R² on the test set of a ridge regression that is fitted to the train set, over all targets together.
-
-    Arrays as in `ridge_residuals`. groups: those of the train rows and of the test rows, int; then each group has
-    a regression and a mean of its own, so that it counts for nothing which group a row is in. Groups with less than two
-    test rows or fewer train rows than columns are left out. None where nothing is left or nothing varies.
-    """
     if groups is None:
-        groups = np.zeros(len(train), int), np.zeros(len(test), int)
-    sums = []
-    for group in np.unique(groups[1]):
-        fit, score = groups[0] == group, groups[1] == group
-        if fit.sum() > train.shape[1] + 1 and score.sum() > 1 and train.shape[1] > 0:
-            sums.append(ridge_residuals(train[fit], target[fit], test[score], test_target[score]))
-    left, total = np.sum(sums, axis=0) if sums else (0.0, 0.0)
-    return float(1 - left / total) if total > 0 else None
+        return of(np.ones(len(train), bool), np.ones(len(test), bool))
+    return [of(groups[0] == group, groups[1] == group) for group in np.unique(np.concatenate(groups))]
+
+
+def ridge_solutions(moments, width, targets):
+    """The ridge regressions of the target columns `targets`, a slice, for each of RIDGE_PENALTIES, a list.
+
+    moments: second moments of the rows. A solution (width + 1, targets) holds the weights and below them the intercept;
+    the penalty is on the mean squared error.
+    """
+    x_sum, y_sum, n = moments[-1, :width], moments[-1, :-1][width:][targets], moments[-1, -1]
+    square = moments[:width, :width] / n - np.outer(x_sum, x_sum) / n**2
+    product = moments[:width, width:-1][:, targets] / n - np.outer(x_sum, y_sum) / n**2
+    values, vectors = np.linalg.eigh(square)
+    projected = vectors.T @ product
+    weights = [vectors @ (projected / (np.maximum(values, 0) + penalty)[:, None]) for penalty in RIDGE_PENALTIES]
+    return [np.vstack([w, (y_sum - x_sum @ w) / n]) for w in weights]
+
+
+def squares_left(solution, moments, width, targets):
+    """Σ (y - what a solution predicts)² over the rows that these are the second moments of, and over the targets."""
+    columns = np.arange(width, len(moments) - 1)[targets]
+    used = moments[np.ix_([*range(width), -1, *columns], [*range(width), -1, *columns])]
+    difference = np.vstack([-solution, np.eye(len(columns))])
+    return float(np.einsum("at,ab,bt->", difference, used, difference))
+
+
+def ridge_r2(data, width, targets=slice(None)):
+    """R² on the test rows of ridge regressions that are fitted to the train rows, over the target columns together.
+
+    data: RidgeData, or a list with those of groups. Each group then has a regression and a mean of its own, so that
+    it counts for nothing which group a row is in; groups with less than two test rows, without held-out rows or with
+    no more train rows than columns are left out. None where nothing is left or nothing varies.
+    """
+    left = total = 0.0
+    for fit, held_out, test in [data] if isinstance(data, RidgeData) else data:
+        if width == 0 or (fit + held_out)[-1, -1] <= width + 1 or held_out[-1, -1] == 0 or test[-1, -1] < 2:
+            continue
+        errors = [squares_left(w, held_out, width, targets) for w in ridge_solutions(fit, width, targets)]
+        chosen = ridge_solutions(fit + held_out, width, targets)[int(np.argmin(errors))]
+        left += squares_left(chosen, test, width, targets)
+        y, y_sum = np.diag(test)[width:-1][targets], test[-1, width:-1][targets]
+        total += (y - y_sum**2 / test[-1, -1]).sum()
+    return float(1 - left / total) if total > 1e-9 * (1 + left) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -304,11 +376,6 @@ def ratio_and_error(numerators, denominators):
     residual = np.asarray(numerators) - ratio * np.asarray(denominators)
     error = np.sqrt(n / (n - 1) * np.square(residual).sum()) / abs(total) if n > 1 else None
     return float(ratio), None if error is None else float(error)
-
-
-def block_sums(values, blocks, n_blocks):
-    """The sum of values over each block: blocks, of the shape of values, int in 0…n_blocks - 1; returns (n_blocks,)."""
-    return np.bincount(np.ravel(blocks), np.ravel(values).astype(np.float64), n_blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -60,29 +60,53 @@ def in_batches(function, x, device):
     return torch.cat([function(windows.to(device)).cpu() for windows in x.split(n)])
 
 
-def of_steps(model, X, seq_len, depths, velocity=False, recordings=None):
-    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, with velocity one row less for
-    each recording.
+def of_windows(model, windows, depths):
+    """Yields (depth, level) for the wanted depths, ascending; windows: a list of tensors (n, length, feature_dim).
 
-    recordings: as Series.recordings where there are several; no window crosses a border. All windows go through one
-    layer before the next one, so that memory holds one level of the series, however deep the model is.
+    level: a list of tensors (n, length, width), one for each of these. All windows go through one layer before the
+    next one, so that memory holds one level, however deep the model is.
     """
     device = next(model.parameters()).device
     backend = model.backend_for(device)
-    pieces = [(X[first:end], *overlapping_windows(end - first, seq_len))
-              for first, end in ([(0, len(X))] if recordings is None else recordings.tolist())]
-    h = [dataset.gather(piece, starts, length) for piece, starts, length in pieces]
 
     def prediction(x):
         return model.predictions({"1": model.output_heads["1"](model.final_norm(x))})["1"]
 
     # steps[i] leads from the output of step i - 1 to the next: the input projection, the layers, the prediction
     steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
+    h = windows
     for depth in range(max(depths) + 1):
         level = h
         if depth or max(depths):
-            h = [in_batches(steps[depth], windows, device) for windows in h]
+            h = [in_batches(steps[depth], some, device) for some in h]
         level = h if depth else level
         if depth in depths:
-            yield depth, np.concatenate([stitch(windows, starts, velocity)
-                                         for windows, (_, starts, _) in zip(level, pieces, strict=True)])
+            yield depth, level
+
+
+def of_steps(model, X, seq_len, depths, velocity=False, recordings=None):
+    """Yields (depth, values) for the wanted depths: values (n_steps, width) float32, with velocity one row less for
+    each recording.
+
+    recordings: as Series.recordings where there are several; no window crosses a border.
+    """
+    pieces = [(X[first:end], *overlapping_windows(end - first, seq_len))
+              for first, end in ([(0, len(X))] if recordings is None else recordings.tolist())]
+    windows = [dataset.gather(piece, starts, length) for piece, starts, length in pieces]
+    for depth, level in of_windows(model, windows, depths):
+        yield depth, np.concatenate([stitch(some, starts, velocity)
+                                     for some, (_, starts, _) in zip(level, pieces, strict=True)])
+
+
+class LevelsInWindows:
+    """The levels of a model in windows (n, length, feature_dim), a tensor, for depths that are asked for in order."""
+
+    def __init__(self, model, windows, depths):
+        self.found, self.last = of_windows(model, [windows], depths), (None, None)
+
+    def at(self, depth):
+        """The level of this depth, (n, length, width); the last one may be asked for again."""
+        while self.last[0] != depth:
+            reached, (level,) = next(self.found)
+            self.last = reached, level.numpy()
+        return self.last[1]

@@ -92,9 +92,10 @@ def drawn_series(series, n_steps):
     """
     longest = series.n_steps if series.config.get("center_walk_std") else n_steps
     lengths = [longest] * (n_steps // longest) + [n_steps % longest] * (n_steps % longest > 0)
-    parts = [draw_series(series.process, series.config, length, [SEED, number, 0, 1])[0]
+    parts = [draw_series(series.process, series.config, length, [SEED, number, 0, 1])
              for number, length in enumerate(lengths)]
-    return dataset.Series(np.concatenate(parts), process=series.process, config=series.config, lengths=tuple(lengths))
+    return dataset.Series(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)), process=series.process,
+                          config=series.config, lengths=tuple(lengths))
 
 
 def unseen_part(series, process, seq_len, n_steps=None, held_back=0):

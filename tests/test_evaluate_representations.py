@@ -34,6 +34,7 @@ import level_figures
 import level_tables
 import mamba_model
 import measures
+import observer
 import optimal_filter
 import representations
 import unseen
@@ -187,11 +188,11 @@ def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_window
 
 @pytest.mark.parametrize("n_rows", [10, 1000, 100_000])
 def test_probes_are_fitted_on_the_past_and_scored_on_the_future(n_rows):
-    train, scored = ev.probe_split(n_rows, np.random.default_rng(0))
+    train, scored = measures.probe_split(n_rows, np.random.default_rng(0))
     tested = np.arange(n_rows)[scored]
     assert train.max() < tested.min() and tested[-1] == n_rows - 1
     assert len(tested) == pytest.approx(0.3 * n_rows, abs=1)
-    assert len(set(train.tolist())) == len(train) == min(ev.PROBE_STEPS, n_rows - len(tested))
+    assert len(set(train.tolist())) == len(train) == min(measures.PROBE_STEPS, n_rows - len(tested))
 
 
 @pytest.mark.parametrize(("n_umap", "neighbours"), [(150, 10), (300, 15), (400, 10), (120, 60)])
@@ -200,6 +201,7 @@ def test_one_neighbour_query_serves_dimension_and_umap(monkeypatch, n_umap, neig
     queries = []
     monkeypatch.setattr(measures, "knn", lambda points, k: queries.append((len(points), k)) or knn(points, k))
     dimension, graph = ev.neighborhood(points, 300, n_umap, neighbours)
+    assert dimension.pop("two_nn") == pytest.approx(skdim.id.TwoNN().fit(points[:300]).dimension_, rel=1e-6)
     assert queries[0] == (300, 100) and len(queries) == 1 + (n_umap in (400, 120))
     assert dimension == pytest.approx(levina_bickel(points[:300], measures.DIMENSION_KS), rel=1e-9)
     wanted = knn(points[:n_umap], neighbours - 1)
@@ -218,8 +220,9 @@ def test_repeated_points_count_once_and_a_collapsed_level_has_no_dimension():
     points = np.random.default_rng(0).standard_normal((300, 4))
     repeated = np.concatenate([points, points[:80]])
     ks = measures.DIMENSION_KS
-    assert ev.neighborhood(repeated, 380, 0, 15)[0] == pytest.approx(levina_bickel(points, ks), rel=1e-9)
-    assert ev.neighborhood(np.ones((300, 4)), 300, 0, 15)[0] == dict.fromkeys(ks)
+    two_nn = skdim.id.TwoNN().fit(points).dimension_
+    assert ev.neighborhood(repeated, 380, 0, 15)[0] == pytest.approx({"two_nn": two_nn, **levina_bickel(points, ks)})
+    assert ev.neighborhood(np.ones((300, 4)), 300, 0, 15)[0] == dict.fromkeys(["two_nn", *ks])
 
 
 def test_the_best_layer_is_no_input_and_the_first_of_equals():
@@ -252,6 +255,18 @@ def level_args(**changes):
                               "no_lb": False, "pca": None, "velocity": False, "seed": 3, **changes})
 
 
+def measured(values, series, rows, args):
+    """The measures of a level of the last steps of a series, and its points, their neighbours and the nearest ones."""
+    n = len(values)
+    tail = dataset.Series(series.X[-n:], series.states[-n:], series.thetas[-n:])
+    measurer, given = ev.Measurer(tail, None, rows, args, None), []
+    measurer.embedding = lambda reduced, points, graph: given.extend([points, graph, cdist(
+        reduced, points).argmin(axis=1)]) or "an embedding"
+    level, embedding = measurer.level(values, None, (64, 64, 0.1))
+    assert embedding == (None if args.no_umap else "an embedding")
+    return level, *(given or [None, None, None])
+
+
 def rings(n, n_circles=3, width=7, noise=0.9):
     """A level (n, width) of rings with offsets, and the series whose last n steps it belongs to."""
     rng = np.random.default_rng(5)
@@ -273,6 +288,11 @@ def vote(labels, width):
     return np.array(winners)
 
 
+def dimension_at(points, ks):
+    return {"two_nn": skdim.id.TwoNN().fit(points).dimension_,
+            **{k: skdim.id.MLE().fit(points, n_neighbors=k).dimension_ for k in ks}}
+
+
 def agreement_scores(prefix, labels, states):
     return {f"{prefix}_ari": adjusted_rand_score(states, labels),
             f"{prefix}_nmi": normalized_mutual_info_score(states, labels),
@@ -282,12 +302,12 @@ def agreement_scores(prefix, labels, states):
 
 @pytest.mark.parametrize("changes", [{}, {"pca": 2}, {"umap_points": 300, "lb_points": 180, "seed": 8}])
 def test_every_measure_of_a_level_is_that_of_an_independent_computation(monkeypatch, changes):
-    monkeypatch.setattr(ev, "PROBE_STEPS", 250)
+    monkeypatch.setattr(measures, "PROBE_STEPS", 250)
     args = level_args(**changes)
     values, series = rings(600)
     states, thetas = series.states[2:], series.thetas[2:]
     rows = np.random.default_rng(1).permutation(600)[:max(args.umap_points, args.lb_points)]
-    level, points, graph, nearest = ev.level_measures(values, series, rows, args)
+    level, points, graph, nearest = measured(values, series, rows, args)
 
     whole = values.astype(np.float64)
     reduced = whole if args.pca is None else PCA(args.pca).fit(whole).transform(whole)
@@ -305,15 +325,18 @@ def test_every_measure_of_a_level_is_that_of_an_independent_computation(monkeypa
     shown = args.umap_points
     wanted = {
         "width": 7, "probe_accuracy": accuracy,
-        "phase_r2": ridge.score(white.transform(whole[420:]) * scale, wave[420:]),
+        "phase_r2": ridge.score(white.transform(whole[420:]) * scale, wave[420:]), "beliefs": None,
         **agreement_scores("kmeans", clusters, states),
         "silhouette": silhouette_score(sample[:shown], states[rows[:shown]]),
         "effective_rank": np.trace(C)**2 / np.trace(C @ C),
-        "dimension": {k: skdim.id.MLE().fit(sample[:args.lb_points], n_neighbors=k).dimension_ for k in (10, 30, 100)},
+        "dimension": dimension_at(sample[:args.lb_points], (5, 10, 30, 100)),
+        "dimension_whitened": dimension_at(PCA(whiten=True).fit_transform(sample[:args.lb_points]), (30,)),
     }
     assert list(level) == list(wanted)
     for key, value in wanted.items():
-        if key == "probe_accuracy":  # two fits that both stop a little short of the optimum
+        if key == "beliefs":
+            assert level[key] is None
+        elif key == "probe_accuracy":  # two fits that both stop a little short of the optimum
             assert level[key] == pytest.approx(value, abs=0.012) and 0.6 < value < 1
         else:
             assert level[key] == pytest.approx(value, rel=2e-3), key
@@ -327,7 +350,7 @@ def test_every_measure_of_a_level_is_that_of_an_independent_computation(monkeypa
 def test_what_a_level_is_not_asked_for_is_left_out():
     values, series = rings(300)
     rows = np.arange(300)
-    level, *rest = ev.level_measures(values, series, rows, level_args(no_umap=True, no_lb=True))
+    level, *rest = measured(values, series, rows, level_args(no_umap=True, no_lb=True))
     assert rest == [None, None, None] and level["dimension"] is None
     assert level["silhouette"] == pytest.approx(silhouette_score(values[:150], series.states[2:152]), rel=1e-5)
 
@@ -347,13 +370,16 @@ def made_report(name="m", n_layers=3, shift=0.0, depths=None, best=2, umap=True,
         for j, key in enumerate(MEASURES):
             level[key] = 0.0137 + shift + 0.041 * j + 0.0023 * (depth if depth == best else -depth)
         level["effective_rank"] *= 10
-        level["dimension"] = {k: 5 + shift + 0.3 * i - 0.07 * depth for i, k in enumerate((10, 30, 100))}
+        level["dimension"] = {k: 5 + shift + 0.3 * i - 0.07 * depth for i, k in enumerate(("two_nn", 5, 10, 30, 100))}
+        level["dimension_whitened"] = {k: 9 + shift + 0.2 * i - 0.05 * depth for i, k in enumerate(("two_nn", 30))}
+        level["beliefs"] = {key: 0.2 + shift + 0.1 * i - 0.03 * abs(depth - best) for i, key in enumerate(
+            ("circle", "phase", "revolutions", "hazard"))}
         levels.append(level if umap else {key: value for key, value in level.items() if "umap" not in key})
     errors = [{"horizon": k, "val_mse": 8.5 + k + shift, "optimal_mse": 8.1 + k, "excess_percent": 4.9 - k + shift,
                "val_nll": 51.3 + k + shift, "optimal_nll": 50.2 + k, "excess_nats": 1.13 - k + shift}
               for k in (1, 2, 4)]
     return {"name": name, "n_layers": n_layers, "levels": levels, "errors": errors, "filter_circle_accuracy": 0.957,
-            "trained_with": {"seed": 1, "lr": 0.1}, **more}
+            "lb_points": 220, "seq_len": 128, "trained_with": {"seed": 1, "lr": 0.1}, **more}
 
 
 def cells(text):
@@ -366,17 +392,34 @@ def cells(text):
 def test_every_cell_of_the_table_of_levels():
     report = made_report()
     header, rows = cells(level_tables.level_table(report))
-    assert header == ["level", "probe acc.", "phase R²", "ARI", "smooth", "NMI", "smooth", "silhouette", "rank",
-                      "dim 10", "dim 30", "dim 100"]
+    assert header == ["level", "probe acc.", "phase R²", "ARI", "smooth", "NMI", "smooth", "silhouette", "rank"]
     keys = ["probe_accuracy", "phase_r2", "kmeans_ari", "kmeans_ari_smooth", "kmeans_nmi", "kmeans_nmi_smooth",
             "silhouette"]
-    assert rows == [[m["level"], *(f"{m[key]:.3f}" for key in keys), f"{m['effective_rank']:.1f}",
-                     *(f"{m['dimension'][k]:.2f}" for k in (10, 30, 100))] for m in report["levels"]]
-    for m in report["levels"]:
-        m["dimension"] = None
+    assert rows == [[m["level"], *(f"{m[key]:.3f}" for key in keys), f"{m['effective_rank']:.1f}"]
+                    for m in report["levels"]]
     report["levels"][1]["probe_accuracy"] = None
+    report["baselines"] = [{"level": "quadratic probe", "probe_accuracy": 0.1234, "phase_r2": 0.5, "beliefs": None}]
     header, rows = cells(level_tables.level_table(report))
-    assert len(header) == 9 and rows[1][:2] == ["layer 1", "–"]
+    assert rows[1][:2] == ["layer 1", "–"] and rows[5] == ["quadratic probe", "0.123", "0.500", *["–"] * 6]
+
+
+def test_every_cell_of_the_tables_of_dimensions_and_beliefs():
+    report = made_report()
+    report["levels"][1]["dimension"][5] = None
+    low = {**report["levels"][0], "level": "low-passed input"}
+    report["baselines"] = [low, {"level": "quadratic probe", "beliefs": dict.fromkeys(low["beliefs"], 0.5)}]
+    header, rows = cells(level_tables.dimension_table(report))
+    assert header == ["dimension of 220 steps", "TwoNN", "k = 5", "k = 10", "k = 30", "k = 100", "whitened: TwoNN",
+                      "k = 30"]
+    assert rows[1][2] == "–"
+    rows[1][2] = report["levels"][1]["dimension"][5] = 4.5
+    for row, m in zip(rows, [*report["levels"], low], strict=True):
+        values = [*m["dimension"].values(), *m["dimension_whitened"].values()]
+        assert row == [m["level"], *(f"{value:.2f}" if value != 4.5 else 4.5 for value in values)]
+    header, rows = cells(level_tables.belief_table(report))
+    assert header == ["R² of beliefs", "circle", "phase", "revolutions done", "visit ends now"]
+    assert rows == [[m["level"], *(f"{m['beliefs'][key]:.3f}" for key in ("circle", "phase", "revolutions", "hazard"))]
+                    for m in (*report["levels"], *report["baselines"])]
 
 
 def test_every_cell_of_the_table_of_umaps():
@@ -409,6 +452,11 @@ WANTED_COMPARISON = {  # column of the CSV: (title in the table, format there, w
 }
 
 
+WANTED_IN_CSV = {  # columns that only the CSV has
+    f"belief_{key}": ("", "", lambda r, key=key: max(m["beliefs"][key] for m in r["levels"][1:4]))
+    for key in ("circle", "phase", "revolutions", "hazard")}
+
+
 def peaked(report, level):
     """The report with its highest silhouettes at this level, far from the best layer."""
     for i, key in enumerate(("silhouette", "umap_silhouette", "umap_ari_smooth")):
@@ -420,21 +468,21 @@ def test_every_cell_of_the_comparison():
     reports = [peaked(made_report("a"), 0), peaked(made_report("b", shift=0.2), 4)]
     rows = [level_tables.comparison_row(report) for report in reports]
     for row, report in zip(rows, reports, strict=True):
-        assert row == {key: read(report) for key, (_, _, read) in WANTED_COMPARISON.items()}
+        assert row == {key: read(report) for key, (_, _, read) in (WANTED_COMPARISON | WANTED_IN_CSV).items()}
     header, table = cells(level_tables.comparison_table(rows))
     assert header == [title for title, _, _ in WANTED_COMPARISON.values()]
     assert table == [[format(read(report), form) for _, form, read in WANTED_COMPARISON.values()]
                      for report in reports]
     lines = list(csv.reader(level_tables.comparison_csv(rows).split("\n")))
-    assert lines[0] == list(WANTED_COMPARISON) and lines[3:] == [[]]
+    assert lines[0] == list(WANTED_COMPARISON | WANTED_IN_CSV) and lines[3:] == [[]]
     for line, report in zip(lines[1:3], reports, strict=True):
-        assert line == [str(read(report)) for _, _, read in WANTED_COMPARISON.values()]
+        assert line == [str(read(report)) for _, _, read in (WANTED_COMPARISON | WANTED_IN_CSV).values()]
 
 
 def test_a_comparison_leaves_out_columns_that_nobody_fills_and_marks_empty_cells():
     full, bare = made_report("a", umap=False), made_report("b", umap=False, depths=[0, 4], errors=[])
     for level in bare["levels"]:
-        level["dimension"] = None
+        level["dimension"] = level["beliefs"] = None
     for error in full["errors"]:  # a point head has no likelihood
         for key in ("val_nll", "optimal_nll", "excess_nats"):
             del error[key]
@@ -444,7 +492,7 @@ def test_a_comparison_leaves_out_columns_that_nobody_fills_and_marks_empty_cells
                       if key not in ("val_nll", "optimal_nll", "excess_nats") and "umap" not in key]
     peak = f"{max(m['silhouette'] for m in bare['levels']):.3f}"
     assert table[1] == ["b", *["–"] * 11, peak]
-    assert level_tables.comparison_csv(rows).split("\n")[2] == f"b{',' * 15}{rows[1]['peak_silhouette']},,"
+    assert level_tables.comparison_csv(rows).split("\n")[2] == f"b{',' * 15}{rows[1]['peak_silhouette']},,{',' * 4}"
 
 
 def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
@@ -493,12 +541,14 @@ PANEL_LINES = [  # title, one line per entry: (label, key)
                         ("in the UMAP, vote", "umap_nmi_smooth")]),
     ("silhouette of the circles", [("in the level", "silhouette"), ("in its UMAP", "umap_silhouette")]),
     ("effective rank", [("", "effective_rank")]),
-    ("Levina–Bickel dimension", [("k = 30", 30), ("k = 10", 10), ("k = 100", 100)]),
+    ("dimension", [("Levina–Bickel, k = 30", 30), ("the same, whitened", "whitened"), ("TwoNN", "two_nn")]),
 ]
 
 
 def read(level, key):
-    return level["dimension"][key] if isinstance(key, int) else level[key]
+    if key == "whitened":
+        return level["dimension_whitened"][30]
+    return level["dimension"][key] if key in level["dimension"] else level[key]
 
 
 def legend_of(target):
@@ -556,7 +606,7 @@ def test_a_summary_on_a_page_has_two_columns_that_nothing_covers(tmp_path):
 def test_a_summary_draws_what_there_is():
     report = made_report(umap=False, filter_circle_accuracy=None, depths=[0, 2, 4])
     for level in report["levels"]:
-        level["dimension"] = None
+        level["dimension"] = level["dimension_whitened"] = None
     report["levels"][1]["phase_r2"] = None
     fig = level_figures.draw_summary([report], "t")
     assert legend_of(fig) == ["m", level_figures.OUTPUT_LABEL]
@@ -626,9 +676,10 @@ def test_a_comparison_of_many_keeps_a_name_of_its_own_that_fits_a_file_system():
 @pytest.fixture
 def run(script, shared_data, tiny_checkpoint, tmp_path):
     """Run the script on the small series, with plots in tmp_path / "plots"; returns (result, file names)."""
-    def run(*flags, checkpoints=(tiny_checkpoint,), data=shared_data):
+    def run(*flags, checkpoints=(tiny_checkpoint,), data=shared_data, baselines=False, test=False):
+        quick = ([] if baselines else ["--no-baselines"]) + ([] if test else ["--test-steps", 0])
         result = script("evaluate_representations", "--checkpoint", *checkpoints, "--data-dir", data, "--save-dir",
-                        tmp_path / "plots", *flags)
+                        tmp_path / "plots", *quick, *flags)
         assert result.code == 0, result.err
         return result, names_in(tmp_path / "plots")
 
@@ -646,12 +697,13 @@ def test_end_to_end(run, shared_data, tiny_checkpoint, tmp_path):
     assert report["best_layer"] in ("layer 1", "layer 2")
     for m in levels:
         row = next(line for line in result.out.splitlines() if line.startswith(m["level"]))
-        assert f"{m['probe_accuracy']:.3f}" in row and f"{m['dimension']['30']:.2f}" in row
+        assert f"{m['probe_accuracy']:.3f}" in row and f" {m['dimension']['30']:.2f} " in result.out
         assert 0 < m["probe_accuracy"] <= 1 and m["phase_r2"] <= 1 and -1 <= m["silhouette"] <= 1
 
     series = dataset.load_series(shared_data)
     rows = np.random.default_rng(42).permutation(series.n_steps)[:400]
     dimension = levina_bickel(series.X[rows], measures.DIMENSION_KS)
+    dimension["two_nn"] = skdim.id.TwoNN().fit(series.X[rows]).dimension_
     assert levels[0]["dimension"] == pytest.approx({str(k): value for k, value in dimension.items()})
     C = np.cov(series.X.T.astype(np.float64), bias=True)
     assert levels[0]["effective_rank"] == pytest.approx(np.trace(C)**2 / np.trace(C @ C), rel=1e-6)
@@ -738,14 +790,14 @@ def test_umaps_show_the_sampled_steps_in_a_grid_or_one_by_one(run, shared_data, 
 
 def test_several_checkpoints_are_compared_in_one_table_and_one_figure(run, tiny_checkpoint, tmp_path):
     deeper = save_model(tmp_path / "deep.pt", tiny_model(1, n_layers=3, max_horizon=4))
-    result, files = run(*QUICK, checkpoints=(tiny_checkpoint, deeper))
+    result, files = run(*QUICK, checkpoints=(tiny_checkpoint, deeper), test=True)
     assert files == {"compare_tiny_deep_summary.csv", "compare_tiny_deep_summary.png", "compare_tiny_deep_test.csv",
                      "tiny_summary.png",
                      "tiny_metrics.json", "deep_summary.png", "deep_metrics.json"}
     with open(tmp_path / "plots" / "compare_tiny_deep_summary.csv", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["checkpoint"] for row in table] == ["tiny", "deep"]
-    for row in table:
+    assert [row["checkpoint"] for row in table] == ["tiny", "deep", "input"]
+    for row in table[:2]:
         report = json.loads((tmp_path / "plots" / f"{row['checkpoint']}_metrics.json").read_text())
         best = next(m for m in report["levels"] if m["level"] == report["best_layer"])
         assert row["best_layer"] == report["best_layer"]
@@ -842,7 +894,7 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
               "velocity": True, "pca": 4, "umap_points": 2999, "lb_points": 250, "n_layers": 2, "seq_len": 128,
               "filter_circle_accuracy": float((posterior.argmax(axis=1)[tail:] == series.states[tail:]).mean()),
               "trained_with": {**SAVED, "dropout": 0.1, "data_dir": str(shared_data)}, "best_layer": "layer 2",
-              "umap_neighbors": 9, "data_crc32": dataset.crc32(series.X)}
+              "umap_neighbors": 9, "data_crc32": dataset.crc32(series.X), "test_steps": 0}
     assert {key: report[key] for key in wanted} == wanted
     assert set(report) == {*wanted, "errors", "test", "levels", "weights_crc32", "made_by"}
     weights = mamba_model.load_checkpoint(tiny_checkpoint)[0].state_dict().values()
@@ -858,7 +910,7 @@ def test_every_number_about_the_evaluation_itself(run, shared_data, tiny_checkpo
 def test_the_seed_draws_the_sample_and_starts_all_that_is_random(run, shared_data, tmp_path, quick_measures, saved,
                                                                  monkeypatch):
     trained = []
-    monkeypatch.setattr(ev, "PROBE_STEPS", 100)
+    monkeypatch.setattr(measures, "PROBE_STEPS", 100)
     monkeypatch.setattr(measures, "phase_probe", lambda train, thetas, *_: trained.append(thetas) or 0.5)
     flags = ["--layers", "input", "--umap-points", 60, "--no-lb", "--device", "cpu", "--seed", 11]
     run(*flags)
@@ -924,12 +976,15 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, shared_data, tin
                                                            saved):
     other = save_model(tmp_path / "deep.pt", tiny_model(1, n_layers=3, max_horizon=2), seq_len=64)
     result, _ = run("--umap-points", 120, "--lb-points", 130, "--device", "cpu", "--pca", 3, "--velocity",
-                    checkpoints=(tiny_checkpoint, other))
+                    checkpoints=(tiny_checkpoint, other), baselines=True, test=True)
     reports = [report_of(tmp_path, f"{name}_velocity_pca3") for name in ("tiny", "deep")]
     for report in reports:
-        for level in report["levels"]:
-            level["dimension"] = {int(k): value for k, value in level["dimension"].items()}
-        for text in (level_tables.level_table(report), level_tables.umap_table(report)):
+        for level in [level for level in (*report["levels"], *report["baselines"]) if "dimension" in level]:
+            for key in ("dimension", "dimension_whitened"):
+                level[key] = {int(k) if k.isdecimal() else k: value for k, value in level[key].items()}
+        for text in (level_tables.level_table(report), level_tables.umap_table(report),
+                     level_tables.dimension_table(report), level_tables.belief_table(report),
+                     level_tables.event_table(report), level_tables.linear_line(report)):
             assert f"{text}\n" in result.out
         rows = [[str(row["horizon"]), f"{row['val_mse']:.4f}", f"{row['optimal_mse']:.4f}",
                  f"{row['excess_percent']:+.2f} %"] for row in report["errors"]]
@@ -943,7 +998,7 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, shared_data, tin
         assert summary.legends[0].get_texts()[0].get_text() == report["name"]
     assert reports[1]["seq_len"] == 64 and [row["horizon"] for row in reports[1]["errors"]] == [1, 2]
     assert reports[0]["errors"][0]["optimal_mse"] != reports[1]["errors"][0]["optimal_mse"]  # other windows
-    table = [level_tables.comparison_row(report) for report in reports]
+    table = [*(level_tables.comparison_row(report) for report in reports), *level_tables.baseline_rows(reports[0])]
     assert level_tables.comparison_table(table) in result.out
     folder = tmp_path / "plots"
     assert (folder / "compare_tiny_deep_velocity_pca3_summary.csv").read_text() == level_tables.comparison_csv(table)
@@ -971,14 +1026,14 @@ def test_the_ceiling_is_the_filters_accuracy_on_the_steps_that_score_the_probes(
     monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: "a process")
     monkeypatch.setattr(optimal_filter, "predict", lambda *given, **more: asked.append(given) or {
         "circle_posterior": posterior})
-    assert ev.Optimum(series).circle_accuracy == pytest.approx(2 / 3)
+    assert observer.Optimum(series).circle_accuracy == pytest.approx(2 / 3)
     assert asked == [("a process", "X")]
 
 
 def test_windows_shared_by_models_are_filtered_once(monkeypatch):
     calls = []
     monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: None)
-    optimum = ev.Optimum(SimpleNamespace())
+    optimum = observer.Optimum(SimpleNamespace())
     assert optimum.circle_accuracy is None and optimum.window_floors(np.arange(3), 8, [1]) == {}
     optimum.process = "a process"
     monkeypatch.setattr(optimal_filter, "window_floors", lambda *given: calls.append(given) or {1: len(calls)})
@@ -992,6 +1047,7 @@ def test_without_flags_the_readmes_defaults_hold():
     assert args == {"layers": None, "velocity": False, "pca": None, "test_steps": None, "no_umap": False,
                     "umap_points": 5000, "umap_neighbors": 30, "per_layer": False, "no_lb": False, "lb_points": 10_000,
                     "seed": 42, "device": "auto", "scan": "auto", "checkpoint": [Path("model_next.pt")],
+                    "no_baselines": False,
                     "data_dir": None, "save_dir": Path("plots"), "format": "png", "style": None, "settings": ""}
 
 

@@ -509,12 +509,22 @@ def ridge_case(n=300, width=6, targets=2, noise=0.5, seed=0):
     return x, y
 
 
+def r2(x, y, test, test_y, groups=None):
+    return measures.ridge_r2(measures.ridge_data(x, y, test, test_y, groups), x.shape[1])
+
+
 def test_ridge_regressions_are_scikit_learns():
     x, y = ridge_case()
-    for penalty, (w, intercept) in zip(measures.RIDGE_PENALTIES, measures.ridge_solutions(x, y), strict=True):
-        wanted = Ridge(alpha=penalty * len(x)).fit(x, y)
-        np.testing.assert_allclose(w, wanted.coef_.T, rtol=1e-6, atol=1e-9)
-        np.testing.assert_allclose(intercept, wanted.intercept_, rtol=1e-6)
+    moments = measures.second_moments(x, y)
+    test, test_y = ridge_case(50, seed=2)
+    for targets in (slice(None), slice(1, 2)):
+        for penalty, solution in zip(measures.RIDGE_PENALTIES, measures.ridge_solutions(moments, 6, targets),
+                                     strict=True):
+            wanted = Ridge(alpha=penalty * len(x)).fit(x, y[:, targets])
+            np.testing.assert_allclose(solution, np.vstack([np.atleast_2d(wanted.coef_).T, wanted.intercept_]),
+                                       rtol=1e-6, atol=1e-9)
+            left = measures.squares_left(solution, measures.second_moments(test, test_y), 6, targets)
+            assert left == pytest.approx(np.square(wanted.predict(test).reshape(50, -1) - test_y[:, targets]).sum())
 
 
 def test_the_last_fifth_of_the_train_rows_chooses_the_penalty():
@@ -526,16 +536,16 @@ def test_the_last_fifth_of_the_train_rows_chooses_the_penalty():
     assert np.argmin(errors) > 0
     chosen = Ridge(alpha=measures.RIDGE_PENALTIES[np.argmin(errors)] * 60).fit(x, y)
     left, total = np.square(chosen.predict(test) - test_y).sum(), np.square(test_y - test_y.mean(axis=0)).sum()
-    assert measures.ridge_r2(x, y, test, test_y) == pytest.approx(1 - left / total, rel=1e-6)
+    assert r2(x, y, test, test_y) == pytest.approx(1 - left / total, rel=1e-6)
 
 
 def test_a_representation_that_is_the_belief_has_r2_1_and_noise_has_0():
     rng = np.random.default_rng(0)
     posterior = rng.dirichlet(np.ones(4), 4000)
     white = measures.whitened(posterior[:3000], posterior[3000:])
-    assert measures.ridge_r2(white[0], posterior[:3000], white[1], posterior[3000:]) == pytest.approx(1, abs=1e-4)
+    assert r2(white[0], posterior[:3000], white[1], posterior[3000:]) == pytest.approx(1, abs=1e-4)
     noise = rng.standard_normal((4000, 5))
-    assert abs(measures.ridge_r2(noise[:3000], posterior[:3000], noise[3000:], posterior[3000:])) < 0.02
+    assert abs(r2(noise[:3000], posterior[:3000], noise[3000:], posterior[3000:])) < 0.02
 
 
 def test_within_groups_the_group_itself_explains_nothing():
@@ -543,25 +553,27 @@ def test_within_groups_the_group_itself_explains_nothing():
     groups = rng.integers(0, 3, 900)
     y = (groups * 10 + rng.standard_normal(900))[:, None]
     x = np.eye(3)[groups] + 0.01 * rng.standard_normal((900, 3))
-    split = slice(600), slice(600, None)
-    assert measures.ridge_r2(x[split[0]], y[split[0]], x[split[1]], y[split[1]]) > 0.9
-    within = measures.ridge_r2(x[split[0]], y[split[0]], x[split[1]], y[split[1]], (groups[:600], groups[600:]))
-    assert within < 0.02
-    both, left, total = np.concatenate([x, y * np.array([1, 2, 3])[groups][:, None]], axis=1), 0, 0
-    for group in range(3):  # one regression per group, whose sums are pooled
-        fit, score = np.flatnonzero(groups[:600] == group), 600 + np.flatnonzero(groups[600:] == group)
-        sums = measures.ridge_residuals(both[fit], y[fit], both[score], y[score])
-        left, total = left + sums[0], total + sums[1]
-    found = measures.ridge_r2(both[:600], y[:600], both[600:], y[600:], (groups[:600], groups[600:]))
-    assert found == pytest.approx(1 - left / total) and found > 0.99
+    split = groups[:600], groups[600:]
+    assert r2(x[:600], y[:600], x[600:], y[600:]) > 0.9
+    assert r2(x[:600], y[:600], x[600:], y[600:], split) < 0.02
+    both = np.concatenate([x, y * np.array([1, 2, 3])[groups][:, None]], axis=1)
+    data = measures.ridge_data(both[:600], y[:600], both[600:], y[600:], split)
+    left = total = 0
+    for group, part in enumerate(data):  # one regression per group, whose sums are pooled
+        fit, score = np.flatnonzero(split[0] == group), 600 + np.flatnonzero(split[1] == group)
+        for found, rows in zip(part, (fit[fit < 480], fit[fit >= 480], score), strict=True):
+            np.testing.assert_allclose(found, measures.second_moments(both[rows], y[rows]))
+        variation = np.square(y[score] - y[score].mean()).sum()
+        left, total = left + (1 - measures.ridge_r2(part, 4)) * variation, total + variation
+    assert measures.ridge_r2(data, 4) == pytest.approx(1 - left / total) and 1 - left / total > 0.99
 
 
 def test_r2_of_what_is_too_little_or_never_varies_is_none():
     x, y = ridge_case(40, 6)
-    assert measures.ridge_r2(x[:7], y[:7], x[7:], y[7:]) is None  # not more rows than columns
-    assert measures.ridge_r2(x, y, x[:1], y[:1]) is None
-    assert measures.ridge_r2(x, np.ones((40, 1)), x, np.ones((40, 1))) is None
-    assert measures.ridge_r2(x[:, :0], y, x[:, :0], y) is None
+    assert r2(x[:7], y[:7], x[7:], y[7:]) is None  # not more rows than columns
+    assert r2(x, y, x[:1], y[:1]) is None
+    assert r2(x, np.ones((40, 1)), x, np.ones((40, 1))) is None
+    assert r2(x[:, :0], y, x[:, :0], y) is None
 
 
 def test_a_ratio_over_blocks_and_its_error():
@@ -574,8 +586,6 @@ def test_a_ratio_over_blocks_and_its_error():
         told.append(error)
     assert np.mean(spread) == pytest.approx(2, abs=0.02)
     assert np.mean(told) == pytest.approx(np.std(spread), rel=0.1)
-    values, blocks = np.array([[1.0, 2.0], [3.0, 5.0]]), np.array([[0, 2], [2, 0]])
-    assert measures.block_sums(values, blocks, 4).tolist() == [6, 0, 5, 0]
     ratio, error = measures.ratio_and_error([1.0, 5.0], [1.0, 2.0])
     residual = np.array([1 - 2, 5 - 4])
     assert ratio == 2 and error == pytest.approx(math.sqrt(2 / 1 * (residual**2).sum()) / 3)

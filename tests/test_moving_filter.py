@@ -21,11 +21,11 @@ from test_optimal_filter import NOISE, dense_hmm, enumerate_paths, make_process,
 import circle_process
 import cli
 import dataset
-import evaluate_representations
 import figures
 import generate
 import markov_circles_timeseries as generator
 import moving_filter
+import observer
 import optimal_filter
 import songs
 from moving_filter import Limits
@@ -452,7 +452,7 @@ def test_the_centre_of_data_with_another_seed_is_inferred(walking_data):
 
 def test_training_and_evaluation_have_a_floor_and_a_ceiling(walking_data, capsys):
     series = dataset.load_series(walking_data)
-    optimum = evaluate_representations.Optimum(series)
+    optimum = observer.Optimum(series)
     assert optimum.circle_accuracy > 0.9
     starts = np.arange(2700, 2900, 50)
     floors = optimum.window_floors(starts, 60, [1])
