@@ -98,9 +98,10 @@ def build_parser():
     files.add_argument("--checkpoint", type=Path, metavar="NAME.pt",
                        help="names the run (default: model_next.pt, with each flag in the name that isn't the default)")
     files.add_argument("--resume", action="store_true", help="go on from NAME_last.pt, with that run's flags")
-    files.add_argument("--eval", nargs="?", type=Path, const=True, metavar="NAME.pt",
-                       help="only print this checkpoint's record, its validation loss and its errors on the test "
-                            "series, on the data that it was trained on or --data-dir's (default: --checkpoint's)")
+    files.add_argument("--eval", nargs="*", type=Path, metavar="NAME.pt",
+                       help="only print the record of this checkpoint, its validation loss and its errors on the test "
+                            "series, on the data that it was trained on or --data-dir's; compare several, seed by "
+                            "seed (default: --checkpoint's)")
     files.add_argument("--log-dir", type=Path, metavar="DIR",
                        help="also write scalars and figures for TensorBoard here (default: not written)")
     return parser
@@ -136,7 +137,7 @@ def default_name(parser, args):
     name, plain = (cli.short_name("_".join(["model_next", *cli.flags_in_name(parser, args, without)])) + ".pt"
                    for without in ((), ("data_dir", "seq_len", "stride", "val_fraction", "test_steps", "batch_size",
                                         "epochs")))
-    return plain if (args.resume or args.eval) and not Path(name).exists() else name
+    return plain if (args.resume or args.eval is not None) and not Path(name).exists() else name
 
 
 if __name__ == "__main__":
@@ -674,7 +675,7 @@ def main(args):
         with joined(args.device) as ranks, run_files.claimed(args, ranks):
             train(args, ranks)
     elif is_first():
-        run_files.print_evaluation(args, parse_args)
+        run_files.print_evaluations(args, parse_args)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Optimum:
 
     def held_back(self, trained_with):
         """How many steps of the series its training has left to the test; trained_with: the flags of the training."""
-        return 0 if unseen.can_be_drawn(self.series, self.process) else trained_with.get("test_steps") or 0
+        return unseen.left_to_the_test(trained_with, self.series, self.process)
 
     def learner(self, n_steps):
         """The learned.Learner with the first n_steps steps and their labels; None where the process isn't known."""

@@ -26,6 +26,7 @@ import cli
 import dataset
 import figures
 import learned
+import level_tables
 import terminal
 import unseen
 from mamba_model import open_model, read_checkpoint, save_checkpoint, stem, trained_on, validation_errors
@@ -492,18 +493,32 @@ def floors(series, starts, seq_len, model, n_learned=0):
     return found[0]
 
 
-def print_evaluation(args, parse_args):
-    """--eval: the record of a checkpoint's run, its validation loss and its errors on the test series, on its own data
-    or those of --data-dir.
+def print_evaluations(args, parse_args):
+    """--eval: what `print_evaluation` says of each checkpoint and, of several, their errors on the test series side by
+    side, which are also drawn and written as CSV beside the first one."""
+    paths = args.eval or [args.checkpoint]
+    reports = [print_evaluation(path, args, parse_args, alone=len(paths) == 1) for path in paths]
+    rows = unseen.compared(level_tables.test_settings(reports)) if len(paths) > 1 else []
+    if rows:
+        print("\n" + unseen.compared_table(rows))
+        name = paths[0].parent / cli.short_name("_".join(["compare", *map(stem, paths), "test"]))
+        cli.write_text(name.with_name(f"{name.name}.csv"), level_tables.comparison_csv(rows))
+        print(f"wrote {name}.csv")
+        figures.save(unseen.draw_compared(rows), name.with_name(f"{name.name}.png"))
 
-    parse_args: see saved_flags. The exact filter's errors are printed too.
+
+def print_evaluation(path, args, parse_args, alone=True):
+    """The record of the run of the checkpoint at `path`, its validation loss and its errors on the test series, on its
+    own data or those of --data-dir. Returns {"name", "trained_with": its flags, "test": as from `unseen.as_report`}.
+
+    parse_args: see saved_flags. The exact filter's errors are printed too; the record only where it stands alone.
     """
-    path = args.checkpoint if args.eval is True else args.eval
     device = cli.pick_device(args.device)
     data_dir = args.data_dir if "data_dir" in args.flags_given else None
     model, saved, series = open_model(path, data_dir, device, args.scan)
     checkpoint = read_checkpoint(path)
-    print_record(files_of(path)["record"], checkpoint.get("record"))
+    if alone:
+        print_record(files_of(path)["record"], checkpoint.get("record"))
     # The windows of training, unless a flag says otherwise
     used = ("seq_len", "stride", "val_fraction", "batch_size")
     ignored = [name for name in args.flags_given if name not in (*used, *USED_BY_EVAL)]
@@ -515,7 +530,7 @@ def print_evaluation(args, parse_args):
     if seq_len <= model.horizons[-1]:
         raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
     process = unseen.process_of(series)
-    held_back = 0 if unseen.can_be_drawn(series, process) else saved.get("test_steps") or 0
+    held_back = unseen.left_to_the_test(saved, series, process)
     _, val_starts, boundary = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction, series.recordings,
                                                     held_back)
     windows = dataset.Windows(series.X, seq_len, device)
@@ -524,11 +539,13 @@ def print_evaluation(args, parse_args):
     floor = floors(series, val_starts, seq_len, model)
     print(f"{path}: epoch {checkpoint.get('epoch')}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
-    tested = unseen.unseen_part(series, process, seq_len, args.test_steps, held_back)
+    tested, report = unseen.unseen_part(series, process, seq_len, args.test_steps, held_back), None
     if tested is not None:
-        its_data = process is not None and checkpoint.get("data_crc32") == dataset.crc32(series.X)
-        learner = learned.learner_of(series, boundary) if its_data and not saved.get("fresh") else None
-        unseen.print_report(unseen.as_report(model, tested, learner))
+        its_data = process is not None and checkpoint.get("data_crc32") == dataset.data_crc32(series)
+        learner = learned.learner_of(series, boundary) if its_data and saved.get("fresh") is not True else None
+        report = unseen.as_report(model, tested, learner)
+        unseen.print_report(report)
+    return {"name": stem(path), "trained_with": saved, "test": report}
 
 
 # ---- The best and the last state ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import torch
 
 import cli
 import dataset
+import figures
 import floor_cache
 import measures
 import optimal_filter
@@ -142,6 +143,14 @@ def held_back(args, series, resumed):
     if not resumed:
         args.test_steps = steps_to_hold_back(series, args.seq_len, args.val_fraction, args.test_steps)
     return args.test_steps or 0
+
+
+def left_to_the_test(flags, series, process):
+    """How many steps of a series the training with these flags, a dict out of a checkpoint, has left to the test."""
+    steps = flags.get("test_steps")
+    if not isinstance(steps, int) or not 0 <= steps <= series.n_steps or can_be_drawn(series, process):
+        return 0
+    return steps
 
 
 def steps_to_hold_back(series, seq_len, val_fraction, n_steps=None):
@@ -320,6 +329,29 @@ def compared_table(rows):
         [row["setting"], row["seeds"], *(with_error(row.get(key), row.get(f"{key}_error"), form, unit)
                                          for key, form, unit in shown.values())] for row in rows],
         align="l" + "r" * (1 + len(shown)))
+
+
+@cli.in_style
+def draw_compared(rows):
+    """The rows of `compared` as a Figure: per setting the excess over the filter, or, where that isn't known, the
+    difference from the first setting, with its standard error; a second panel for nats where all predict densities."""
+    keys = [next(key for key in (f"excess_{unit}", f"difference_{unit}") if any(key in row for row in rows))
+            for unit in ("percent", "nats") if any(f"{kind}_{unit}" in row for row in rows
+                                                   for kind in ("excess", "difference"))]
+    labels = {"excess_percent": "MSE above the exact filter (%)", "difference_percent": "MSE above the first (%)",
+              "excess_nats": "NLL above the exact filter (nats per step)",
+              "difference_nats": "NLL above the first (nats per step)"}
+    height = 0.8 + 0.3 * len(rows)
+    fig, axes = figures.new_figure(1, len(keys), (5.0, height), "errors on the test series", sharey=True)
+    names = [f"{row['setting']} ({row['seeds']} seeds)" if row["seeds"] > 1 else row["setting"] for row in rows]
+    for ax, key in zip(axes[0], keys, strict=True):
+        for place, (row, color) in enumerate(zip(rows, figures.run_colors(len(rows)), strict=True)):
+            if key in row:
+                ax.errorbar(row[key], place, xerr=row[f"{key}_error"], color=color, marker="o", markersize=5, capsize=3)
+        ax.set(xlabel=f"{labels[key]}\nmean ± standard error", yticks=range(len(rows)), yticklabels=names,
+               ylim=(len(rows) - 0.5, -0.5))
+        ax.grid(axis="x", color="0.9")
+    return fig
 
 
 # ---- How they are printed -------------------------------------------------------------------------------------

@@ -152,10 +152,10 @@ def test_a_checkpoint_whose_layers_differ_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text, kept, name", [
-    ("delta", "delta", "delta"), ("C,B,delta", "delta,B,C", "delta_B_C"), ("z,z", "z", "z")])
+    ("delta", "delta", "delta"), ("C,B,delta", "delta,B,C", "delta-B-C"), ("z,z", "z", "z")])
 def test_the_flag(text, kept, name):
     args = training.parse_args(["--constant", text])
-    assert args.constant == kept and str(args.checkpoint) == f"model_next_constant_{name}.pt"
+    assert args.constant == kept and str(args.checkpoint) == f"model_next_constant{name}.pt"
 
 
 @pytest.mark.parametrize("text", ["", "A", "delta,", "b,c", "delta B"])

@@ -341,7 +341,7 @@ def test_default_names_keep_runs_apart(tmp_path, monkeypatch):
                           "--log-dir", "x", "--data-dir", "./data") == "model_next.pt"
     for argv, end in (("--max-horizon 64", "max_horizon64"), ("--gate-lr-factor 0", "gate_lr_factor0"),
                       ("--gate-lr-factor 0.01", "gate_lr_factor0.01"), ("--freeze-A", "freeze_A"),
-                      ("--constant C,delta", "constant_delta_C"),
+                      ("--constant C,delta", "constantdelta-C"),
                       ("--seed 2", "seed2"), ("--lr 3e-4 --seed 1234567", "lr0.0003_seed1234567"),
                       ("--lr 0.00012345678", "lr0.00012345678"), ("--epochs 3 --no-amp", "epochs3_no_amp"),
                       ("--data-dir data/subspace4", "subspace4"), ("--data-dir a/my_birds/data", "my_birds")):

@@ -10,6 +10,7 @@ from conftest import TINY_DATA, TINY_MODEL
 
 import circle_process
 import dataset
+import figures
 import mamba_model
 import masked_model_gpu_mamba_next as training
 import optimal_filter
@@ -250,3 +251,32 @@ def test_settings_are_compared_on_the_same_blocks():
     assert lines[0].split("  ")[0] == "on the test series" and "above the first (nats)" in lines[0]
     assert lines[2].split()[:2] == ["full", "2"] and lines[2].split()[-1] == "–"
     assert unseen.with_error(second["difference_percent"], second["difference_percent_error"], "+.2f", " %") in lines[3]
+
+
+def test_eval_of_several_compares_them_by_setting(script, tiny_checkpoint, shared_data, tmp_path, monkeypatch):
+    """Two seeds of one setting and a third model: one table, one CSV and one figure, beside the first checkpoint."""
+    saved, drawn = torch.load(tiny_checkpoint, weights_only=True), []
+    for seed, shift in ((1, 0.0), (2, 0.01), (3, 0.1)):
+        state = {name: value + shift for name, value in saved["model_state_dict"].items()}
+        mamba_model.save_checkpoint(tmp_path / f"m{seed}.pt", 1, state, {}, 1.0, 1.0,
+                                    {**saved["args"], "seed": seed, "freeze_A": seed == 3})
+    monkeypatch.setattr(figures, "save", lambda fig, path: drawn.append((fig, path)))
+    paths = [tmp_path / f"m{seed}.pt" for seed in (1, 2, 3)]
+    out = script(NAME, "--eval", *paths, "--test-steps", 15_000).out
+    _, part = part_of(shared_data, 128, 15_000)
+    reports = [unseen.as_report(mamba_model.load_checkpoint(path)[0], part) for path in paths]
+    rows = unseen.compared({"m1": reports[:2], "m3": reports[2:]})
+    assert out.count("test series: 14,976 steps") == 3 and f"\n{unseen.compared_table(rows)}\nwrote " in out
+    table = list(csv.DictReader((tmp_path / "compare_m1_m2_m3_test.csv").read_text().splitlines()))
+    assert [row["setting"] for row in table] == ["m1", "m3"] and [row["seeds"] for row in table] == ["2", "1"]
+    assert float(table[1]["difference_percent"]) == rows[1]["difference_percent"]
+    ((fig, path),) = drawn
+    assert path == tmp_path / "compare_m1_m2_m3_test.png"
+    (ax,) = fig.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["m1 (2 seeds)", "m3"]
+    for place, (container, row) in enumerate(zip(ax.containers, rows, strict=True)):
+        low, high = container[2][0].get_segments()[0][:, 0]
+        assert (low + high) / 2 == pytest.approx(row["excess_percent"])
+        assert (high - low) / 2 == pytest.approx(row["excess_percent_error"])
+        assert container[0].get_ydata().tolist() == [place]
+    assert ax.get_xlabel() == "MSE above the exact filter (%)\nmean ± standard error"
