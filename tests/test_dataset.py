@@ -399,6 +399,13 @@ def test_windows_and_rows_of_a_mapped_series(shared_data, shared_uncompressed):
     np.testing.assert_array_equal(dataset.pick(mapped, rows), X[rows])
 
 
+def test_gaps_of_a_series_of_many_blocks_are_counted_and_placed():
+    X = np.zeros((400_000, 3), np.float32)  # more than one block
+    assert len(list(dataset.blocks(X))) > 1 and dataset.find_gap(X) is None
+    X[399_990, 1], X[399_999] = np.inf, np.nan
+    assert dataset.find_gap(X).startswith("X holds 4 NaN or infinite values, the first in row 399990, column 1 ")
+
+
 def write_arrays(folder, arrays):
     """An uncompressed data.npz as the generator writes it, with any arrays."""
     with open(folder / "data.npz", "wb") as file, zipfile.ZipFile(file, "w") as archive:

@@ -326,6 +326,13 @@ def test_a_song_that_jumps_is_found_again():
     found = optimal_filter.smooth(process, jumping)
     assert np.mean(found["circle"][:320] == true[:320]) > 0.99
     assert np.mean(found["circle"][400:] == true[400:]) > 0.95
+    # The revolution that the jump cuts counts until then only: at no step are there more circles than one.
+    filtering = optimal_filter.new_filter(process, len(jumping), "visit start", keep_tree=True)
+    for _ in filtering.blocks(jumping):
+        pass
+    posterior, phasor = filtering.state_sums(len(jumping))
+    np.testing.assert_allclose(posterior.sum(axis=1), 1, atol=1e-6)
+    assert (np.abs(phasor).sum(axis=1) < 1 + 1e-6).all()
     filtered = optimal_filter.predict(process, jumping)
     assert np.mean(filtered["circle_posterior"][380:].argmax(axis=1) == true[380:]) > 0.95
 

@@ -407,7 +407,8 @@ def test_the_same_command_writes_the_same_bytes_again(data_dir, script):
     assert generate_data(script, data_dir).code == 0 and (data_dir / "config.json").exists()
 
 
-@pytest.mark.parametrize("change", ["seed", "longer", "X alone", "damaged", "one value", "one label", "more arrays"])
+@pytest.mark.parametrize("change", ["seed", "longer", "X alone", "damaged", "one value", "one label", "one angle",
+                                    "more arrays"])
 @pytest.mark.parametrize("mode", [[], ["--uncompressed"]])
 def test_other_data_are_never_replaced(data_dir, script, rewrite_data, change, mode):
     flags = {"seed": ["--seed", 8], "longer": ["--n-steps", 3001]}.get(change, [])
@@ -418,9 +419,9 @@ def test_other_data_are_never_replaced(data_dir, script, rewrite_data, change, m
         (data_dir / "data.npz").write_bytes(b"mine")
     if change == "more arrays":
         rewrite_data(notes=np.zeros(3))
-    if change in ("one value", "one label"):
-        name = "X" if change == "one value" else "states"
-        arrays[name][-1] += 1 if name == "X" or arrays[name][-1] == 0 else -1
+    if change in ("one value", "one label", "one angle"):
+        name = {"one value": "X", "one label": "states", "one angle": "thetas"}[change]
+        arrays[name][-1] += -1 if arrays["states"][-1] > 0 and name == "states" else 1e-3 if name == "thetas" else 1
         rewrite_data(**{name: arrays[name]})
     before = {path.name: path.read_bytes() for path in data_dir.iterdir()}
     done = generate_data(script, data_dir, *mode, *flags)
