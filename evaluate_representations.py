@@ -6,6 +6,8 @@ that the model was trained on. Neighbouring windows overlap by a quarter, so tha
 of the past of every step but the first ones. Tables go to the terminal, files to --save-dir:
   NAME_umap.png       one UMAP per level, coloured by circle; with --per-layer NAME_umap_layer7.png and so on
   NAME_summary.png    every measure against depth
+  NAME_beliefs.png    how much of the exact filter's beliefs each level holds
+  NAME_excess.png     where the excess over the exact filter falls
   NAME_metrics.json   all numbers
   compare_A_B_summary.png and .csv   with several checkpoints: all in the same axes and in one table
   compare_A_B_test.csv               and their errors on the test series, each less the first one's on the same blocks
@@ -594,9 +596,19 @@ def write_report(report, args, prefix, subtitle):
     report = with_earlier(report, args.save_dir / f"{prefix}_metrics.json")
     cli.write_json(args.save_dir / f"{prefix}_metrics.json", report, allow_nan=False)
     print(f"wrote {args.save_dir / f'{prefix}_metrics.json'}")
-    figures.save(level_figures.draw_summary([report], f"{report['name']}: measures against depth{subtitle}"),
-                 args.save_dir / f"{prefix}_summary.png")
+    write_figures([report], args, prefix, f"{report['name']}: ", subtitle)
     return report
+
+
+def write_figures(reports, args, prefix, before, subtitle):
+    """Write the figures of one report or of several; before, subtitle: what stands around their titles."""
+    found = {"summary": level_figures.draw_summary(reports, f"{before}measures against depth{subtitle}")}
+    if all(report.get("excess") for report in reports):
+        found["beliefs"] = level_figures.draw_beliefs(
+            reports, f"{before}what linear regressions read out of the exact filter's beliefs{subtitle}")
+        found["excess"] = level_figures.draw_excess(
+            reports, f"{before}excess over the exact filter in {reports[0]['excess']['steps']:,} new steps")
+    figures.save_all({args.save_dir / f"{prefix}_{name}.png": fig for name, fig in found.items()})
 
 
 def write_umaps(report, embeddings, series, steps, args, prefix, subtitle):
@@ -634,8 +646,7 @@ def write_comparison(reports, args, suffix, subtitle):
         print(f"wrote {args.save_dir / f'{prefix}_test.csv'}")
     cli.write_text(args.save_dir / f"{prefix}_summary.csv", level_tables.comparison_csv(rows))
     print(f"wrote {args.save_dir / f'{prefix}_summary.csv'}")
-    figures.save(level_figures.draw_summary(reports, f"measures against depth{subtitle}"),
-                 args.save_dir / f"{prefix}_summary.png")
+    write_figures(reports, args, prefix, "", subtitle)
 
 
 def main(args):

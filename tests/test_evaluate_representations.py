@@ -28,6 +28,7 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, s
 import cli
 import dataset
 import evaluate_representations as ev
+import excess
 import figures
 import learned
 import level_figures
@@ -379,7 +380,7 @@ def made_report(name="m", n_layers=3, shift=0.0, depths=None, best=2, umap=True,
                "val_nll": 51.3 + k + shift, "optimal_nll": 50.2 + k, "excess_nats": 1.13 - k + shift}
               for k in (1, 2, 4)]
     return {"name": name, "n_layers": n_layers, "levels": levels, "errors": errors, "filter_circle_accuracy": 0.957,
-            "lb_points": 220, "seq_len": 128, "trained_with": {"seed": 1, "lr": 0.1}, **more}
+            "lb_points": 220, "seq_len": 128, "trained_with": {"seed": 1, "lr": 0.1, "data_dir": name}, **more}
 
 
 def cells(text):
@@ -593,6 +594,74 @@ def test_every_line_of_the_summary_is_the_measure_that_its_panel_names():
     assert [tuple(h.get_color()) for h in handles[:2]] == [tuple(color) for color in colors]
 
 
+def excess_of(shift=0.0):
+    events = [{"event": name, "predictions": 0.1 * i + 0.05, "share": 0.3 - 0.1 * i + shift,
+               "share_error": 0.01 * i + 0.01, "mean_excess": 0.1, "mean_excess_error": 0.01}
+              for i, name in enumerate((*excess.EVENTS, "all"))]
+    return {"steps": 5000, "blocks": 6, "events": events,
+            "history": {"steps": [1.0, 2.5, 20.0], "mse": [9 + shift, 8.5, 8.2], "optimal": [8.8, 8.4, 8.1]}}
+
+
+def test_every_line_and_bar_of_the_figures_of_beliefs_and_of_the_excess():
+    reports = [made_report("first", excess=excess_of()), made_report("second", shift=0.1, excess=excess_of(0.2))]
+    colors = figures.run_colors(2)
+    fig = level_figures.draw_beliefs(reports, "t")
+    assert [ax.get_title() for ax in fig.axes] == ["R² of: circle", "R² of: phase", "R² of: revolutions done",
+                                                   "R² of: visit ends now"]
+    for ax, key in zip(fig.axes, ("circle", "phase", "revolutions", "hazard"), strict=True):
+        drawn = iter(ax.get_lines())
+        for report, color in zip(reports, colors, strict=True):
+            line, output = next(drawn), next(drawn)
+            assert [*line.get_ydata(), *output.get_ydata()] == [m["beliefs"][key] for m in report["levels"]]
+            assert tuple(line.get_color()) == tuple(color)
+    fig = level_figures.draw_excess(reports, "t")
+    bars, curves = fig.axes
+    width = [bar.get_width() for bar in bars.patches]
+    assert width == pytest.approx([100 * row["share"] for r in reports for row in r["excess"]["events"][:5]])
+    assert [tuple(bar.get_facecolor()[:3]) for bar in bars.patches] == [tuple(c) for c in colors for _ in range(5)]
+    assert [tick.get_text() for tick in bars.get_yticklabels()] == [
+        f"{row['event']}\n({row['predictions']:.1%} of all)" for row in excess_of()["events"][:5]]
+    lines = curves.get_lines()
+    assert [line.get_ydata().tolist() for line in lines] == [[9, 8.5, 8.2], [9.2, 8.5, 8.2], [8.8, 8.4, 8.1]]
+    assert lines[0].get_xdata().tolist() == [1, 2.5, 20] and curves.get_xscale() == "log"
+    assert legend_of(fig) == ["first", "second", "exact filter"]
+
+
+def test_seeds_of_one_setting_are_one_line_in_a_band():
+    flags = {"lr": 0.1}
+    reports = [made_report(f"r{i}", shift=shift, trained_with={**flags, "seed": i}) for i, shift in
+               enumerate((0.0, 0.05, 0.31))] + [made_report("other", shift=0.2)]
+    fig = level_figures.draw_summary(reports, "t")
+    line, _, other, _, _ = fig.axes[0].get_lines()
+    values = np.array([[m["probe_accuracy"] for m in report["levels"]] for report in reports])
+    np.testing.assert_allclose(line.get_ydata(), values[:3].mean(axis=0)[:4])
+    np.testing.assert_allclose(other.get_ydata(), values[3][:4])
+    (band,) = fig.axes[0].collections
+    edge = band.get_paths()[0].vertices
+    spread = values[:3].std(axis=0, ddof=1)[0]
+    at_input = edge[edge[:, 0] == 0][:, 1]
+    mean = line.get_ydata()[0]
+    assert (at_input.min(), at_input.max()) == pytest.approx((mean - spread, mean + spread))
+    assert legend_of(fig)[:2] == ["r0, 3 seeds", "other"]
+
+
+def test_baselines_are_grey_lines_that_the_legend_names():
+    report = made_report("m")
+    low = {**report["levels"][0], "level": "low-passed input", "probe_accuracy": 0.43, "silhouette": 0.21}
+    del low["depth"]
+    untrained = [{"level": f"untrained layer {d}", "depth": d, "probe_accuracy": 0.3 + 0.1 * d, "phase_r2": 0.2,
+                  "beliefs": None} for d in (1, 2, 3)]
+    quadratic = {"level": "quadratic probe", "probe_accuracy": 0.77, "phase_r2": 0.6, "beliefs": None}
+    fig = level_figures.draw_summary([{**report, "baselines": [low, quadratic, *untrained]}], "t")
+    grey = [line for line in fig.axes[0].get_lines() if line.get_color() == level_figures.BASELINE_GREY]
+    assert [line.get_ydata() for line in grey[:2]] == [[0.43, 0.43], [0.77, 0.77]]
+    np.testing.assert_allclose(grey[2].get_ydata(), [0.4, 0.5, 0.6])
+    assert list(grey[2].get_xdata()) == [1, 2, 3]
+    (line,) = [line for line in fig.axes[4].get_lines() if line.get_color() == level_figures.BASELINE_GREY]
+    assert list(line.get_ydata()) == [0.21, 0.21]
+    assert legend_of(fig)[2:5] == ["low-passed input", "quadratic probe, one step", "untrained model"]
+
+
 def test_a_summary_on_a_page_has_two_columns_that_nothing_covers(tmp_path):
     with cli._running(SimpleNamespace(style="paper")):
         fig = level_figures.draw_summary([made_report("first"), made_report("second", shift=0.3)], "against depth")
@@ -793,7 +862,9 @@ def test_several_checkpoints_are_compared_in_one_table_and_one_figure(run, tiny_
     result, files = run(*QUICK, checkpoints=(tiny_checkpoint, deeper), test=True)
     assert files == {"compare_tiny_deep_summary.csv", "compare_tiny_deep_summary.png", "compare_tiny_deep_test.csv",
                      "tiny_summary.png",
-                     "tiny_metrics.json", "deep_summary.png", "deep_metrics.json"}
+                     "tiny_metrics.json", "deep_summary.png", "deep_metrics.json",
+                     *(f"{name}_{kind}.png" for name in ("tiny", "deep", "compare_tiny_deep")
+                       for kind in ("beliefs", "excess"))}
     with open(tmp_path / "plots" / "compare_tiny_deep_summary.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["checkpoint"] for row in table] == ["tiny", "deep", "input"]
@@ -850,6 +921,7 @@ def saved(monkeypatch):
     """The figures that are saved, {file name: Figure}; no file is written."""
     figs = {}
     monkeypatch.setattr(figures, "save", lambda fig, path: figs.update({path.name: fig}))
+    monkeypatch.setattr(figures, "save_all", lambda made: figs.update({path.name: fig for path, fig in made.items()}))
     return figs
 
 
