@@ -560,3 +560,15 @@ def test_stepping_a_bfloat16_model_on_a_cpu_is_refused_in_words():
     model = CausalTimeSeriesMamba(3, d_model=8, n_layers=1, d_state=4).eval().bfloat16().use_scan("cpu", "cpu")
     with pytest.raises(cli.UserError, match="float32 or float64, and this model is in bfloat16; give"):
         generate.generate(model, np.zeros((1, 8, 3), np.float32), 4)
+
+
+def test_the_data_that_a_checkpoint_names_come_before_those_beside_it(tmp_path):
+    named, beside = tmp_path / "project" / "birds", tmp_path / "copy" / "birds"
+    for folder in (named, beside):
+        folder.mkdir(parents=True)
+    checkpoint = {"args": {"data_dir": str(named)}, "data_dir": "birds"}
+    assert mamba_model.trained_on(tmp_path / "copy" / "a.pt", checkpoint) == named
+    named.rmdir()
+    assert mamba_model.trained_on(tmp_path / "copy" / "a.pt", checkpoint) == beside
+    beside.rmdir()
+    assert mamba_model.trained_on(tmp_path / "copy" / "a.pt", checkpoint) == named  # to be missed under this name

@@ -265,6 +265,13 @@ def test_the_learning_rate_against_its_formula():
     assert [training.lr_at(s, 3.0, 4, 20) for s in range(20)] == pytest.approx(expected)
 
 
+def test_a_warm_up_may_end_within_an_epoch():
+    plan = training.Plan(parsed("--seq-len", "10", "--stride", "10", "--batch-size", "3", "--epochs", "4",
+                                "--warmup-epochs", "1.5", "--lr", "0.5"), 200)
+    assert (plan.steps_per_epoch, plan.warmup_steps, plan.total_steps) == (6, 9, 24)  # 18 windows
+    assert [plan.lr(step) for step in (0, 8, 9)] == pytest.approx([0.5 / 9, 0.5, 0.5])
+
+
 # ---- a run, watched
 
 
