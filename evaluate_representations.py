@@ -91,6 +91,10 @@ def parse_args(argv=None):
     parser.add_argument_group("baselines").add_argument(
         "--no-baselines", action="store_true",
         help="no low-passed input, quadratic probe, untrained model and linear autoregression: faster")
+    parser.add_argument_group("interventions").add_argument(
+        "--hold", type=cli.signals, metavar="S,S,…",
+        help="signals of delta,B,C,z to hold at their mean over the training part, each alone and all together; the "
+             "table tells what that adds to the error on the test series")
     cli.add_computing(parser)
     cli.add_drawing(parser)
     files = parser.add_argument_group("files")
@@ -100,7 +104,7 @@ def parse_args(argv=None):
     cli.add_save_dir(files)
     args = parser.parse_args(argv)
     args.settings = "".join(f"_{part}" for part in cli.flags_in_name(parser, args, (
-        "layers", "no_umap", "no_lb", "no_baselines", "per_layer", "checkpoint", "data_dir", "save_dir")))
+        "layers", "no_umap", "no_lb", "no_baselines", "hold", "per_layer", "checkpoint", "data_dir", "save_dir")))
     if args.umap_neighbors < 2:
         parser.error("--umap-neighbors must be 2 or more: the point itself counts as one")
     if not args.no_umap and args.umap_points < 4:
@@ -121,6 +125,7 @@ import baselines
 import dataset
 import excess
 import figures
+import hold
 import level_figures
 import level_tables
 import mamba_model
@@ -539,6 +544,10 @@ def evaluate(loaded, measurer, beside):
         if low_passed is not None:
             report["baselines"][0] |= measurer.embedding_scores(low_passed)
 
+    # ---- what it loses when signals are held
+    if args.hold and report.get("test"):
+        report["hold"] = hold_signals(loaded, measurer, report["test"])
+
     # ---- where it is further from the truth than the exact filter
     tested = optimum.tested(loaded.window_settings[0])
     if tested is not None:
@@ -547,6 +556,19 @@ def evaluate(loaded, measurer, beside):
                             "events": excess.by_event(errors, optimal, tested.events, tested.part.edges),
                             "history": excess.by_history(errors, optimal)}
     return report, found
+
+
+def hold_signals(loaded, measurer, as_trained):
+    """What --hold asks for, which is printed: `hold.held_rows`. as_trained: the model's errors on the test series."""
+    seq_len, _, val_fraction = loaded.window_settings
+    series, optimum, names = measurer.series, measurer.optimum, measurer.args.hold.split(",")
+    part = optimum.test_part(seq_len, optimum.held_back(loaded.trained_with))
+    with terminal.Bar(len(hold.variants(names)), desc="signals held") as bar:
+        means = hold.signal_means(loaded.model, series.X, seq_len,
+                                  dataset.first_validation_step(series.n_steps, val_fraction))
+        rows = hold.held_rows(loaded.model, part, names, means, as_trained, bar.update)
+    print(unseen.compared_table(rows))
+    return rows
 
 
 # Reports that agree in these are measured on the same, and those in which they agree or one has none (null), alike.
@@ -564,7 +586,7 @@ def with_earlier(report, path):
                        for key in SAME_SETTINGS)):
             return report
         levels = {level["depth"]: level for level in earlier["levels"]}
-        left_out = {key: earlier[key] for key in ("baselines", "autoregression")
+        left_out = {key: earlier[key] for key in ("baselines", "autoregression", "hold")
                     if key in earlier and key not in report}
         for level in [*levels.values(), *left_out.get("baselines", [])]:
             for key in ("dimension", "dimension_whitened"):

@@ -68,6 +68,14 @@ class Optimum:
         """How many steps of the series its training has left to the test; trained_with: the flags of the training."""
         return unseen.left_to_the_test(trained_with, self.series, self.process)
 
+    def test_part(self, seq_len, held_back):
+        """The unseen.Unseen of the whole test series; None without one. held_back: as from the method of that name."""
+        if (seq_len, held_back) not in self.tests:
+            with terminal.busy("test series"):
+                self.tests[seq_len, held_back] = unseen.unseen_part(self.series, self.process, seq_len,
+                                                                    self.test_steps, held_back)
+        return self.tests[seq_len, held_back]
+
     def learner(self, n_steps):
         """The learned.Learner with the first n_steps steps and their labels; None where the process isn't known."""
         if self.process is None:
@@ -78,11 +86,7 @@ class Optimum:
 
     def test_errors(self, model, seq_len, held_back, learner=None):
         """`unseen.as_report` of a model, which is printed; None without a test series."""
-        if (seq_len, held_back) not in self.tests:
-            with terminal.busy("test series"):
-                self.tests[seq_len, held_back] = unseen.unseen_part(self.series, self.process, seq_len,
-                                                                    self.test_steps, held_back)
-        tested = self.tests[seq_len, held_back]
+        tested = self.test_part(seq_len, held_back)
         if tested is None:
             return None
         with terminal.busy("errors on the test series"):
