@@ -245,7 +245,7 @@ class _Parser(argparse.ArgumentParser):
 
     def meant(self, message):
         """What a message on flags that don't exist adds: the flags whose names are nearest, if any are near."""
-        unknown = [word.partition("=")[0] for word in message.partition("unrecognized arguments: ")[2].split()
+        unknown = [word.partition("=")[0] for word in str(message).partition("unrecognized arguments: ")[2].split()
                    if word.startswith("--")]
         near = [match for word in unknown
                 for match in difflib.get_close_matches(word, self._option_string_actions, n=1, cutoff=0.75)]
