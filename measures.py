@@ -343,12 +343,14 @@ def ridge_r2(data, width, targets=slice(None)):
     """R² on the test rows of ridge regressions that are fitted to the train rows, over the target columns together.
 
     data: RidgeData, or a list with those of groups. Each group then has a regression and a mean of its own, so that
-    it counts for nothing which group a row is in; groups with less than two test rows, without held-out rows or with
-    no more train rows than columns are left out. None where nothing is left or nothing varies.
+    it counts for nothing which group a row is in. Left out are groups with fewer than two test rows, groups whose
+    train rows are all held out or none of them, and groups with no more train rows than columns. None where nothing is
+    left or nothing varies.
     """
     left = total = 0.0
     for fit, held_out, test in [data] if isinstance(data, RidgeData) else data:
-        if width == 0 or (fit + held_out)[-1, -1] <= width + 1 or held_out[-1, -1] == 0 or test[-1, -1] < 2:
+        few = (fit + held_out)[-1, -1] <= width + 1 or test[-1, -1] < 2
+        if width == 0 or few or fit[-1, -1] == 0 or held_out[-1, -1] == 0:
             continue
         errors = [squares_left(w, held_out, width, targets) for w in ridge_solutions(fit, width, targets)]
         chosen = ridge_solutions(fit + held_out, width, targets)[int(np.argmin(errors))]

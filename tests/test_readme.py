@@ -7,6 +7,7 @@ lines by torch's parser and the script's, the job array by a shell with a record
 that they name.
 """
 
+import argparse
 import importlib
 import re
 import shlex
@@ -30,14 +31,12 @@ README, ALL_PROSE = PAGES["README.md"], "\n".join(PROSE.values())
 SMALLER = {
     "markov_circles_timeseries": ["--n-steps", 12000],  # 10 % of it holds a window of 1024
     TRAINING: ["--d-model", 8, "--d-ff", 8, "--epochs", 1, "--warmup-epochs", 0, "--val-fraction", 0.1],
-    "evaluate_representations": ["--umap-points", 100, "--lb-points", 300],
-    "generate": [],
-    "visualize_gates": ["--umap-points", 60],
-    "estimate_dimension": ["--points", 1000],
-    "optimal_filter": [],
-    "report": [],
+    "evaluate_representations": [], "generate": [], "visualize_gates": [], "estimate_dimension": [],
+    "optimal_filter": [], "report": [],
 }
-SIZES = {word for flags in SMALLER.values() for word in flags if str(word).startswith("--")}
+# Where a flag would stand in the names of files, its default is replaced.
+SMALLER_DEFAULTS = {"--umap-points": 100, "--lb-points": 300, "--points": 1000}
+SIZES = {word for flags in SMALLER.values() for word in flags if str(word).startswith("--")} | set(SMALLER_DEFAULTS)
 
 
 def expand(pattern):
@@ -129,12 +128,25 @@ def run_smaller(script, name, flags):
     return result
 
 
-@pytest.mark.parametrize("page", PAGES_THAT_RUN)
-def test_commands_run_in_order_and_write_what_the_page_says(page, script, undrawn, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("markov_circles_timeseries.UMAP_POINTS", 500)  # sizes without a flag
+@pytest.fixture
+def small(monkeypatch):
+    """Smaller sizes where a command has no flag for them, or none that leaves the names of its files alone."""
+    monkeypatch.setattr("markov_circles_timeseries.UMAP_POINTS", 500)
     monkeypatch.setattr("measures.KMEANS_RESTARTS", 1)
     monkeypatch.setattr("unseen.TEST_STEPS", 20_000)
+    add_argument = argparse._ActionsContainer.add_argument
+
+    def add_smaller(self, *names, **settings):
+        if names[0] in SMALLER_DEFAULTS:
+            settings["default"] = SMALLER_DEFAULTS[names[0]]
+        return add_argument(self, *names, **settings)
+
+    monkeypatch.setattr(argparse._ActionsContainer, "add_argument", add_smaller)
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN)
+def test_commands_run_in_order_and_write_what_the_page_says(page, script, small, undrawn, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     codes = [text for language, text in blocks(page) if language == "python"]
     for code in codes:
         if "load_checkpoint" not in code:  # it makes data for the commands
