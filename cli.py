@@ -342,8 +342,8 @@ def add_drawing(parser):
     group = parser.add_argument_group("figures")
     group.add_argument("--format", default="png", choices=["png", "pdf", "svg"], help="file format of the figures")
     group.add_argument("--style", choices=["paper", "talk"],
-                       help="paper: at most 7 inches wide; talk: as large as a slide of 13.3 x 7.5 inches; in both no "
-                            "text is below 8 points (default: the size that suits a screen)")
+                       help="paper: at most 7 inches wide; talk: as large as a slide of 13.3 x 7.5 inches; no text "
+                            "is below 8 points, or 14.5 on a slide (default: the size that suits a screen)")
 
 
 def add_seed(group):
@@ -384,7 +384,8 @@ def pick_device(name):
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: no CUDA GPU is usable here; use --device cpu")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from 0")
+            raise UserError(f"--device {name} is beyond the {count(torch.cuda.device_count(), 'GPU')} here, counted "
+                            "from 0")
     return device
 
 

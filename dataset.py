@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from circle_process import LARGEST_VALUE, LONGEST_PERIOD, Process, draw_series
-from cli import STOP_SIGNALS, WINDOW_DEFAULTS, UserError, one_line, reads_data
+from cli import STOP_SIGNALS, WINDOW_DEFAULTS, UserError, count, one_line, reads_data
 from text_tables import read_table
 
 MISSING = "make it with: python markov_circles_timeseries.py --data-dir {}; or name your own recordings by --data FILE"
@@ -187,9 +187,9 @@ def check_directory(archive, file):
     be one that the user's own recordings never have.
     """
     file.seek(-len(archive.comment) - 12, os.SEEK_END)  # the count of members, in a record of 22 bytes at the end
-    count = int.from_bytes(file.read(2), "little")
-    if count not in (len(archive.infolist()), 0xFFFF):  # 0xFFFF: counted elsewhere, in files of very many members
-        raise ValueError(f"its directory lists {len(archive.infolist())} of {count} members")
+    counted = int.from_bytes(file.read(2), "little")
+    if counted not in (len(archive.infolist()), 0xFFFF):  # 0xFFFF: counted elsewhere, in files of very many members
+        raise ValueError(f"its directory lists {len(archive.infolist())} of {counted} members")
 
 
 def unreadable(path, error):
@@ -233,7 +233,7 @@ def load_recordings(source, files, names):
                             "the same features")
     lengths = tuple(len(X) for _, (X, _) in recordings)
     print(f"{source}: " + (f"{len(lengths)} recordings of {shortened(f'{n:,}' for n in lengths)} steps"
-                           if len(lengths) > 1 else f"{lengths[0]:,} steps") + f", {X.shape[1]} features")
+                           if len(lengths) > 1 else count(lengths[0], "step")) + f", {count(X.shape[1], 'feature')}")
     if sum(lengths) < 2:
         raise UserError(f"{source} has a single time step; a series needs two or more")
     states = [states for _, (_, states) in recordings]
@@ -449,15 +449,15 @@ def find_problem(arrays, least_steps=2):
 
 def find_gap(X):
     """How many NaN and infinite values X (n_steps, n_features) holds and where the first is, in words, or None."""
-    count, first, step = 0, None, 0
+    n_gaps, first, step = 0, None, 0
     for block in blocks(X):
         rows, columns = np.nonzero(~np.isfinite(block))
         if len(rows) and first is None:
             first = step + rows[0], columns[0]
-        count, step = count + len(rows), step + len(block)
+        n_gaps, step = n_gaps + len(rows), step + len(block)
     if first is None:
         return None
-    return (f"X holds {count:,} NaN or infinite value{'s' * (count > 1)}, the first in row {first[0]}, column "
+    return (f"X holds {count(n_gaps, 'NaN or infinite value')}, the first in row {first[0]}, column "
             f"{first[1]} (counted from 0): a recording with gaps is several recordings, each saved by itself")
 
 
@@ -547,7 +547,8 @@ def split_windows(n_steps, seq_len, stride, val_fraction, recordings=None, held_
     recordings = [(0, n_steps)] if recordings is None else recordings
     longest = int(np.diff(recordings).max())
     if seq_len > longest:
-        what = f"the series ({n_steps} steps)" if len(recordings) == 1 else f"every recording (at most {longest} steps)"
+        what = (f"the series ({n_steps:,} steps)" if len(recordings) == 1 else
+                f"every recording (at most {longest:,} steps)")
         raise UserError(f"--seq-len {seq_len} is longer than {what}; use a smaller one")
     boundary = first_validation_step(n_steps, val_fraction)
     train = starts_in_recordings(recordings, 0, boundary, seq_len, stride)
@@ -555,7 +556,7 @@ def split_windows(n_steps, seq_len, stride, val_fraction, recordings=None, held_
     for starts, name, length in ((train, "training", boundary), (val, "validation", n_steps - held_back - boundary)):
         if len(starts) == 0:
             fewer = "fewer than" if length < seq_len else "but none of its recordings has as many as"
-            raise UserError(f"the {name} part has {length} steps, {fewer} --seq-len {seq_len}; "
+            raise UserError(f"the {name} part has {count(length, 'step')}, {fewer} --seq-len {seq_len}; "
                             "use a smaller --seq-len, another --val-fraction or a longer series")
     return train, val, boundary
 
@@ -573,7 +574,7 @@ def into_recordings(starts, length, recordings):
     """
     begins, ends = recordings[np.diff(recordings, axis=1)[:, 0] >= length].T
     if len(begins) == 0:
-        raise UserError(f"no recording has {length} steps; the longest has {int(np.diff(recordings).max())}")
+        raise UserError(f"no recording has {length:,} steps; the longest has {int(np.diff(recordings).max()):,}")
     chosen = np.maximum(np.searchsorted(begins, starts, side="right") - 1, 0)
     return np.clip(starts, begins[chosen], ends[chosen] - length)
 

@@ -117,7 +117,7 @@ def main(args):
         raise cli.UserError(f"--k {ks[-1]} needs {ks[-1] + 1} different points, and there are {n_distinct}; "
                             "use a smaller --k or more --points")
     if n_distinct < n:
-        print(f"{n - n_distinct:,} of {n:,} points repeat another and count once")
+        print(f"{n - n_distinct:,} of {cli.count(n, 'point')} repeat another and count once")
     print(dimension_table(entries, ks))
     report = {"points": n, "seed": args.seed, "k": ks, "entries": entries}
     cli.write_json(save_dir / f"{name}.json", report)

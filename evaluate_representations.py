@@ -432,7 +432,7 @@ def sampled_rows(n_rows, args):
     """
     rows = np.random.default_rng(args.seed).permutation(n_rows)[:max(args.umap_points, args.lb_points)]
     if not args.no_umap and len(rows) <= args.umap_neighbors:
-        raise cli.UserError(f"the series has {n_rows} steps to draw from, too few for --umap-neighbors "
+        raise cli.UserError(f"the series has {cli.count(n_rows, 'step')} to draw from, too few for --umap-neighbors "
                             f"{args.umap_neighbors}; use a smaller one or --no-umap")
     if not args.no_lb and min(args.lb_points, len(rows)) <= max(DIMENSION_KS):
         raise cli.UserError(f"the dimension needs more than {max(DIMENSION_KS)} points, and there are "
@@ -691,7 +691,7 @@ def main(args):
         for loaded in models:
             accuracy = measurer.optimum.circle_accuracy
             ceiling = "" if accuracy is None else f"; exact filter's circle accuracy {accuracy:.3f}"
-            print(f"\n{loaded.name}: {loaded.model.n_layers} layers{ceiling}")
+            print(f"\n{loaded.name}: {cli.count(loaded.model.n_layers, 'layer')}{ceiling}")
             report, embeddings = evaluate(loaded, measurer, beside)
             whole = write_report(report, args, loaded.name + suffix, subtitle)
             if embeddings:

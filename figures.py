@@ -12,6 +12,7 @@ What makes a Figure is decorated with `cli.in_style`: the style holds while it i
 are left alone.
 """
 
+import itertools
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,8 @@ STYLE = {
 }
 
 PAGE = {"paper": (7.0, 9.0), "talk": (13.3, 7.5)}  # inches: the text of a page of A4 or letter, and a wide slide
-SMALLEST = 8  # points: no smaller text on either
+# Points: no smaller text on either. A slide that is printed 6.5 inches wide then has 7 points, as has a page.
+SMALLEST = {"paper": 8, "talk": 14.5}
 
 # matplotlib's petroff10 (Petroff 2021, arXiv 2107.02270): ten colours that readers with a colour deficiency tell apart.
 TEN_COLORS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -116,8 +118,8 @@ def laid_out(fig):
 def fit_to_page(fig, style):
     """Give a figure the size and the text of a page (style "paper") or a slide ("talk"); None leaves it as it is.
 
-    A page is PAGE inches, and no text on it is below SMALLEST points. Titles that are wider than their panel are
-    broken into lines.
+    A page is PAGE inches, and no text on it is below SMALLEST points. What is then too wide for its place, a title, a
+    label, a legend or the numbers at an axis, is broken into lines, or turned or thinned out.
     """
     if style is None:
         return
@@ -132,23 +134,59 @@ def fit_to_page(fig, style):
     largest, factor = (10, 1) if style == "paper" else (np.inf, max(grow, 1))
 
     def size(points):
-        return float(np.clip(factor * points, SMALLEST, largest))
+        return float(np.clip(factor * points, SMALLEST[style], largest))
 
     for text in fig.findobj(Text):
         text.set_fontsize(size(text.get_fontsize()))
     for ax in fig.axes:
         for axis in (ax.xaxis, ax.yaxis):
             ticks = axis.get_ticklabels()
-            axis.set_tick_params(labelsize=ticks[0].get_fontsize() if ticks else SMALLEST)
+            axis.set_tick_params(labelsize=ticks[0].get_fontsize() if ticks else SMALLEST[style])
     if fig.get_suptitle():
         columns = int(fig.get_figwidth() * 72 / (0.62 * size(fig._suptitle.get_fontsize())))
         fig.suptitle(textwrap.fill(fig.get_suptitle(), columns), fontsize=fig._suptitle.get_fontsize())
+    for _ in range(2):  # what becomes narrower leaves room, and so another layout
+        fig.get_layout_engine().execute(fig)
+        for ax in fig.axes:
+            fit_text(ax, 0.95 * fig.bbox.width)
     fig.get_layout_engine().execute(fig)
     for ax in fig.axes:
-        for title in (ax.title, ax._left_title):
-            wanted, room = title.get_window_extent().width, ax.get_window_extent().width
-            if title.get_text() and wanted > room:
-                title.set_text(textwrap.fill(title.get_text(), max(12, int(len(title.get_text()) * room / wanted))))
+        thin_ticks(ax)
+
+
+def fit_text(ax, page_width):
+    """Break titles that are wider than their panel and labels that are wider than the page (in pixels), and give a
+    legend inside the panel as many columns as there is room for."""
+    room = ax.get_window_extent().width
+    for text, allowed in ((ax.title, room), (ax._left_title, room), (ax.xaxis.label, page_width)):
+        wanted = text.get_window_extent().width
+        if text.get_text() and wanted > allowed:
+            lines = text.get_text().split("\n")
+            columns = max(12, int(max(map(len, lines)) * allowed / wanted))
+            text.set_text("\n".join(textwrap.fill(line, columns) for line in lines))
+    legend = ax.get_legend()
+    while legend is not None and legend._ncols > 1 and legend.get_window_extent().width > room:
+        legend.set_ncols(legend._ncols - 1)
+
+
+def thin_ticks(ax):
+    """Where the labels of the x axis overlap, turn those that are words, and leave out numbers between others."""
+    labels = [label for label in ax.get_xticklabels() if label.get_text() and label.get_visible()]
+    low, high = sorted(ax.get_xlim())
+    labels = [label for label in labels if low <= label.get_position()[0] <= high]
+
+    def overlap(some):
+        boxes = [label.get_window_extent() for label in some]
+        return any(left.x1 + 2 > right.x0 for left, right in itertools.pairwise(boxes))
+
+    if not overlap(labels):
+        return
+    if any(label.get_text()[0].isalpha() for label in labels):
+        ax.tick_params(axis="x", labelrotation=90)
+        return
+    every = next((n for n in range(2, len(labels)) if not overlap(labels[::n])), len(labels))
+    shown = labels[::every]
+    ax.set_xticks([label.get_position()[0] for label in shown], [label.get_text() for label in shown])
 
 
 def save(fig, path):

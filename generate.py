@@ -200,7 +200,7 @@ class Sampling(NamedTuple):
 def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, temperature=0.0):
     """Continue the series `seed` (n, seed_len, feature_dim), an array, for n_steps steps.
 
-    noise_std: standard deviation, in the data's units, of the noise that is added to each prediction; the sum is the
+    noise_std: standard deviation, in data units, of the noise that is added to each prediction; the sum is the
     next step of the series and is fed back. temperature, for a mixture head only: above 0 the next step is drawn from
     the predicted mixture, sharpened as mixture_head.draw says. Returns (generated, predictions), each (n, n_steps,
     feature_dim) in the model's type: predictions[:, t] is the mean that the model gave for step t, generated[:, t]
@@ -324,7 +324,7 @@ def seed_windows(n_steps, seed_len, gen_len, n_samples, offset):
     """
     last = n_steps - seed_len
     if last < 0:
-        raise cli.UserError(f"--seed-len {seed_len} is longer than the series ({n_steps} steps); use a smaller one")
+        raise cli.UserError(f"--seed-len {seed_len} is longer than the series ({n_steps:,} steps); use a smaller one")
     if offset > last:
         raise cli.UserError(f"--seed-offset {offset} leaves no room for {seed_len} seed steps in the series of "
                             f"{n_steps}; use 0 to {last}")
@@ -438,7 +438,7 @@ def draw_seed(title, windows, seed_states, labels, seed_starts, in_burst, n_circ
         strip.set_xlim(-seed_len - 0.5, window.shape[0] - seed_len - 0.5)
         figures.heatmap_panel(fig, heat, window, start=-seed_len, ylabel="feature", limits=signed_limits(windows),
                               **SIGNED)
-        strip.set_title(f"seed from time step {seed_starts[i]}", loc="left")
+        strip.set_title(f"seed from time step {seed_starts[i]:,}", loc="left")
         heat.axvline(-0.5, color="black", linestyle="--", linewidth=1.0)
         burst_marks(strip, in_burst)
     axes[-1, 0].set_xlabel("generated step (before 0: the seed; black bars: bursts)" if in_burst.any()
@@ -468,7 +468,7 @@ def draw_truth(title, generated, labels, truths, states, start, noise_std, in_bu
         present = np.unique(states) if labels is None else np.union1d(states, labels[0, :steps])
         figures.circle_legend(fig, n_circles, present)
     which = " of sample 0" if len(truths) > 1 else ""
-    true_strip.set_title(f"true series{which}, from time step {start}", loc="left")
+    true_strip.set_title(f"true series{which}, from time step {start:,}", loc="left")
     figures.heatmap_panel(fig, true_heat, truth, ylabel="feature", limits=limits, **SIGNED)
     strip.set_title(f"generated{', sample 0' * (len(truths) > 1)}", loc="left")
     if labels is None:
@@ -547,7 +547,7 @@ def dwell_histogram(ax, process, circles, dwells, p_value):
     bins = np.linspace(0, 1.02 * max(dwells.max(), nearly_all), 41)
     ax.hist(lengths, bins, weights=law, color="0.75", label="true law")
     ax.hist(dwells, bins, weights=np.full(len(dwells), 1 / len(dwells)), histtype="step", color="black",
-            linewidth=1.5, label=f"generated ({len(dwells)} visits)")
+            linewidth=1.5, label=f"generated ({cli.count(len(dwells), 'visit')})")
     ax.set(xlabel="dwell time (steps)", ylabel="share of visits")
     ax.legend()
 
@@ -582,8 +582,9 @@ def draw_compare(title, process, compared, summaries, in_burst):
                      extent=(-0.5, steps - 0.5, n - 0.5, -0.5))
         strip.set(yticks=range(n), ylabel="sample")
         summary = summaries[name]
-        strip.set_title(f"{name}: {summary['share_on_process']:.1%} on the process, {summary['circles_visited']} "
-                        f"circles, {summary['transitions']} transitions", loc="left")
+        strip.set_title(f"{name}: {summary['share_on_process']:.1%} on the process, "
+                        + cli.count(summary["circles_visited"], "circle") + ", "
+                        + cli.count(summary["transitions"], "transition"), loc="left")
         deviation_curves(curve, process, song["deviation"][:SHOWN_SAMPLES], in_burst[name])
         curve.set(ylabel="data units")
         burst_marks(strip, in_burst[name])
@@ -635,7 +636,7 @@ def load_inputs(args):
     starts = seed_windows(series.n_steps, args.seed_len, args.gen_len, args.n_samples, offset)
     starts = dataset.into_recordings(starts, args.seed_len, series.recordings)
     seeds = np.stack([series.X[start:start + args.seed_len] for start in starts])
-    print(f"seeds of {args.seed_len} steps from time steps {', '.join(map(str, starts))}")
+    print(f"seeds of {cli.count(args.seed_len, 'step')} from time steps {', '.join(f'{start:,}' for start in starts)}")
     return Inputs(model, series, process, starts, seeds, noise_std or 0.0)
 
 
@@ -655,7 +656,8 @@ def layers_to_perturb(args, n_layers):
     """--perturb-layers as a tuple counted from 0. Raises cli.UserError when the model has fewer layers."""
     layers = args.perturb_layers or range(1, n_layers + 1)
     if max(layers) > n_layers:
-        raise cli.UserError(f"--perturb-layers {max(layers)}: the model has {n_layers} layers; use 1 to {n_layers}")
+        raise cli.UserError(f"--perturb-layers {max(layers)}: the model has {cli.count(n_layers, 'layer')}; "
+                            f"use 1 to {n_layers}")
     return tuple(n - 1 for n in layers)
 
 
@@ -699,7 +701,7 @@ def timed_generation(args, inputs, noise_std, bursts, temperature):
     generated, predictions = generate(inputs.model, inputs.seeds, args.gen_len, noise_std, bursts, args.seed,
                                       temperature)
     seconds = time.perf_counter() - begin
-    print(f"generated {len(inputs.seeds)} x {args.gen_len} steps in {seconds:.2f} s, start-up included")
+    print(f"generated {len(inputs.seeds):,} x {cli.count(args.gen_len, 'step')} in {seconds:.2f} s, start-up included")
     broken = ~np.isfinite(generated).all(axis=(0, 2))
     if broken.any():
         raise cli.UserError(f"the generation is no longer finite at step {broken.argmax()}; lower --perturb-scale or "
@@ -776,7 +778,7 @@ def save_continuations(args, inputs, generated, labels, in_burst):
     """Write the figures of the first samples and steps: seed and continuation, and continuation and truth."""
     series, n = inputs.series, min(SHOWN_SAMPLES, len(inputs.starts))
     steps = min(args.gen_len, SHOWN_STEPS)
-    cut = "" if steps == args.gen_len else f", first {steps} of {args.gen_len} steps"
+    cut = "" if steps == args.gen_len else f", first {steps:,} of {args.gen_len:,} steps"
     name = stem(args.checkpoint)
     starts, ends = inputs.starts[:n], inputs.starts[:n] + args.seed_len  # of the seeds
     generated, in_burst = generated[:n, :steps], in_burst[:steps]
@@ -813,8 +815,8 @@ def report(args, inputs, song, in_burst):
     if summary["transitions"]:
         print(transition_table(summary))
         print()
-    title = (f"{name}: {summary['share_on_process']:.1%} of {args.gen_len} steps on the process; "
-             f"{summary['circles_visited']} circles, {summary['transitions']} transitions")
+    title = (f"{name}: {summary['share_on_process']:.1%} of {cli.count(args.gen_len, 'step')} on the process; "
+             f"{cli.count(summary['circles_visited'], 'circle')}, {cli.count(summary['transitions'], 'transition')}")
     figures.save(draw_song(title, process, song, summary, in_burst), beside(args, "_song.png"))
 
 

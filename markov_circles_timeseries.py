@@ -278,12 +278,12 @@ def time_shares(visits, n_circles, n_bins):
 def summary_table(series, statistics):
     """The text table of `visit_statistics`, one row per circle."""
     def steps(x):
-        return "–" if np.isnan(x) else f"{x:.0f}"
+        return "–" if np.isnan(x) else f"{x:,.0f}"
 
     rows = []
     for i, (n_steps, n_visits, dwell_mean, dwell_std) in enumerate(zip(*statistics, strict=True)):
         rows.append([i, f"{series.process.radii[i]:.2f}", series.process.periods[i], f"{n_steps:,}",
-                     f"{100 * n_steps / series.n_steps:.1f} %", n_visits, steps(dwell_mean), steps(dwell_std)])
+                     f"{100 * n_steps / series.n_steps:.1f} %", f"{n_visits:,}", steps(dwell_mean), steps(dwell_std)])
     return cli.table(["circle", "radius", "period", "steps", "share", "visits", "dwell mean", "dwell std"], rows)
 
 
@@ -357,9 +357,9 @@ def draw_periods(series, statistics):
     _, _, dwell_mean, dwell_std = statistics
     circles, colors = np.arange(series.n_circles), figures.circle_colors(series.n_circles)
     fig, axes = figures.new_figure(1, 3, panel=(4, 3.2), title="Period, radius and dwell time of each circle")
-    panels = [(series.process.periods, None, "period [steps per revolution]"),
-              (series.process.radii, None, "radius [data units]"),
-              (np.nan_to_num(dwell_mean), np.nan_to_num(dwell_std), "dwell of a visit [steps], mean ± std")]
+    panels = [(series.process.periods, None, "period (steps per revolution)"),
+              (series.process.radii, None, "radius (data units)"),
+              (np.nan_to_num(dwell_mean), np.nan_to_num(dwell_std), "dwell of a visit (steps), mean ± std")]
     for ax, (values, errors, label) in zip(axes[0], panels, strict=True):
         ax.bar(circles, values, yerr=errors, color=colors, capsize=3)
         ax.set(xlabel="circle", ylabel=label)

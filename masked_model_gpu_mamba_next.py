@@ -342,8 +342,10 @@ class Plan:
         return ((self.args.seed * 1_000_003 + step) * 1_009 + rank) % 2**63
 
     def print(self):
-        print(f"{len(self.train_starts)} training windows in {self.steps_per_epoch} steps of {self.batch_size}, "
-              f"{len(self.val_starts)} validation windows of {self.args.seq_len} steps from step {self.boundary} on")
+        print(f"{cli.count(len(self.train_starts), 'training window')} in "
+              f"{cli.count(self.steps_per_epoch, 'training step')} of {self.batch_size:,}, "
+              f"{cli.count(len(self.val_starts), 'validation window')} of {self.args.seq_len:,} time steps from step "
+              f"{self.boundary:,} on")
         if self.held_back:
             print(f"the process isn't known: the last {self.held_back} steps are left to the test, for --eval")
         if self.warmup_steps > self.total_steps:
@@ -599,7 +601,8 @@ def train(args, ranks):
 
     # ---- The end
     if stopping:
-        print(f"stopped after step {state.step} of {plan.total_steps}; {files['last']} is saved, go on with --resume")
+        print(f"stopped after training step {state.step:,} of {plan.total_steps:,}; "
+              f"{files['last']} is saved, go on with --resume")
         sys.exit(cli.EXIT_INTERRUPTED)
     with ranks.together():
         saver.save()

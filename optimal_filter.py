@@ -1174,7 +1174,7 @@ def print_report(report, process, series):
         print("data.npz has no planes: recovered from the same data, which makes the errors below too low "
               f"by about {too_low:.1e}\n")
     print("mean squared error of the Bayes-optimal prediction")
-    columns = {"whole series": "mse", "validation": "val_mse", f"windows of {report['seq_len']}": "val_window_mse"}
+    columns = {"whole series": "mse", "validation": "val_mse", f"windows of {report['seq_len']:,}": "val_window_mse"}
     if "learned_from_steps" in report:
         columns["process learned"] = "val_window_learned_mse"
     if process.center_walk_std:
@@ -1217,7 +1217,7 @@ def draw_filter(report, posterior, states, start, centers=None):
     figures.circle_legend(fig, K)
     horizons = [row["horizon"] for row in report["horizons"]]
     for key, label, marker in (("mse", "whole series", "o"), ("val_mse", "validation part", "s"),
-                               ("val_window_mse", f"windows of {report['seq_len']} steps", "^")):
+                               ("val_window_mse", f"windows of {report['seq_len']:,} steps", "^")):
         curve.plot(horizons, [row[key] for row in report["horizons"]], marker=marker, markersize=4, label=label)
     if centers is not None:
         curve.plot(horizons, [row["told_mse"] for row in report["horizons"]], color="0.4", linestyle=":",

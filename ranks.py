@@ -171,7 +171,8 @@ def join(device_name, stop):
         if device.type == "cuda":
             if local_world > torch.cuda.device_count():
                 raise cli.UserError(
-                    f"{local_world} processes on a machine with {torch.cuda.device_count()} GPUs; start one per GPU: "
+                    f"{local_world} processes on a machine with {cli.count(torch.cuda.device_count(), 'GPU')}; "
+                    "start one per GPU: "
                     f"torchrun --nproc-per-node={torch.cuda.device_count()}")
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)

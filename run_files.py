@@ -243,7 +243,7 @@ class EpochLog:
         self.rows, self.writer = [], None
         if args.resume:
             self.rows = read_log(self.path, self.columns, state.epoch)
-            print(f"resumed at epoch {state.epoch}, step {state.step}")
+            print(f"resumed at epoch {state.epoch:,}, training step {state.step:,}")
         if self.first:
             if args.log_dir is not None:
                 self.writer = tensorboard_writer(args.log_dir, stem(args.checkpoint), state.epoch)

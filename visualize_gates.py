@@ -85,7 +85,7 @@ def sample_starts(n_steps, seq_len, val_fraction, recordings=None):
     if len(starts) == 0:
         part = "the validation part" if len(recordings) == 1 else "every recording of the validation part"
         steps = max(end - max(begin, first) for begin, end in recordings)
-        raise cli.UserError(f"{part} has {steps} steps, fewer than the {seq_len} of the model's "
+        raise cli.UserError(f"{part} has {cli.count(steps, 'step')}, fewer than the {seq_len:,} of the model's "
                             "windows; give the --data-dir the model was trained on, or a longer series")
     return starts
 
@@ -342,10 +342,10 @@ def write_umaps(args, model, series, starts, seq_len, folder):
     """With --umap: one figure per signal, with one UMAP per layer."""
     steps = sample_steps(starts, seq_len, args.umap_points, np.random.default_rng(args.seed))
     if len(steps) <= UMAP_NEIGHBORS:
-        raise cli.UserError(f"a UMAP needs more than {UMAP_NEIGHBORS} time steps, not {len(steps)}; "
+        raise cli.UserError(f"a UMAP needs more than {UMAP_NEIGHBORS} steps, not {len(steps):,}; "
                             "give a larger --umap-points or a longer series")
     if len(steps) < args.umap_points:
-        print(f"the validation windows used have {len(steps)} time steps: all are taken")
+        print(f"the validation windows used have {cli.count(len(steps), 'step')}: all are taken")
     name, states = mamba_model.stem(args.checkpoint), dataset.rows_of(series.states, steps)
     layers = range(model.n_layers) if args.layer is None else [args.layer - 1]
     with terminal.busy(f"signals at {len(steps):,} steps"):

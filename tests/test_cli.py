@@ -173,7 +173,8 @@ def test_help_shows_defaults_as_they_are_typed_and_examples_last():
 
 @pytest.mark.parametrize("name, gpus, answer", [
     ("auto", 0, "cpu"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 1, "cuda"), ("cuda:1", 2, "cuda:1"),
-    ("cuda:2", 2, "there are only 2 GPUs, counted from 0"), ("cuda", 0, "no CUDA GPU is usable here; use --device cpu"),
+    ("cuda:2", 2, "cuda:2 is beyond the 2 GPUs here, counted from 0"),
+    ("cuda", 0, "no CUDA GPU is usable here; use --device cpu"),
     ("mps", 0, "--device mps is not supported"), ("gpu", 1, "--device gpu is no device")])
 def test_pick_device(monkeypatch, name, gpus, answer):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)

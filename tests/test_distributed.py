@@ -146,9 +146,9 @@ def test_two_processes_end_with_the_weights_of_one(shared_data, tmp_path):
     # Stopped by a signal to the second process alone, in the middle of an epoch, and resumed.
     argv[argv.index("two.pt")] = "part.pt"
     result = torchrun(tmp_path, __file__, "stop", *argv)
-    assert "stopped after step 5 of 9" in result.out[0] and result.err == ["", ""]
+    assert "stopped after training step 5 of 9" in result.out[0] and result.err == ["", ""]
     result = torchrun(tmp_path, __file__, "float64", "--resume", "--checkpoint", "part.pt")
-    assert result.code == 0 and "resumed at epoch 1, step 5" in result.out[0], result.err
+    assert result.code == 0 and "resumed at epoch 1, training step 5" in result.out[0], result.err
     assert_same_state(tmp_path / "part_last.pt", tmp_path / "one_last.pt", 1e-8)
     assert_same_log(tmp_path / "part_log.csv", tmp_path / "one_log.csv", 1e-7)  # the resumed epoch's means too
 
@@ -197,7 +197,7 @@ def test_sigterm_to_torchrun_saves_the_state(shared_data, tmp_path):
     out, err = outputs(tmp_path, "stdout"), outputs(tmp_path, "stderr")
     assert "go on with --resume" in out[0] and err == ["", ""]
     step = torch.load(tmp_path / "run_last.pt", weights_only=True)["step"]
-    assert step >= 2 and f"stopped after step {step} of 3000" in out[0]
+    assert step >= 2 and f"stopped after training step {step} of 3,000" in out[0]
 
 
 if __name__ == "__main__":

@@ -674,7 +674,7 @@ def test_each_number_that_is_printed_of_a_song(sung, toy, played):
     found, lines = result.arrays, result.out.splitlines()
     check_analysis(process, found)
     starts = [300, 300 + (3000 - 60 - 220 - 300) // 2]
-    assert f"seeds of 60 steps from time steps {starts[0]}, {starts[1]}" in lines
+    assert f"seeds of 60 steps from time steps {starts[0]:,}, {starts[1]:,}" in lines
     assert any(line.startswith("generated 2 x 220 steps in ") for line in lines)
     summary = song_numbers(process, *judged(process, found["seed"], found["generated"]), found["clock_errors"])
     real = [series.X[start + 60:start + 280] for start in starts]

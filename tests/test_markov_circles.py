@@ -485,8 +485,8 @@ def test_figure_of_the_periods(small):
     fig = mc.draw_periods(small, mc.visit_statistics(small))
     axes = fig.axes
     assert fig.get_suptitle() == "Period, radius and dwell time of each circle"
-    expected = {"period [steps per revolution]": [10, 20, 30, 40], "radius [data units]": small.process.radii,
-                "dwell of a visit [steps], mean ± std": [np.mean(d) for d in dwells]}
+    expected = {"period (steps per revolution)": [10, 20, 30, 40], "radius (data units)": small.process.radii,
+                "dwell of a visit (steps), mean ± std": [np.mean(d) for d in dwells]}
     for ax, (label, heights) in zip(axes, expected.items(), strict=True):
         np.testing.assert_allclose([bar.get_height() for bar in ax.patches], heights)
         np.testing.assert_allclose([bar.get_x() + bar.get_width() / 2 for bar in ax.patches], range(4))
@@ -508,7 +508,7 @@ def test_figures_of_the_sample_windows_lie_at_the_beginning_middle_and_end(small
     assert drawn["transition_matrix.png"].axes[0].get_title() == "Where the chain goes next"
     np.testing.assert_array_equal(drawn["transition_matrix.png"].axes[0].images[0].get_array().filled(0),
                                   small.process.transition_matrix)
-    assert drawn["periods.png"].axes[1].get_ylabel() == "radius [data units]"
+    assert drawn["periods.png"].axes[1].get_ylabel() == "radius (data units)"
     for i, first in enumerate((0, 850, 1700)):
         fig = drawn[f"sample_window_{i}.png"]
         strip, heat = fig.axes[:2]

@@ -130,7 +130,7 @@ def test_what_schedulers_send_saves_as_ctrl_c_does(script, shared_data, tmp_path
 
     monkeypatch.setattr(training, "set_lr", ended)
     result = script(NAME, *flags(shared_data, tmp_path / "a.pt"))
-    assert result.code == 130 and "stopped after step 4 of 9" in result.out and result.err == ""
+    assert result.code == 130 and "stopped after training step 4 of 9" in result.out and result.err == ""
     assert torch.load(tmp_path / "a_last.pt", weights_only=True)["step"] == 4
 
 
@@ -192,7 +192,7 @@ def test_the_last_state_is_saved_within_an_epoch(script, shared_data, tmp_path, 
         ("part_last.pt", step) for step in (3, 4, 5)]
     assert not (tmp_path / ".part.lock").exists()
     monkeypatch.undo()
-    assert "resumed at epoch 1, step 5" in script(NAME, "--resume", "--checkpoint", tmp_path / "part.pt").out
+    assert "resumed at epoch 1, training step 5" in script(NAME, "--resume", "--checkpoint", tmp_path / "part.pt").out
     assert same_weights(tmp_path / "whole_last.pt", tmp_path / "part_last.pt")
     assert same_weights(tmp_path / "whole.pt", tmp_path / "part.pt")
     logs = [[line.split(",") for line in (tmp_path / f"{name}_log.csv").read_text().splitlines()]

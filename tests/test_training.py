@@ -274,7 +274,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(script, shared_data, tmp_p
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "whole.pt", *more))
     interrupt_after(monkeypatch, stop_at)
     result = script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "part.pt", *more))
-    assert result.code == 130 and f"stopped after step {stop_at} of 9" in result.out and result.err == ""
+    assert result.code == 130 and f"stopped after training step {stop_at} of 9" in result.out and result.err == ""
     monkeypatch.undo()
     result = script("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "part.pt")
     assert result.code == 0 and "resumed" in result.out
@@ -303,7 +303,7 @@ def test_loader_processes_change_nothing(script, shared_data, mapped_data, tmp_p
     assert result.code == 0, result.err
     interrupt_after(monkeypatch, 4)
     result = script("masked_model_gpu_mamba_next", *flags(mapped_data, tmp_path / "workers.pt", "--num-workers", "2"))
-    assert "stopped after step 4" in result.out and "not used" not in result.out
+    assert "stopped after training step 4" in result.out and "not used" not in result.out
     monkeypatch.undo()
     result = script("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "workers.pt")
     assert result.code == 0, result.err

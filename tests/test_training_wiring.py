@@ -518,7 +518,8 @@ def test_what_is_printed_of_a_run(watched_run):
     lines = run.out.splitlines()
     n = sum(v.numel() for v in run.last["model_state_dict"].values())
     assert f"{run.folder / 'run.pt'}: {n:,} parameters on cpu" in lines
-    assert "21 training windows in 3 steps of 7, 2 validation windows of 64 steps from step 2700 on" in lines
+    assert ("21 training windows in 3 training steps of 7, 2 validation windows of 64 time steps from step 2,700 on"
+            in lines)
     for row in (run.log[0], run.log[-1]):
         assert line(row) in lines
     assert f"best: {line(run.log[run.best['epoch'] - 1])}" in lines

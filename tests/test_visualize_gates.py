@@ -420,7 +420,7 @@ def test_each_sample_is_the_window_of_its_number(work, saved, layer):
 def test_more_umap_points_than_steps_are_all_taken(work, saved, monkeypatch, capsys):
     monkeypatch.setattr(vg, "umap_embedding", lambda values, graph, seed: values[:, :2])
     run_here(work, "--umap", "--umap-points", "97", "--layer", "1")
-    assert "have 96 time steps: all are taken" in capsys.readouterr().out
+    assert "have 96 steps: all are taken" in capsys.readouterr().out
     assert saved["m_gates_layer1_umap_z.png"].get_suptitle() == "m: UMAP of z at 96 validation steps"
 
 
