@@ -47,6 +47,7 @@ STYLE = {
 PAGE = {"paper": (7.0, 9.0), "talk": (13.3, 7.5)}  # inches: the text of a page of A4 or letter, and a wide slide
 # Points: no smaller text on either. A slide that is printed 6.5 inches wide then has 7 points, as has a page.
 SMALLEST = {"paper": 8, "talk": 14.5}
+STRETCH = 1.6  # at most, of a figure's sides on a slide
 
 # matplotlib's petroff10 (Petroff 2021, arXiv 2107.02270): ten colours that readers with a colour deficiency tell apart.
 TEN_COLORS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6",
@@ -125,8 +126,8 @@ def fit_to_page(fig, style):
         return
     width, height = fig.get_size_inches()
     grow = min(PAGE[style][0] / width, PAGE[style][1] / height)
-    if style == "talk":
-        fig.set_size_inches(grow * width, grow * height)
+    if style == "talk":  # its text grows more than it does, so it may be stretched towards the slide's shape
+        fig.set_size_inches(min(STRETCH * grow * width, PAGE[style][0]), min(STRETCH * grow * height, PAGE[style][1]))
     elif grow < 1:
         fig.set_size_inches(min(width, PAGE[style][0]), min(height, PAGE[style][1]))
     fig.set_dpi(300 if style == "paper" else fig.dpi)
@@ -145,28 +146,41 @@ def fit_to_page(fig, style):
     if fig.get_suptitle():
         columns = int(fig.get_figwidth() * 72 / (0.62 * size(fig._suptitle.get_fontsize())))
         fig.suptitle(textwrap.fill(fig.get_suptitle(), columns), fontsize=fig._suptitle.get_fontsize())
+    for ax in fig.axes:
+        if ax.get_legend() is not None:
+            ax.get_legend().set_in_layout(False)  # one that is too wide would make its panel narrow
+    originals = {}
     for _ in range(2):  # what becomes narrower leaves room, and so another layout
         fig.get_layout_engine().execute(fig)
         for ax in fig.axes:
-            fit_text(ax, 0.95 * fig.bbox.width)
+            break_lines(ax, 0.95 * fig.bbox.width, originals)
     fig.get_layout_engine().execute(fig)
     for ax in fig.axes:
         thin_ticks(ax)
+        narrow_legend(ax)
 
 
-def fit_text(ax, page_width):
-    """Break titles that are wider than their panel and labels that are wider than the page (in pixels), and give a
-    legend inside the panel as many columns as there is room for."""
+def break_lines(ax, page_width, originals):
+    """Break titles that are wider than their panel and labels that are wider than the page (in pixels) into lines.
+    originals: {Text: what it said at first}, which is filled in."""
     room = ax.get_window_extent().width
     for text, allowed in ((ax.title, room), (ax._left_title, room), (ax.xaxis.label, page_width)):
+        lines = originals.setdefault(text, text.get_text()).split("\n")
+        text.set_text("\n".join(lines))
         wanted = text.get_window_extent().width
-        if text.get_text() and wanted > allowed:
-            lines = text.get_text().split("\n")
+        if wanted > allowed:
             columns = max(12, int(max(map(len, lines)) * allowed / wanted))
             text.set_text("\n".join(textwrap.fill(line, columns) for line in lines))
+
+
+def narrow_legend(ax):
+    """Give a legend inside a panel as many columns as there is room for."""
     legend = ax.get_legend()
-    while legend is not None and legend._ncols > 1 and legend.get_window_extent().width > room:
-        legend.set_ncols(legend._ncols - 1)
+    while legend is not None and legend._ncols > 1 and legend.get_window_extent().width > ax.get_window_extent().width:
+        texts = legend.get_texts()
+        legend = ax.legend(legend.legend_handles, [text.get_text() for text in texts], loc=legend._loc,
+                           ncols=legend._ncols - 1, fontsize=texts[0].get_fontsize())
+        legend.set_in_layout(False)
 
 
 def thin_ticks(ax):

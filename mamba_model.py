@@ -626,6 +626,7 @@ def open_model(path, data_dir, device, scan, series=None):
     if isinstance(crc32, int) and crc32 != dataset.data_crc32(series):
         print(f"warning: {path} was trained on other data ({args.get('data_dir')}): its numbers on these say little "
               "about it")
+        args = {**args, "test_steps": 0}  # of these data training held nothing back
     return model, {**args, "data_dir": str(own)} if "data_dir" in args else args, series
 
 

@@ -347,7 +347,7 @@ class Plan:
               f"{cli.count(len(self.val_starts), 'validation window')} of {self.args.seq_len:,} time steps from step "
               f"{self.boundary:,} on")
         if self.held_back:
-            print(f"the process isn't known: the last {self.held_back} steps are left to the test, for --eval")
+            print(f"the process isn't known: the last {self.held_back:,} steps are left to the test, for --eval")
         if self.warmup_steps > self.total_steps:
             print(f"--warmup-epochs {self.args.warmup_epochs:g} is longer than the run: the learning rate rises to "
                   f"{self.lr(self.total_steps - 1):.3g}, not to --lr {self.args.lr:g}")

@@ -381,6 +381,7 @@ def print_record(path, saved):
         return
     for key, value in record.items():
         if key != "resumed":
+            value = f"{value:,}" if key == "parameters" and isinstance(value, int) else value
             parts = [f"{k} {v}" for k, v in value.items() if v is not None] if isinstance(value, dict) else [str(value)]
             print(f"{key:12} {', '.join(parts)}")
     for again in record["resumed"]:

@@ -66,7 +66,7 @@ class Unseen:
         """One line that says what the errors are measured on."""
         what = "newly drawn" if self.drawn else "held back from training and from the choice of the epoch"
         return (f"test series: {len(self.starts) * self.seq_len:,} steps, {what}; standard errors over "
-                f"{len(self.edges) - 1} blocks of {self.seq_len * len(self.starts) // (len(self.edges) - 1):,} steps")
+                f"{cli.count(len(self.edges) - 1, 'block')} of {self.seq_len * len(self.starts) // (len(self.edges) - 1):,} steps")
 
 
 # ---- The test series ------------------------------------------------------------------------------------------

@@ -445,14 +445,15 @@ def wide_figure():
     return fig
 
 
-@pytest.mark.parametrize(("style", "size"), [("paper", (7, 6)), ("talk", (13.3, 13.3 * 6 / 14.8)), (None, (14.8, 6))])
+@pytest.mark.parametrize(("style", "size"), [("paper", (7, 6)), ("talk", (13.3, 7.5)), (None, (14.8, 6))])
 def test_no_text_is_too_small_on_a_page_or_a_slide(tmp_path, style, size):
     fig = wide_figure()
     with made_with(style=style):
         figures.save(fig, tmp_path / "a.png")
     np.testing.assert_allclose(fig.get_size_inches(), size)
     sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text()]
-    assert min(sizes) == (8 if style else 4)
+    assert min(sizes) == {"paper": 8, "talk": 14.5, None: 4}[style]
+    assert style is None or min(sizes) * 6.5 / fig.get_figwidth() >= 7  # printed 6.5 inches wide
     assert style != "paper" or max(sizes) <= 10
     pixels = imread(tmp_path / "a.png").shape
     assert pixels[1] == pytest.approx(size[0] * (300 if style == "paper" else 150), abs=1)
@@ -461,10 +462,33 @@ def test_no_text_is_too_small_on_a_page_or_a_slide(tmp_path, style, size):
 
 
 def test_a_small_figure_keeps_its_size_on_a_page_and_fills_a_slide(tmp_path):
-    for style, size in (("paper", (4, 3)), ("talk", (10, 7.5))):
+    for style, size in (("paper", (4, 3)), ("talk", (13.3, 7.5))):
         fig, axes = figures.new_figure(title="small")
         axes[0, 0].set_xlabel("layer")
         with made_with(style=style):
             figures.save(fig, tmp_path / "a.png")
         np.testing.assert_allclose(fig.get_size_inches(), size)
         assert axes[0, 0].xaxis.label.get_fontsize() == (10 if style == "paper" else 25)
+
+
+@pytest.mark.parametrize("style", ["paper", "talk"])
+def test_legends_labels_and_ticks_fit_on_a_page_and_a_slide(tmp_path, style):
+    fig, axes = figures.new_figure(3, 7, panel=(2.3, 1.5), title="crowded")
+    for ax in axes.flat:
+        for i in range(5):
+            ax.plot([90_000, 91_000], [i, i], label=f"sample {i}")
+        ax.set_xticks([90_000, 90_250, 90_500, 90_750])
+    axes[0, 0].legend(ncols=5)
+    axes[0, 6].set_xticks([90_000, 90_200, 90_400], ["delta", "conv", "gate"])
+    label = "standard deviations from the mean of each channel " * 5
+    axes[2, 3].set_xlabel(label.strip())
+    with made_with(style=style):
+        figures.save(fig, tmp_path / "a.png")
+    assert axes[0, 0].get_window_extent().width > 0.05 * fig.bbox.width  # the legend doesn't squeeze it
+    assert axes[0, 0].get_legend()._ncols < 5
+    assert axes[2, 3].xaxis.label.get_window_extent().width <= fig.bbox.width
+    assert axes[2, 3].get_xlabel().split() == label.split()
+    assert {text.get_rotation() for text in axes[0, 6].get_xticklabels()} == {90}
+    for ax in axes[:, :6].flat:
+        boxes = [text.get_window_extent() for text in ax.get_xticklabels() if text.get_text()]
+        assert boxes and all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))

@@ -480,3 +480,16 @@ def test_what_begins_late_is_seen(shared_data):
     X = series.X.copy()
     X[2800:] += 8.0
     assert optimal_filter.process_or_none(dataclasses.replace(series, X=X), "") is None
+
+
+def test_of_other_recordings_nothing_counts_as_held_back(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, n in (("a", 700), ("b", 420)):
+        np.savetxt(f"{name}.csv", np.random.default_rng(n).normal(size=(n, 2)), delimiter=",")
+    flags = ["--d-model", "8", "--n-layers", "1", "--d-state", "2", "--d-ff", "8", "--seq-len", "40", "--stride", "20", "--epochs", "1", "--no-train-eval"]
+    assert script("masked_model_gpu_mamba_next", "--data", "a.csv", "--checkpoint", "a.pt", *flags).code == 0
+    done = script("masked_model_gpu_mamba_next", "--eval", "a.pt", "--data", "b.csv")
+    assert done.code == 0 and "was trained on other data" in done.out, done
+    done = script("evaluate_representations", "--checkpoint", "a.pt", "--data", "b.csv", "--no-umap", "--no-lb")
+    assert done.code == 0 and "no validation MSE" not in done.out, done
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"a_b.csv_metrics.json", "a_b.csv_summary.png"}
