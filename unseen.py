@@ -65,8 +65,9 @@ class Unseen:
     def describe(self):
         """One line that says what the errors are measured on."""
         what = "newly drawn" if self.drawn else "held back from training and from the choice of the epoch"
-        return (f"test series: {len(self.starts) * self.seq_len:,} steps, {what}; standard errors over "
-                f"{cli.count(len(self.edges) - 1, 'block')} of {self.seq_len * len(self.starts) // (len(self.edges) - 1):,} steps")
+        n_steps, n_blocks = len(self.starts) * self.seq_len, len(self.edges) - 1
+        return (f"test series: {n_steps:,} steps, {what}; standard errors over {cli.count(n_blocks, 'block')} of "
+                f"{n_steps // n_blocks:,} steps")
 
 
 # ---- The test series ------------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ def test_of_other_recordings_nothing_counts_as_held_back(script, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     for name, n in (("a", 700), ("b", 420)):
         np.savetxt(f"{name}.csv", np.random.default_rng(n).normal(size=(n, 2)), delimiter=",")
-    flags = ["--d-model", "8", "--n-layers", "1", "--d-state", "2", "--d-ff", "8", "--seq-len", "40", "--stride", "20", "--epochs", "1", "--no-train-eval"]
+    flags = ["--d-model", 8, "--n-layers", 1, "--d-state", 2, "--seq-len", 40, "--stride", 20, "--epochs", 1]
     assert script("masked_model_gpu_mamba_next", "--data", "a.csv", "--checkpoint", "a.pt", *flags).code == 0
     done = script("masked_model_gpu_mamba_next", "--eval", "a.pt", "--data", "b.csv")
     assert done.code == 0 and "was trained on other data" in done.out, done
