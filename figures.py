@@ -111,9 +111,22 @@ def laid_out(fig):
     engine = fig.get_layout_engine()
     if engine is not None:
         fit_to_page(fig, cli.drawing_flags()[1])
+        break_title(fig)
         engine.execute(fig)
         fig.set_layout_engine(None)
     return fig
+
+
+def break_title(fig):
+    """Break a title that is wider than the figure, or would reach the legend at its right, into lines."""
+    if not fig.get_suptitle():
+        return
+    at_right = [legend.get_window_extent().width for legend in fig.legends if legend._outside_loc == "right"]
+    allowed = max(0.95 * fig.bbox.width - 2 * max(at_right, default=0), 0.4 * fig.bbox.width)
+    wanted, lines = fig._suptitle.get_window_extent().width, fig.get_suptitle().split("\n")
+    if wanted > allowed:
+        columns = int(max(map(len, lines)) * allowed / wanted)
+        fig._suptitle.set_text("\n".join(textwrap.fill(line, columns) for line in lines))
 
 
 def fit_to_page(fig, style):

@@ -306,21 +306,24 @@ PAGE = """<!DOCTYPE html>
 <title>{{ title }} – MambaSynth report</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+h1, h2, nav a, figcaption { overflow-wrap: anywhere; }
 h1, h2 { line-height: 1.2; } h2 { border-top: 2px solid #ddd; padding-top: 1.5rem; margin-top: 3rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
 figcaption { color: #555; max-width: 45rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 th { white-space: nowrap; } td { overflow-wrap: anywhere; }
-table.sortable td { white-space: nowrap; } table.sortable th { cursor: pointer; }
+table.sortable td { white-space: nowrap; }
+table.sortable td:first-child { white-space: normal; min-width: 12rem; max-width: 24rem; }
+table.sortable th { cursor: pointer; }
 table.sortable th::after { content: " ↕"; color: #aaa; }
-details { margin: 1rem 0; } summary { cursor: pointer; } nav a { margin-right: 1rem; }
+details { margin: 1rem 0; } summary { cursor: pointer; } nav a { display: block; }
 </style>
 </head>
 <body>
-<h1>{{ title }}</h1>
+<h1>{{ title if not several else "Comparison of %d runs" % runs | length }}</h1>
 {% if several %}
-<nav>{% for run in runs %}<a href="#run{{ loop.index }}">{{ run.name }}</a>{% endfor %}</nav>
+<nav>{% for run in runs %}<a href="#run{{ loop.index }}">{{ run.name }}</a> {% endfor %}</nav>
 <h2>Where the runs differ</h2>
 <p>The flags in which the runs differ, and the results at each run's best epoch. A click on a title sorts.</p>
 <div class="scroll"><table class="sortable">

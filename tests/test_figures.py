@@ -492,3 +492,16 @@ def test_legends_labels_and_ticks_fit_on_a_page_and_a_slide(tmp_path, style):
     for ax in axes[:, :6].flat:
         boxes = [text.get_window_extent() for text in ax.get_xticklabels() if text.get_text()]
         assert boxes and all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))
+
+
+def test_a_long_title_stays_in_the_figure_and_clear_of_the_legend(tmp_path):
+    fig, axes = figures.new_figure(panel=(9, 4), title="model_next_" + "d_model32_" * 12 + ": validation window 0")
+    axes[0, 0].plot([0, 1], label="horizon 1")
+    legend = fig.legend(loc="outside right upper")
+    figures.save(fig, tmp_path / "a.png")
+    title = fig._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= legend.get_window_extent().x0
+    assert fig.get_suptitle().replace("\n", "").endswith("window 0") and "\n" in fig.get_suptitle()
+    short = figures.new_figure(panel=(9, 4), title="model: validation window 0")[0]
+    figures.save(short, tmp_path / "b.png")
+    assert short.get_suptitle() == "model: validation window 0"

@@ -18,8 +18,9 @@ NOT_RESULTS = {"help", "save_dir", "format", "style", "device", "scan", "checkpo
 SCRIPTS = {  # module: (what every command has, the stem of what it writes, further flags without a part in it)
     estimate_dimension: ("", lambda args: args.name, set()),
     optimal_filter: ("", lambda args: args.name, set()),
-    # What --no-umap and --no-lb leave out, and other --layers, keeps what an earlier command has measured.
-    evaluate_representations: ("", lambda args: args.settings, {"layers", "no_umap", "no_lb", "per_layer"}),
+    # What these leave out keeps what an earlier command has measured.
+    evaluate_representations: ("", lambda args: args.settings,
+                               {"layers", "no_umap", "no_lb", "no_baselines", "per_layer"}),
     # Layer, sample and --umap are in the name themselves; of more samples each has a file of its own.
     visualize_gates: ("--checkpoint a.pt --umap", lambda args: args.settings, {"layer", "sample", "n_samples", "umap"}),
     generate: ("--checkpoint a.pt", lambda args: generate.file_prefix(args), set()),
