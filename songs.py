@@ -272,8 +272,11 @@ def clock_errors(process, X):
         off = off_by > at_step
         over = int((off[:-1] & off[1:]).argmax())
         first, last = max(over - course, 1), over + course
-        if not off[over] or begin + last > n:
+        if begin + last > n:
             break
+        if not off[over]:  # longer than any visit of the process: what comes then is followed anew
+            begin, circle = begin + len(off), None
+            continue
 
         # The old course until t, and from there on that of circle i, entered at t; all over the steps first … last - 1.
         steps, ends = np.arange(first, last), np.arange(first, over + 2)
