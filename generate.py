@@ -41,6 +41,7 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 
 # isort: split
 import argparse
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,7 @@ import songs
 import terminal
 from mamba_model import data_suffix, open_model, stem
 
+RENEWAL = 4  # times `memory`: after so many steps the states of a song are made anew
 BLOCK = 1024  # steps whose noise is drawn and whose predictions are collected at a time: bounds the extra memory
 LEAST_TEMPERATURE = 1e-30  # of a mixture: float32 can't divide by much less
 SHOWN_STEPS, SHOWN_SAMPLES = 4096, 3  # more than that can't be told apart in a figure
@@ -197,7 +199,7 @@ class Sampling(NamedTuple):
     scale_range: float = mixture_head.SCALE_RANGE
 
 
-def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, temperature=0.0):
+def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, temperature=0.0, memory=None):
     """Continue the series `seed` (n, seed_len, feature_dim), an array, for n_steps steps.
 
     noise_std: standard deviation, in data units, of the noise that is added to each prediction; the sum is the
@@ -206,6 +208,10 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, t
     feature_dim) in the model's type: predictions[:, t] is the mean that the model gave for step t, generated[:, t]
     that plus the noise, or the draw.
 
+    memory: how many steps of the past the model was trained on. A state that is carried much further drifts in a song,
+    where no real series corrects it. So every RENEWAL * memory steps the states are made anew, from the last `memory`
+    steps that the model has read. None: they are carried from the seed to the end.
+
     A sample's noise depends on random_seed and its place in the batch alone, so a larger batch only adds samples.
     """
     if temperature and not model.mixture:
@@ -213,10 +219,17 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, t
     weight = model.input_proj.weight
     dtype = np.float64 if weight.dtype == torch.float64 else np.float32
     n, _, feature_dim = seed.shape
-    with torch.inference_mode():
-        outputs, states = model.prefill(torch.as_tensor(seed, dtype=weight.dtype, device=weight.device))
+
+
+    @torch.inference_mode()
+    def start_from(series):
+        outputs, states = model.prefill(torch.as_tensor(series, dtype=weight.dtype, device=weight.device))
+        return outputs["1"], states
+
     sampling = Sampling(max(temperature, LEAST_TEMPERATURE) if temperature else 0.0)
-    advance = choose_stepper(model)(model, outputs["1"], states, sampling)
+    advance, start = choose_stepper(model)(model, n, sampling), start_from(seed)
+    edges = block_edges(n_steps, None if memory is None else RENEWAL * memory)
+    past = seed[:, -memory:] if memory else seed
 
     in_burst = burst_steps(n_steps, bursts)
     streams = [[np.random.default_rng([random_seed, i, k]) for k in range(3)] for i in range(n)]
@@ -224,12 +237,23 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, t
     generated = np.empty_like(predictions)
     own_std = 1.0 if temperature else noise_std
     with terminal.Bar(n_steps, desc="generating") as bar:
-        for first in range(0, n_steps, BLOCK):
-            block = slice(first, min(first + BLOCK, n_steps))
+        for block in itertools.starmap(slice, itertools.pairwise(edges)):
+            if memory and block.start and block.start % (RENEWAL * memory) == 0:
+                start = start_from(past)
             draws = draw_noise(model, streams, in_burst[block], own_std, bursts, dtype)
-            predictions[:, block], generated[:, block] = advance(draws)
+            predictions[:, block], generated[:, block] = advance(draws, start)
+            start = None
+            if memory:
+                past = np.concatenate([past, generated[:, block] + draws.observation], axis=1)[:, -memory:]
             bar.update(block.stop - block.start)
     return generated, predictions
+
+
+def block_edges(n_steps, renewal):
+    """The steps at which blocks of at most BLOCK steps begin and end; `renewal`: steps whose multiples are among them,
+    if it is given."""
+    edges = set(range(0, n_steps, BLOCK)) | {n_steps}
+    return sorted(edges | set(range(0, n_steps, renewal)) if renewal else edges)
 
 
 def draw_noise(model, streams, in_burst, own_std, bursts, dtype):
@@ -263,10 +287,10 @@ def hidden_rows(in_burst, bursts):
     return np.where(in_burst & hits_layers, np.cumsum(in_burst) - 1, -1)
 
 
-# A stepper takes a model, what its prefill returned (the outputs of the horizon-1 head, and the states) and a Sampling,
-# and gives a function
-#   advance(draws) -> predictions, generated, each (n, steps, feature_dim)
-# that computes a block of steps and remembers where it stopped. At step t it writes down the current prediction (of a
+# A stepper takes a model, the number of samples and a Sampling, and gives a function
+#   advance(draws, start) -> predictions, generated, each (n, steps, feature_dim)
+# that computes a block of steps. start: what the model's prefill returned (the outputs of the horizon-1 head, and the
+# states), or None to go on where it stopped. At step t it writes down the current prediction (of a
 # mixture, its mean) and what becomes part of the series: the prediction plus draws.own[:, t], or a draw from the
 # mixture. It reads that plus draws.observation[:, t], and predicts the next one; where draws.burst[t] is not -1,
 # draws.hidden[:, draws.burst[t], i] is added to the output of layer i while it reads.
@@ -286,12 +310,14 @@ def choose_stepper(model):
     return step_cpu.stepper
 
 
-def loop_stepper(model, output, states, sampling):
+def loop_stepper(model, n, sampling):
     """`model.step` in a plain loop: any device, and what the fast steppers are tested against."""
+    output = states = None
 
     @torch.inference_mode()
-    def advance(draws):
+    def advance(draws, start):
         nonlocal output, states
+        output, states = start or (output, states)
         own, uniform, observation, hidden = (torch.as_tensor(a, device=output.device) for a in (
             draws.own, draws.uniform, draws.observation, draws.hidden))
         predictions, generated = torch.empty_like(own), torch.empty_like(own)
@@ -601,7 +627,7 @@ def draw_compare(title, process, compared, summaries, in_burst):
 @dataclass(frozen=True)
 class Inputs:
     """What is generated from: process is None for data that the exact filter doesn't know; starts (n,) time steps of
-    the seeds (n, seed_len, features); noise_std 0 where config.json gives none."""
+    the seeds (n, seed_len, features); noise_std 0 where config.json gives none; memory: of `generate`."""
 
     model: torch.nn.Module
     series: dataset.Series
@@ -609,6 +635,7 @@ class Inputs:
     starts: np.ndarray
     seeds: np.ndarray
     noise_std: float
+    memory: int
 
 
 def load_inputs(args):
@@ -628,16 +655,16 @@ def load_inputs(args):
     if args.temperature and noise_std is None and not model.mixture:
         raise cli.UserError("--temperature is in units of noise_std, which no config.json of these data gives; "
                             "use --temperature 0")
+    memory, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)
     offset = args.seed_offset
     if offset is None:
-        _, _, val_fraction = dataset.window_settings(trained_with, args.checkpoint)
         first_validation_step = dataset.first_validation_step(series.n_steps, val_fraction)
         offset = min(first_validation_step, max(series.n_steps - args.seed_len, 0))
     starts = seed_windows(series.n_steps, args.seed_len, args.gen_len, args.n_samples, offset)
     starts = dataset.into_recordings(starts, args.seed_len, series.recordings)
     seeds = np.stack([series.X[start:start + args.seed_len] for start in starts])
     print(f"seeds of {cli.count(args.seed_len, 'step')} from time steps {', '.join(f'{start:,}' for start in starts)}")
-    return Inputs(model, series, process, starts, seeds, noise_std or 0.0)
+    return Inputs(model, series, process, starts, seeds, noise_std or 0.0, memory)
 
 
 def settle_temperature(args, mixture):
@@ -699,7 +726,7 @@ def timed_generation(args, inputs, noise_std, bursts, temperature):
     """`generate`, with the time it took on stdout. Raises cli.UserError when the series leaves the finite numbers."""
     begin = time.perf_counter()
     generated, predictions = generate(inputs.model, inputs.seeds, args.gen_len, noise_std, bursts, args.seed,
-                                      temperature)
+                                      temperature, inputs.memory)
     seconds = time.perf_counter() - begin
     print(f"generated {len(inputs.seeds):,} x {cli.count(args.gen_len, 'step')} in {seconds:.2f} s, start-up included")
     broken = ~np.isfinite(generated).all(axis=(0, 2))

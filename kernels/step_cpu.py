@@ -354,29 +354,30 @@ def pack_tile(output, states, samples, lanes):
     return pad_last(tile(output), lanes), conv_state, h
 
 
-def stepper(model, output, states, sampling):
-    """The recurrence from the head's `output` (n, n_outputs) and `states` on, as `model.prefill` returns them.
+def stepper(model, n, sampling):
+    """The recurrence for n samples: advance(draws, start) -> (predictions, generated), see generate.py.
 
-    Returns advance(draws) -> (predictions, generated): see generate.py.
+    start: the head's output (n, n_outputs) and the states, as `model.prefill` returns them.
     """
     dtype = str(model.input_proj.weight.dtype).removeprefix("torch.")
     if dtype not in ("float32", "float64"):
         raise UserError(f"generation on a CPU computes in float32 or float64, and this model is in {dtype}; give "
                         "model.float()")
     weights, sizes = pack(model, sampling.scale_range)
-    n = len(output)
-    tiles = [(slice(first, min(first + TILE, n)), pack_tile(output, states, slice(first, first + TILE),
-                                                            sizes.lanes)) for first in range(0, n, TILE)]
+    tiles = [slice(first, min(first + TILE, n)) for first in range(0, n, TILE)]
+    packed = {}
     pool = ThreadPoolExecutor(min(len(tiles), os.cpu_count() or 1))
 
-    def advance(draws):
+    def advance(draws, start):
         predictions, generated = np.empty_like(draws.own), np.empty_like(draws.own)
         real = draws.own.dtype.type
 
-        def run(tile):
-            rows, state = tile
-            run_tile(weights, sizes, real(sampling.temperature), *state, draws.own[rows], draws.uniform[rows],
-                     draws.observation[rows], draws.burst, draws.hidden[rows], predictions[rows], generated[rows])
+        def run(rows):
+            if start is not None:
+                packed[rows.start] = pack_tile(*start, rows, sizes.lanes)
+            run_tile(weights, sizes, real(sampling.temperature), *packed[rows.start], draws.own[rows],
+                     draws.uniform[rows], draws.observation[rows], draws.burst, draws.hidden[rows], predictions[rows],
+                     generated[rows])
 
         list(pool.map(run, tiles))
         return predictions, generated

@@ -305,25 +305,27 @@ def step_launcher(model, buffers, n, sampling):
 
 
 @torch.inference_mode()
-def stepper(model, output, states, sampling):
-    """The recurrence from the head's `output` (n, n_outputs) and `states` on, as `model.prefill` returns them.
+def stepper(model, n, sampling):
+    """The recurrence for n samples: advance(draws, start) -> (predictions, generated), see generate.py.
 
-    Returns advance(draws) -> (predictions, generated): see generate.py. The state of the recurrence lives in the
-    graph's buffers from one call to the next.
+    start: the head's output (n, n_outputs) and the states, as `model.prefill` returns them. The state of the recurrence
+    lives in the graph's buffers from one call to the next.
     """
-    n, device = len(output), output.device
+    device = model.input_proj.weight.device
     b = allocate(model, n)
     launch = step_launcher(model, b, n, sampling)
     # On a CPU the kernels run in Triton's interpreter, without a graph. The warm-up before a capture leaves its own
-    # values in the buffers, so they are filled only now, and no state needs to be put back.
+    # values in the buffers; the first call of `advance` has a start, which replaces them.
     step = captured(launch, None, list, device) if device.type == "cuda" else launch
-    b["output"].copy_(output)
-    for layer_buffers, layer_states in zip(b["states"], states, strict=True):
-        for buffer, values in zip(layer_buffers, layer_states, strict=True):
-            buffer.copy_(values)
 
     @torch.inference_mode()
-    def advance(draws):
+    def advance(draws, start):
+        if start is not None:
+            output, states = start
+            b["output"].copy_(output)
+            for layer_buffers, layer_states in zip(b["states"], states, strict=True):
+                for buffer, values in zip(layer_buffers, layer_states, strict=True):
+                    buffer.copy_(values)
         predictions, generated = np.empty_like(draws.own), np.empty_like(draws.own)
         for first in range(0, len(draws.burst), SEGMENT):
             segment = slice(first, first + SEGMENT)
