@@ -182,8 +182,8 @@ def test_a_burst_changes_nothing_before_it_is_read(layers):
 def test_hidden_bursts_hit_the_layers_and_steps_asked_for(monkeypatch):
     model, seen = make_model(), []
 
-    def spy(model, output, states, sampling):
-        def advance(draws):
+    def spy(model, n, sampling):
+        def advance(draws, start):
             seen.append((draws.own + draws.observation, draws.burst, draws.hidden))
             return np.zeros_like(draws.own), np.zeros_like(draws.own)
         return advance
@@ -202,8 +202,8 @@ def test_hidden_bursts_hit_the_layers_and_steps_asked_for(monkeypatch):
 def test_output_bursts_have_the_std_asked_for_and_only_in_the_bursts(monkeypatch):
     model, seen = make_model(), []
 
-    def spy(model, output, states, sampling):
-        def advance(draws):
+    def spy(model, n, sampling):
+        def advance(draws, start):
             seen.append((draws.own + draws.observation, draws.burst))
             return np.zeros_like(draws.own), np.zeros_like(draws.own)
         return advance
@@ -216,6 +216,27 @@ def test_output_bursts_have_the_std_asked_for_and_only_in_the_bursts(monkeypatch
     assert noise[:, inside].std() == pytest.approx(3.0, rel=0.03)
     assert not noise[:, ~inside].any()
     assert all((part[1] == -1).all() for part in seen)
+
+
+@pytest.mark.parametrize("scan", ["reference", "cpu"])
+def test_the_states_are_made_anew_from_what_was_read(monkeypatch, scan):
+    model = make_model(scan=scan)
+    monkeypatch.setattr(generate, "BLOCK", 7)
+    monkeypatch.setattr(generate, "RENEWAL", 3)
+    seed, noise = make_seed(model, 2), []
+    draw_noise = generate.draw_noise
+    monkeypatch.setattr(generate, "draw_noise", lambda *args: noise.append(draw_noise(*args)) or noise[-1])
+    generated, predictions = generate.generate(model, seed, 40, bursts=generate.Bursts(9, 4, 2.0), memory=5)
+    assert sorted(generate.block_edges(40, 15)) == [0, 7, 14, 15, 21, 28, 30, 35, 40]
+    read = np.concatenate([seed, generated + np.concatenate([draws.observation for draws in noise], axis=1)], axis=1)
+    first = seed.shape[1]
+    with torch.no_grad():
+        for t in (15, 16, 29, 30, 31, 39):  # what the model saw: all since the last renewal, and 5 steps before it
+            begin = first + t // 15 * 15 - 5
+            expected = model(torch.as_tensor(read[:, begin:first + t], dtype=model.input_proj.weight.dtype))["1"][:, -1]
+            np.testing.assert_allclose(predictions[:, t], expected, rtol=1e-4, atol=1e-4)
+        expected = model(torch.as_tensor(read[:, :first + 14], dtype=model.input_proj.weight.dtype))["1"][:, -1]
+        np.testing.assert_allclose(predictions[:, 14], expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- the CUDA kernels ------------------------------------------------------------------------------------------
@@ -843,10 +864,11 @@ def compared(script, flags, monkeypatch, tmp_path):
     """Run --compare; what it asked `generate` for, its numbers, its table."""
     asked, real_generate = [], generate.generate
 
-    def record(model, seeds, n_steps, noise_std, bursts, random_seed, temperature):
-        result = real_generate(model, seeds, n_steps, noise_std, bursts, random_seed, temperature)
+    def record(model, seeds, n_steps, noise_std, bursts, random_seed, temperature, memory):
+        result = real_generate(model, seeds, n_steps, noise_std, bursts, random_seed, temperature, memory)
         asked.append(SimpleNamespace(seeds=seeds, n_steps=n_steps, noise_std=noise_std, bursts=bursts,
-                                     random_seed=random_seed, temperature=temperature, generated=result[0]))
+                                     random_seed=random_seed, temperature=temperature, memory=memory,
+                                     generated=result[0]))
         return result
 
     monkeypatch.setattr(generate, "generate", record)
@@ -869,6 +891,7 @@ def test_compare_runs_what_its_rows_say(script, inputs, toy, tmp_path, monkeypat
     starts = [1500, 1500 + (3000 - 60 - 150 - 1500) // 2]
     for run in asked:
         assert run.n_steps == 150 and run.random_seed == 11
+        assert run.memory == cli.WINDOW_DEFAULTS["seq_len"]  # the checkpoint names none
         np.testing.assert_array_equal(run.seeds, np.stack([series.X[start:start + 60] for start in starts]))
 
     names = ["real series", "greedy", "temperature 3", "output bursts", "hidden bursts"]
