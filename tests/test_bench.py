@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
