@@ -260,8 +260,9 @@ def test_the_walk_alone_is_followed_as_least_squares_follows_it():
                                        atol=1e-12)
 
 
-def test_features_outside_the_planes_are_one_kalman_filter():
+def test_features_outside_the_planes_are_one_kalman_filter(monkeypatch):
     """Two features that no circle reaches: turning the space into them changes nothing but the coordinates."""
+    monkeypatch.setattr(moving_filter, "BLOCK", 7)  # what is known of the centre is handed on from block to block
     series, process = make_process(2, seed=4, dim=6, dwell=(6.0, 2.0))  # two planes span at most four dimensions
     process = walking(process, 0.4)
     assert moving_filter.span_of_planes(process).shape == (4, 6)
