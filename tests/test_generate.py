@@ -743,7 +743,7 @@ def test_each_panel_of_seed_and_truth(sung, toy, monkeypatch, played, flags):
         states = np.concatenate([series.states[starts[i]:starts[i] + 40], labels[i, :70]])
         check_strip(strip, states, -40, 3)
         check_heatmap(heat, windows[i], -40, limits, "RdBu_r")
-        assert strip.get_xlim() == (-40.5, 69.5) and left_title(strip) == f"seed from time step {starts[i]}"
+        assert strip.get_xlim() == (-40.5, 69.5) and left_title(strip) == f"seed from time step {starts[i]:,}"
         assert heat.get_ylabel() == "feature" and list(heat.lines[0].get_xdata()) == [-0.5, -0.5]
         assert bursts_marked(strip) == marks
     assert heat.get_xlabel().startswith("generated step (before 0: the seed")
