@@ -758,7 +758,7 @@ def test_each_panel_of_seed_and_truth(sung, toy, monkeypatch, played, flags):
     assert fig.get_suptitle() == f"m: continuation and truth, first 70 of {gen_len} steps"
     limits = np.percentile(abs(truth), 99) * np.array([-1, 1])
     check_strip(true_strip, series.states[end:end + 70], 0, 3)
-    assert left_title(true_strip) == f"true series of sample 0, from time step {end}"
+    assert left_title(true_strip) == f"true series of sample 0, from time step {end:,}"
     assert left_title(strip) == "generated, sample 0"
     check_heatmap(true_heat, truth, 0, limits, "RdBu_r")
     check_strip(strip, labels[0, :70], 0, 3)
