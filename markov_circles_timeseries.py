@@ -174,6 +174,7 @@ def refuse_other_data(config, data_dir):
                         "it elsewhere first")
 
 
+@terminal.busy("comparing with the data that are there")
 def holds_data(path, config):
     """Whether the npz at `path` holds exactly the arrays that `config` makes; they are drawn anew, block by block."""
     arrays, process = dataset.read_npz(path, lambda names: names), circle_process.draw_process(config)
@@ -193,7 +194,7 @@ def holds_data(path, config):
 def save(series, data_dir):
     """Write a series as one compressed data.npz, and its config.json."""
     process = series.process
-    with writing_data(series.config, data_dir) as part:
+    with writing_data(series.config, data_dir) as part, terminal.busy("writing data.npz"):
         np.savez_compressed(part, X=series.X, states=series.states, thetas=series.thetas,
                             transition_matrix=process.transition_matrix, radii=process.radii,
                             entry_angles=process.entry_angles, periods=process.periods, planes=process.planes)
@@ -216,7 +217,7 @@ def save_uncompressed(config, data_dir, block_values=BLOCK_VALUES):
         return (circle_process.hidden_states(plan, steps)[i] for steps in blocks)
 
     with (writing_data(config, data_dir) as path, open(path, "wb") as file,
-          zipfile.ZipFile(file, "w") as archive):
+          zipfile.ZipFile(file, "w") as archive, terminal.busy("drawing the series")):
         points = circle_process.draw_points(plan, block_values)
         write_member(archive, file, "X", (n_steps, dim), np.float32, (X for _, X in points))
         write_member(archive, file, "states", (n_steps,), np.int64, hidden(0))
@@ -435,16 +436,19 @@ def main(args):
             (data_dir / name).unlink(missing_ok=True)
     if args.uncompressed:
         save_uncompressed(config, data_dir)
-        series = load_series(data_dir)
-        statistics = visit_statistics(series)
-        drawn = draw_all(series, statistics)
+        with terminal.busy("reading what was written, and drawing figures"):
+            series = load_series(data_dir)
+            statistics = visit_statistics(series)
+            drawn = draw_all(series, statistics)
     else:
-        series = generate(config)
+        with terminal.busy("drawing the series"):
+            series = generate(config)
         statistics = visit_statistics(series)
         with ThreadPoolExecutor(1) as pool:  # the figures are laid out while the data are compressed
             drawing = pool.submit(draw_all, series, statistics)
             save(series, data_dir)
-        drawn = drawing.result()
+        with terminal.busy("drawing figures"):
+            drawn = drawing.result()
     print(summary_table(series, statistics))
     figures.save_all({data_dir / name: fig for name, fig in drawn.items()})
     if not args.no_umap:
