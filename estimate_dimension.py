@@ -3,7 +3,11 @@
 Reads DIR/data.npz or your own --data; writes dimension.json and dimension.png to the save folder, with flags that
 aren't the default and the name of the data where these aren't data/, as in dimension_points50000_subspace4.json. The
 maximum-likelihood estimator of Levina & Bickel (NeurIPS 2004), averaged over points as MacKay & Ghahramani (2005)
-correct it.
+correct it; and TwoNN (Facco et al. 2017), from the two nearest neighbours alone.
+
+What they find depends on the scale: on the number of points and of neighbours, and on the units of the axes, of which
+whitened points have none. So compare dimensions only at one scale. evaluate_representations.py and the title of the
+generator's umap.png measure 10,000 time steps, the same ones for the same seed, over 30 neighbours.
 
 Examples:
   python estimate_dimension.py
@@ -17,7 +21,16 @@ import numpy as np
 
 import dataset
 import terminal
-from measures import distinct, levina_bickel, umap_embedding
+from measures import (
+    DIMENSION_KS,
+    DIMENSION_POINTS,
+    dimension_sample,
+    dimensions,
+    distinct,
+    levina_bickel,
+    umap_embedding,
+    whitened,
+)
 
 figures = cli.imported_when_used("figures")  # matplotlib takes half a second, which --help need not wait for
 
@@ -27,9 +40,9 @@ __all__ = ["levina_bickel", "umap_embedding"]  # notebooks import these two from
 def parse_args(argv=None):
     parser = cli.parser(__doc__)
     estimate = parser.add_argument_group("estimate")
-    estimate.add_argument("--points", type=cli.positive_int, default=20_000, metavar="N",
+    estimate.add_argument("--points", type=cli.positive_int, default=DIMENSION_POINTS, metavar="N",
                           help="time steps drawn at random without replacement; all when there are fewer")
-    estimate.add_argument("--k", type=cli.positive_int, nargs="+", default=[5, 10, 20, 50, 100], metavar="K",
+    estimate.add_argument("--k", type=cli.positive_int, nargs="+", default=[*DIMENSION_KS], metavar="K",
                           help="numbers of nearest neighbours, each 2 or more")
     cli.add_seed(estimate)
     cli.add_drawing(parser)
@@ -48,28 +61,33 @@ def dimension_by_circle(points, states, n_circles, ks):
     """The dimension of all points (n, dim), and of each circle when neighbours are sought among its own points only.
 
     states (n,) int, or None without labels: then of all points alone. Returns a list of n_circles + 1 dicts with name
-    ("all" or the circle), points and distinct (how many), and dimension {k: dimension or None}: None where there are k
-    or fewer distinct points.
+    ("all" or the circle), points and distinct (how many), dimension {k: dimension or None}, None where there are k or
+    fewer distinct points, and two_nn, the TwoNN dimension. That of all points has a "whitened" too, the same of the
+    points in units of their principal axes, as `measures.dimensions` gives it.
     """
     groups = [("all", points)] + [(i, points[states == i]) for i in range(n_circles or 0)]
     entries = []
     with terminal.Bar(len(groups), desc="dimension") as bar:
         for name, group in groups:
             unique = distinct(group)
-            possible = [k for k in ks if k < len(unique)]
-            found = levina_bickel(unique, possible) if possible else {}
+            found = dimensions(unique, ks)
             entries.append({"name": name, "points": len(group), "distinct": len(unique),
-                            "dimension": {k: found.get(k) for k in ks}})
+                            "dimension": {k: found[k] for k in ks}, "two_nn": found["two_nn"]})
             bar.update()
+    entries[0]["whitened"] = dimensions(whitened(points, points[:0])[0], ks)
     return entries
 
 
 def dimension_table(entries, ks):
     """The entries of dimension_by_circle as text, one row per entry and one column per k."""
-    rows = [[entry["name"], f"{entry['points']:,}",
-             *("–" if entry["dimension"][k] is None else f"{entry['dimension'][k]:.2f}" for k in ks)]
+    def row(name, n, values):
+        return [name, f"{n:,}", *("–" if value is None else f"{value:.2f}" for value in values)]
+
+    rows = [row(entry["name"], entry["points"], [*(entry["dimension"][k] for k in ks), entry["two_nn"]])
             for entry in entries]
-    return cli.table(["circle", "points", *(f"k = {k}" for k in ks)], rows)
+    white = entries[0]["whitened"]
+    rows.insert(1, row("all, whitened", entries[0]["points"], [*(white[k] for k in ks), white["two_nn"]]))
+    return cli.table(["circle", "points", *(f"k = {k}" for k in ks), "TwoNN"], rows)
 
 
 @cli.in_style
@@ -106,7 +124,7 @@ def main(args):
     series = dataset.load_series(args.data_dir)
     ks = args.k
     n = min(args.points, series.n_steps)
-    steps = np.random.default_rng(args.seed).choice(series.n_steps, n, replace=False)
+    steps = dimension_sample(series.n_steps, n, args.seed)
     points = dataset.pick(series.X, steps)
     states = None if series.states is None else dataset.pick(series.states, steps)
     if states is None:

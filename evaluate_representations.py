@@ -430,7 +430,7 @@ def sampled_rows(n_rows, args):
 
     Raises UserError when there are too few for either.
     """
-    rows = np.random.default_rng(args.seed).permutation(n_rows)[:max(args.umap_points, args.lb_points)]
+    rows = measures.dimension_sample(n_rows, max(args.umap_points, args.lb_points), args.seed)
     if not args.no_umap and len(rows) <= args.umap_neighbors:
         raise cli.UserError(f"the series has {cli.count(n_rows, 'step')} to draw from, too few for --umap-neighbors "
                             f"{args.umap_neighbors}; use a smaller one or --no-umap")

@@ -31,7 +31,15 @@ import dataset
 import terminal
 from circle_process import BLOCK_VALUES, LARGEST_VALUE, LONGEST_PERIOD
 from dataset import Series, load_series, pick
-from measures import distinct, knn, levina_bickel, umap_embedding
+from measures import (
+    DIMENSION_K,
+    DIMENSION_POINTS,
+    dimension_sample,
+    distinct,
+    knn,
+    levina_bickel,
+    umap_embedding,
+)
 
 figures = cli.imported_when_used("figures")  # matplotlib takes half a second, which --help need not wait for
 
@@ -42,7 +50,7 @@ ALIGNMENT = 64  # bytes; where the values of an uncompressed array begin in the 
 FEW_CIRCLES = 12  # up to here each circle gets its tick and each probability its number
 FIGURES = ("state_sequence.png", "transition_matrix.png", "periods.png", "umap.png",
            *(f"sample_window_{i}.png" for i in range(N_SAMPLE_WINDOWS)))
-UMAP_POINTS, UMAP_NEIGHBORS, DIMENSION_K = 5000, 15, 20
+UMAP_POINTS, UMAP_NEIGHBORS = 5000, 15
 
 
 def parse_args(argv=None):
@@ -387,10 +395,14 @@ def draw_sample_window(series, first, n):
 
 
 @cli.in_style
-def draw_umap(embedding, states, steps, n_circles, dimension):
-    """The embedding (n, 2) of the points at `steps` (n,), coloured by circle, states (n,), and by time: a Figure."""
+def draw_umap(embedding, states, steps, n_circles, dimension, n_steps):
+    """The embedding (n, 2) of the points at `steps` (n,), coloured by circle, states (n,), and by time: a Figure.
+
+    dimension: of DIMENSION_POINTS of the n_steps steps of the series, or of all, over DIMENSION_K neighbours.
+    """
     fig, axes = figures.new_figure(1, 2, panel=(6, 5.2), title=(
-        f"UMAP of {len(embedding):,} points; Levina–Bickel dimension {dimension:.1f} (k = {DIMENSION_K})"))
+        f"UMAP of {len(embedding):,} points; "
+        f"Levina–Bickel dimension {dimension:.1f} ({min(DIMENSION_POINTS, n_steps):,} points, k = {DIMENSION_K})"))
     by_circle, by_time = axes[0]
     figures.scatter_panel(by_circle, embedding, colors=figures.circle_colors(n_circles)[states], title="by circle")
     figures.circle_legend(by_circle, n_circles, np.unique(states), loc="upper left", bbox_to_anchor=(1, 1))
@@ -413,16 +425,16 @@ def draw_all(series, statistics):
 def save_umap(series, data_dir):
     """Embed a random part of the points and write umap.png. Raises UserError when there are too few different ones."""
     seed = series.config["seed"]
-    rng = np.random.default_rng(seed)
-    steps = rng.choice(series.n_steps, min(UMAP_POINTS, series.n_steps), replace=False)
-    points = pick(series.X, steps)
-    if len(distinct(points)) <= DIMENSION_K:
+    steps = dimension_sample(series.n_steps, DIMENSION_POINTS, seed)
+    sample = pick(series.X, steps)
+    steps, points = steps[:UMAP_POINTS], sample[:UMAP_POINTS]
+    if len(distinct(sample)) <= DIMENSION_K:
         raise cli.UserError(f"umap.png needs more than {DIMENSION_K} different points; the data are written, and "
                             "--no-umap leaves this figure out")
     with terminal.busy(f"UMAP of {len(points):,} points"):
-        dimension = levina_bickel(points, [DIMENSION_K])[DIMENSION_K]
+        dimension = levina_bickel(sample, [DIMENSION_K])[DIMENSION_K]
         embedding = umap_embedding(points, knn(points, min(UMAP_NEIGHBORS, len(points)) - 1), seed)
-    fig = draw_umap(embedding, pick(series.states, steps), steps, series.n_circles, dimension)
+    fig = draw_umap(embedding, pick(series.states, steps), steps, series.n_circles, dimension, series.n_steps)
     figures.save(fig, data_dir / "umap.png")
 
 

@@ -133,12 +133,13 @@ def dimensions(points, ks, distances=None):
     if distances is None or distances[:, 0].min() == 0:
         points = distinct(points)
         ks_there = [k for k in ks if k < len(points)]
-        distances = knn(points, max(2, *ks_there))[0] if len(points) > 2 else None
+        distances = knn(points, max([2, *ks_there]))[0] if len(points) > 2 else None
     found = dict.fromkeys(["two_nn", *ks])
     if distances is not None:
         found["two_nn"] = two_nn(distances)
+        ks_there = [k for k in ks if k <= distances.shape[1]]
         with contextlib.suppress(cli.UserError):  # points that are equally far apart have none
-            found |= dimension_from_distances(distances, [k for k in ks if k <= distances.shape[1]])
+            found |= dimension_from_distances(distances, ks_there) if ks_there else {}
     return found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import skdim
 from conftest import only
+from sklearn.decomposition import PCA
 
 import cli
 import dataset
@@ -47,7 +48,7 @@ def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tm
     rewrite_data(X=X, states=states)
     result = script("estimate_dimension", "--data-dir", folder, "--k", 20, 6, 20, "--points", 2500, "--seed", 9,
                     "--save-dir", tmp_path / "plots")
-    steps = np.random.default_rng(9).choice(3000, 2500, replace=False)
+    steps = np.random.default_rng(9).permutation(3000)[:2500]
     points, circles = X[steps], states[steps]
     report = json.loads(only(tmp_path / "plots", "dimension*.json").read_text())
     assert {key: report[key] for key in ("points", "seed", "k")} == {"points": 2500, "seed": 9, "k": [6, 20]}
@@ -55,7 +56,7 @@ def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tm
     lines = result.out.splitlines()
     n_distinct = len({tuple(x) for x in points.tolist()})
     assert lines[0] == f"{2500 - n_distinct} of 2,500 points repeat another and count once"
-    assert re.split("  +", lines[1]) == ["circle", "points", "k = 6", "k = 20"]
+    assert re.split("  +", lines[1]) == ["circle", "points", "k = 6", "k = 20", "TwoNN"]
     ((path, fig),) = saved.items()
     assert path == tmp_path / "plots" / f"dimension_points2500_k6-20_seed9_{cli.data_name(folder)}.png"
     assert fig.axes[0].get_title() == "Intrinsic dimension of 2,500 points"
@@ -67,14 +68,21 @@ def test_every_number_that_is_printed_written_and_drawn(script, rewrite_data, tm
         assert (found["name"], found["points"], found["distinct"]) == (name, len(own), len(unique))
         assert list(found["dimension"]) == ["6", "20"]
         assert found["dimension"] == {k: value and pytest.approx(value, rel=1e-4) for k, value in wanted.items()}
-        assert lines[3 + i].split() == [str(name), f"{len(own):,}", *(
-            "–" if value is None else f"{found['dimension'][k]:.2f}" for k, value in wanted.items())]
+        assert lines[3 + i + (i > 0)].split() == [str(name), f"{len(own):,}", *(
+            "–" if value is None else f"{found['dimension'][k]:.2f}" for k, value in wanted.items()),
+            f"{found['two_nn']:.2f}"]
+        assert found["two_nn"] == pytest.approx(skdim.id.TwoNN().fit(unique).dimension_, rel=1e-4)
         line = fig.axes[0].get_lines()[i]
         assert line.get_xdata().tolist() == [6, 20]
         np.testing.assert_allclose(line.get_ydata(), [np.nan if value is None else value for value in wanted.values()],
                                    rtol=1e-4)
     assert report["entries"][2]["dimension"]["20"] is None  # the circle of twenty steps at most
-    assert lines[8] == f"wrote {only(tmp_path / 'plots', '*.json')}"
+    white = PCA(whiten=True).fit(points).transform(np.unique(points, axis=0))
+    wanted = [*(dimension(white, k) for k in (6, 20)), skdim.id.TwoNN().fit(white).dimension_]
+    assert list(report["entries"][0]["whitened"].values()) == pytest.approx([wanted[2], *wanted[:2]], rel=1e-3)
+    assert lines[4].split()[:3] == ["all,", "whitened", "2,500"]
+    assert [float(cell) for cell in lines[4].split()[3:]] == pytest.approx(wanted, abs=0.02)
+    assert lines[9] == f"wrote {only(tmp_path / 'plots', '*.json')}"
 
 
 @pytest.mark.parametrize(("ambient", "shown"), [(20, False), (9, True), (3, True), (11, False)])
@@ -114,7 +122,7 @@ def test_notebooks_still_import_the_estimator_and_the_umap_from_here():
 
 
 def test_without_flags_the_readmes_defaults_hold():
-    assert vars(ed.parse_args([])) == {"points": 20_000, "k": [5, 10, 20, 50, 100], "seed": 42,
+    assert vars(ed.parse_args([])) == {"points": 10_000, "k": [5, 10, 30, 100], "seed": 42,
                                        "data_dir": Path("data"), "save_dir": Path("plots"),
                                        "format": "png", "style": None, "name": "dimension"}
 
@@ -131,7 +139,7 @@ def test_script_reports_all_points_and_each_circle(script, data_dir, tmp_path):
     assert entries[0]["points"] == 2000 == sum(entry["points"] for entry in entries[1:])
     for entry in entries:
         row = next(line.split() for line in result.out.splitlines() if line.startswith(f"{entry['name']} "))
-        assert row[2:] == [f"{entry['dimension'][k]:.2f}" for k in ("10", "30")]
+        assert row[2:-1] == [f"{entry['dimension'][k]:.2f}" for k in ("10", "30")]
 
 
 def test_script_uses_every_point_when_asked_for_more(script, data_dir, tmp_path):
@@ -155,7 +163,7 @@ def test_script_marks_circles_with_too_few_points(script, rewrite_data, tmp_path
     assert result.code == 0
     entry = json.loads(only(tmp_path, "dimension*.json").read_text())["entries"][4]
     assert entry["points"] == 5 and entry["dimension"]["5"] is None and entry["dimension"]["3"] > 0
-    assert result.out.splitlines()[6].split()[-1] == "–"
+    assert result.out.splitlines()[7].split()[-2] == "–"
 
 
 def test_script_says_that_points_repeat(script, rewrite_data, tmp_path):

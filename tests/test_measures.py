@@ -86,11 +86,6 @@ def test_equals_scikit_dimension(points, k):
     assert levina_bickel(points, [k])[k] == pytest.approx(expected, rel=1e-9)
 
 
-def test_default_neighbours_of_scikit_dimension_is_the_k_of_the_umap_title():
-    import markov_circles_timeseries as mc
-    assert mc.DIMENSION_K == skdim.id.MLE()._N_NEIGHBORS
-
-
 @pytest.mark.parametrize("d", [1, 2, 4, 6])
 def test_cube_has_its_dimension(d):
     estimate = levina_bickel(cube(4000, d, 12), [10])[10]
