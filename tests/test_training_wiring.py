@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import time
@@ -263,6 +264,12 @@ def test_the_weight_of_the_newest_parameters_in_their_average():
 def test_the_learning_rate_against_its_formula():
     expected = [3.0 * (s + 1) / 4 if s < 4 else 1.5 * (1 + math.cos(math.pi * (s - 4) / 16)) for s in range(20)]
     assert [training.lr_at(s, 3.0, 4, 20) for s in range(20)] == pytest.approx(expected)
+
+
+def test_a_checkpoint_names_its_data_as_seen_from_its_own_folder(tmp_path):
+    args = parsed("--data-dir", str(tmp_path / "birds"), "--checkpoint", str(tmp_path / "runs" / "a.pt"))
+    state = training.RunState(args, training.build_model(args, 3), 5, 123)
+    assert (state.origin["data_dir"], state.origin["data_crc32"]) == (os.path.join("..", "birds"), 123)
 
 
 def test_a_warm_up_may_end_within_an_epoch():
