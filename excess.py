@@ -67,7 +67,7 @@ def by_history(errors, optimal):
     each; "steps" is the mean number in the bin, in which the step that is predicted from counts.
     """
     length = errors.shape[1]
-    edges = np.unique(np.geomspace(1, length + 1, HISTORY_BINS + 1).astype(int))
+    edges = np.unique(np.rint(np.geomspace(1, length + 1, HISTORY_BINS + 1)).astype(int))
     bins = [slice(a - 1, b - 1) for a, b in itertools.pairwise(edges)]
     steps = np.arange(1, length + 1)
     return {"steps": [float(steps[b].mean()) for b in bins],

@@ -64,3 +64,25 @@ def test_a_visit_may_end_near_the_last_step_of_a_revolution():
         period = process.periods[series.states[t]]
         last = period - 1 - step % period  # steps to go
         assert near[t] == (last <= 2 or last >= period - 2), t
+
+
+def test_a_readout_finds_beliefs_that_are_there_and_none_in_noise():
+    series, process = make_process(3, seed=2, dwell=(30.0, 9.0), periods=[4, 6, 9], noise_std=0.5)
+    series = simulate(series, 6000)
+    believed = beliefs.beliefs(process, series.X)
+    near = beliefs.near_an_end(process, series.states, series.thetas)
+    early, late = slice(4000), slice(4000, None)
+    readout = beliefs.Readout(beliefs.rows_of(believed, early), near[early], beliefs.rows_of(believed, late),
+                              near[late], 0)
+    whole = beliefs.targets_of(believed)
+    found = readout.r2(whole[early], whole[late])
+    assert list(found) == ["circle", "phase", "revolutions", "hazard"]
+    assert min(found.values()) > 0.999
+    noise = np.random.default_rng(0).standard_normal((6000, 4))
+    assert max(abs(value) for value in readout.r2(noise[early], noise[late]).values()) < 0.05
+    on_circle = believed.circle  # the circle alone says nothing about the revolutions within it
+    assert abs(readout.r2(on_circle[early], on_circle[late])["revolutions"]) < 0.1
+    unknown = beliefs.rows_of(believed._replace(revolutions=None), early)
+    late_ones = beliefs.rows_of(believed._replace(revolutions=None), late)
+    assert beliefs.Readout(unknown, near[early], late_ones, near[late], 0).r2(whole[early], whole[late])[
+        "revolutions"] is None
