@@ -542,7 +542,8 @@ def print_evaluation(path, args, parse_args, alone=True):
     print(error_table(error_rows(model.errors_by_horizon(errors), floor)))
     tested, report = unseen.unseen_part(series, process, seq_len, args.test_steps, held_back), None
     if tested is not None:
-        its_data = process is not None and checkpoint.get("data_crc32") == dataset.data_crc32(series)
+        crc32 = checkpoint.get("data_crc32")  # anything may stand in a file
+        its_data = process is not None and isinstance(crc32, int) and crc32 == dataset.data_crc32(series)
         learner = learned.learner_of(series, boundary) if its_data and saved.get("fresh") is not True else None
         report = unseen.as_report(model, tested, learner)
         unseen.print_report(report)
