@@ -6,7 +6,7 @@ PY     := $(BIN)/python
 DEMO   := demo
 STUDY  := study
 
-.PHONY: demo test bench study songs clean-demo help
+.PHONY: demo test bench study study-finite songs clean-demo help
 # A file that a failed command has begun is deleted. Every rule below has as its target the last file that its command
 # writes: when that file is there, the step is complete, and a repeated make goes on behind it.
 .DELETE_ON_ERROR:
@@ -28,7 +28,8 @@ help:
 	@echo "make demo        an environment, data, a small trained model and its figures: at most 10 minutes on 2 CPU cores"
 	@echo "make test        the linter and the tests"
 	@echo "make bench       speed tables beside other software, which is installed first (requirements-bench.txt)"
-	@echo "make study       the 21 runs of docs/results.md and their comparison: for a GPU; days on a CPU"
+	@echo "make study       eight settings on four kinds of data, and on more and more of them: for GPUs; weeks on a CPU"
+	@echo "make study-finite  21 runs on 90,000 steps, seen again and again, and their comparison: for a GPU; days on a CPU"
 	@echo "make songs       three models with a mixture head, and their songs: for a GPU, 6 minutes per model on an H100"
 	@echo "make clean-demo  deletes the folder of the demo"
 	@echo "make help        this list"
@@ -110,7 +111,7 @@ $(call study_run,subspace4_contrastive_42): FLAGS := --epochs 100 --contrastive-
 $(call study_run,subspace4_contrastive_43): FLAGS := --epochs 100 --contrastive-lambda 0.3 --seed 43
 $(call study_run,subspace4_contrastive_44): FLAGS := --epochs 100 --contrastive-lambda 0.3 --seed 44
 
-study: $(STUDY)/plots/.compared
+study-finite: $(STUDY)/plots/.compared
 	@echo; echo "figures of the study:"; find $(STUDY) -name '*.png' | sort
 
 $(STUDY)/plots/.compared: $(foreach run,$(STUDY_RUNS) $(STUDY_BEST) $(STUDY_SUB4),$(call study_run,$(run)))
@@ -161,3 +162,5 @@ $(STUDY)/data/umap.png: | $(VENV)/.runtime
 
 $(STUDY)/data/subspace4/umap.png: | $(VENV)/.runtime
 	$(PY) markov_circles_timeseries.py --data-dir $(STUDY)/data/subspace4 --subspace-dim 4
+
+include study.mk

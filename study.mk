@@ -1,0 +1,108 @@
+# The study: what selectivity is worth, and how it scales with data. docs/results.md tells what comes out.
+#
+#   make study                 all parts, one run after the other
+#   GPUS=2 make study          two GPUs side by side, each with one run at a time
+#   make study-walk            one part: study-default, study-subspace2, study-subspace4, study-walk, study-scaling
+#   make study UPDATES=600 STUDY_SEEDS=42      a smaller one
+#
+# What is there already isn't made again, and an interrupted run goes on from its last state: repeat the command.
+
+UPDATES        ?= 4560
+WARMUP_UPDATES ?= 200
+STUDY_SEEDS    ?= 42 43 44
+STUDY_TRAIN    ?= --mixture 16 --batch-size 128 --seq-len 1024 --stride 256 --lr 8e-3 --ema 0.99 --dropout 0 --no-train-eval
+STUDY_TEST     ?= --test-steps 1000000
+# Each part of the first kind has data of its own, of which every epoch draws a new series.
+STUDY_PARTS    := default subspace2 subspace4 walk
+DATA_default   :=
+DATA_subspace2 := --subspace-dim 2
+DATA_subspace4 := --subspace-dim 4
+DATA_walk      := --center-walk-std 0.1
+# Finite data of the default process. Training sees all steps but the last 10,000, which are validation.
+STUDY_SIZES    := 90k 1M 10M
+DATA_90k       := --n-steps 100000
+DATA_1M        := --n-steps 1010000
+DATA_10M       := --n-steps 10010000 --uncompressed
+VAL_90k        := 0.1
+VAL_1M         := 0.00990099
+VAL_10M        := 0.000999001
+# Updates per epoch: the windows that begin every 256 steps, in equal steps of at most 128.
+PER_EPOCH_90k  := 3
+PER_EPOCH_1M   := 31
+PER_EPOCH_10M  := 306
+
+STUDY_SETTINGS := full frozen lti delta BC z A reservoir
+FLAGS_full      :=
+FLAGS_frozen    := --gate-lr-factor 0
+FLAGS_lti       := --constant delta,B,C
+FLAGS_delta     := --constant delta
+FLAGS_BC        := --constant B,C
+FLAGS_z         := --constant z
+FLAGS_A         := --freeze-A
+FLAGS_reservoir := --gate-lr-factor 0 --freeze-A
+
+GPUS      ?= 1
+comma     := ,
+GPU_LIST  := $(or $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES)),$(shell seq 0 $$(( $(GPUS) - 1 ))))
+TRAINING  := $(PY) masked_model_gpu_mamba_next.py
+
+# $(ON_A_GPU) command $(END) runs the command on the first GPU on which none of this study's commands runs. The lock ends
+# with the command; 75 says that another one has it.
+ON_A_GPU = while :; do for gpu in $(GPU_LIST); do ( flock -n 9 || exit 75; CUDA_VISIBLE_DEVICES=$$gpu exec
+END      = ) 9>$(STUDY)/.gpu$$gpu; code=$$?; [ $$code = 75 ] || exit $$code; done; sleep 1; done
+
+# A run: part, setting, seed, data, updates per epoch, more flags. Its last file is its third prediction figure.
+define study_run_rule
+$(STUDY)/$(1)/$(2)_$(3)_prediction_2.png: $(STUDY)/$(4)/data/periods.png
+	$$(ON_A_GPU) $(TRAINING) --data-dir $(STUDY)/$(4)/data --checkpoint $(STUDY)/$(1)/$(2)_$(3).pt --seed $(3) \
+	    $(STUDY_TRAIN) --epochs $(shell echo $$(( $(UPDATES) / $(5) ))) --warmup-epochs \
+	    $(shell awk 'BEGIN { print $(WARMUP_UPDATES) / $(5) }') $(6) \
+	    $$$$(test -f $(STUDY)/$(1)/$(2)_$(3)_last.pt && echo --resume) $$(END)
+endef
+checkpoints = $(foreach setting,$(2),$(STUDY_SEEDS:%=$(STUDY)/$(1)/$(setting)_%.pt))
+figure_of   = $(1:%.pt=%_prediction_2.png)
+
+# The comparison of a part: part, its checkpoints, the data of the exact filter.
+define study_comparison_rule
+$(STUDY)/$(1)/comparison.txt: $(call figure_of,$(2))
+	$$(ON_A_GPU) $(TRAINING) --data-dir $(STUDY)/$(3)/data $(STUDY_TEST) --eval $(2) > $$@.part $$(END)
+	mv $$@.part $$@
+	@tail -n $(shell echo $$(( $(words $(2)) + 5 ))) $$@
+endef
+
+$(foreach part,$(STUDY_PARTS),$(foreach setting,$(STUDY_SETTINGS),$(foreach seed,$(STUDY_SEEDS),\
+    $(eval $(call study_run_rule,$(part),$(setting),$(seed),$(part),3,--fresh $(FLAGS_$(setting)))))))
+$(foreach part,$(STUDY_PARTS),\
+    $(eval $(call study_comparison_rule,$(part),$(call checkpoints,$(part),$(STUDY_SETTINGS)),$(part))))
+
+$(foreach size,$(STUDY_SIZES),$(foreach setting,full lti,$(foreach seed,$(STUDY_SEEDS),\
+    $(eval $(call study_run_rule,scaling,$(setting)_$(size),$(seed),scaling/$(size),$(PER_EPOCH_$(size)),\
+        --val-fraction $(VAL_$(size)) $(FLAGS_$(setting)))))))
+$(eval $(call study_comparison_rule,scaling,$(call checkpoints,scaling,$(foreach setting,full lti,\
+    $(STUDY_SIZES:%=$(setting)_%))) $(call checkpoints,default,full lti),default))
+
+# What each layer knows, of the first seed of each setting.
+$(STUDY)/%/plots/.levels: $(STUDY)/%/comparison.txt
+	$(ON_A_GPU) $(PY) evaluate_representations.py --data-dir $(STUDY)/$*/data --save-dir $(STUDY)/$*/plots --no-umap \
+	    $(STUDY_TEST) --checkpoint $(STUDY_SETTINGS:%=$(STUDY)/$*/%_$(firstword $(STUDY_SEEDS)).pt) $(END)
+	@touch $@
+
+define study_data_rule
+$(STUDY)/$(1)/data/periods.png: | $(VENV)/.runtime
+	$(PY) markov_circles_timeseries.py --no-umap $(2) --data-dir $(STUDY)/$(1)/data
+endef
+$(foreach part,$(STUDY_PARTS),$(eval $(call study_data_rule,$(part),$(DATA_$(part)))))
+$(foreach size,$(STUDY_SIZES),$(eval $(call study_data_rule,scaling/$(size),$(DATA_$(size)))))
+
+# A make of its own per target, with as many jobs as there are GPUs.
+STUDY_TARGETS := $(STUDY_PARTS:%=study-%)
+study:
+	@mkdir -p $(STUDY)
+	@$(MAKE) --no-print-directory -j $(words $(GPU_LIST)) $(STUDY_PARTS:%=$(STUDY)/%/plots/.levels) $(STUDY)/scaling/comparison.txt
+$(STUDY_TARGETS): study-%:
+	@mkdir -p $(STUDY)
+	@$(MAKE) --no-print-directory -j $(words $(GPU_LIST)) $(STUDY)/$*/plots/.levels
+study-scaling:
+	@mkdir -p $(STUDY)
+	@$(MAKE) --no-print-directory -j $(words $(GPU_LIST)) $(STUDY)/scaling/comparison.txt
+.PHONY: $(STUDY_TARGETS) study-scaling
