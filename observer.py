@@ -109,6 +109,8 @@ class Optimum:
         with terminal.Bar(len(part.starts) * part.seq_len, desc="exact filter, test series") as bar:
             believed = beliefs.in_windows(self.process, X, part.starts, part.seq_len, part.first_steps, bar.update)
         near = beliefs.near_an_end(self.process, states, thetas)
+        if believed.revolutions is None:
+            print("the circles move, and their filter does not count revolutions: that belief is left out")
         return Tested(part, dataset.gather(X, part.starts, part.seq_len), believed,
                       near[part.starts[:, None] + np.arange(part.seq_len)],
                       excess.event_classes(self.process, states, thetas, part.starts, part.seq_len))
