@@ -94,7 +94,7 @@ def parse_args(argv=None):
     parser.add_argument_group("interventions").add_argument(
         "--hold", type=cli.signals, metavar="S,S,…",
         help="signals of delta,B,C,z to hold at their mean over the training part, each alone and all together; the "
-             "table tells what that adds to the error on the test series")
+             "table tells what that adds to the error on the test series (default: none)")
     cli.add_computing(parser)
     cli.add_drawing(parser)
     files = parser.add_argument_group("files")

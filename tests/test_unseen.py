@@ -88,7 +88,7 @@ def test_data_of_an_unknown_process_have_their_end_held_back(script, refused, ow
     argv = [*TINY, "--data-dir", own_series]
     done = script(NAME, *argv, "--checkpoint", tmp_path / "a.pt")
     assert "the process isn't known: the last 150 steps are left to the test, for --eval" in done.out
-    assert f"{(150 - 64) // 32 + 1} validation windows of 64 steps from step 2700" in done.out
+    assert f"{(150 - 64) // 32 + 1} validation windows of 64 time steps from step 2,700 on" in done.out
     saved = torch.load(tmp_path / "a.pt", weights_only=True)
     assert saved["args"]["test_steps"] == 150
     done = script(NAME, "--eval", tmp_path / "a.pt")
@@ -110,12 +110,12 @@ def test_data_of_an_unknown_process_have_their_end_held_back(script, refused, ow
     del last["args"]["test_steps"]
     torch.save(last, tmp_path / "a_last.pt")
     done = script(NAME, "--resume", "--epochs", 3, "--checkpoint", tmp_path / "a.pt")
-    assert "8 validation windows of 64 steps" in done.out and "left to the test" not in done.out
+    assert "8 validation windows of 64 time steps" in done.out and "left to the test" not in done.out
     done = script(NAME, "--eval", tmp_path / "a_last.pt")
     assert "no test series: the process isn't known" in done.out
     # Where a test series can be drawn, nothing is held back.
     done = script(NAME, *TINY, "--data-dir", shared_data, "--checkpoint", tmp_path / "d.pt")
-    assert "8 validation windows of 64 steps" in done.out and "left to the test" not in done.out
+    assert "8 validation windows of 64 time steps" in done.out and "left to the test" not in done.out
 
 
 # ---- the errors
