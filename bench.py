@@ -4,11 +4,11 @@ Each row of --only measures both sides --repeats times after a warm-up, and prin
 time over ours, the median over the pairs measured in turn) and a physical limit of the machine, measured in the same
 process. What takes longer than 30 s is measured once. A peer that isn't installed is named and left out.
 
-  scan        a Mamba block, forward and backward: mambapy, transformers and a loop over time on a CPU; mamba-ssm, small
-              batches and each kernel on a GPU
+  scan        a Mamba block, forward and backward: mambapy and transformers on a CPU; mamba-ssm, small batches and each
+              kernel on a GPU
   step        a training step of the whole model, against the same model with a peer's blocks
   epoch       an epoch of the training script, against a common training loop: DataLoader workers, one .item() per step,
-              no CUDA graph; where there are several GPUs, also one process on each against a single process
+              no CUDA graph
   generate    generation by the recurrence, against running the model over the whole prefix at each step
 
 Memory on a CPU is the peak of what torch allocates (the kernels' own tiles, a few KiB per thread, are not seen); on a
@@ -35,7 +35,6 @@ import io
 import itertools
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -97,16 +96,14 @@ TINY_FLAGS = "--d-model 16 --n-layers 2 --d-state 4 --d-ff 16 --seq-len 32 --str
 
 # scan: batch, time, d_model, d_state. flags: of the training script, for the rows step and epoch; the epochs of one of
 # its runs, and the length of its series. model, seed_len, gen_len: what generates, from how many steps, and how many.
-# every: of the steps that re-run the prefix, one in so many is timed. long: steps of the song that shows that memory
-# doesn't grow.
+# every: of the steps that re-run the prefix, one in so many is timed.
 SIZES = {
     "cpu": {"scan": (8, 1024, 128, 32), "flags": SMALL_FLAGS, "epochs": 4, "epoch_steps": 20_000,
-            "model": {}, "seed_len": 64, "gen_len": 2048, "every": 128, "long": 100_000},
+            "model": {}, "seed_len": 64, "gen_len": 2048, "every": 128},
     "cuda": {"scan": (128, 1024, 128, 32), "flags": MODEL_FLAGS, "epochs": 20, "epoch_steps": 100_000,
-             "model": {}, "seed_len": 64, "gen_len": 2048, "every": 1, "long": 100_000},
-    "quick": {"scan": (2, 48, 16, 4), "flags": TINY_FLAGS, "epochs": 2, "epoch_steps": 1000,
-              "model": {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}, "seed_len": 8, "gen_len": 16,
-              "every": 4, "long": 64},
+             "model": {}, "seed_len": 64, "gen_len": 2048, "every": 1},
+    "quick": {"scan": (2, 48, 16, 4), "flags": TINY_FLAGS, "epochs": 2, "epoch_steps": 1000, "every": 4,
+              "model": {"d_model": 16, "n_layers": 2, "d_state": 4, "d_ff": 16}, "seed_len": 8, "gen_len": 16},
 }
 SMALL_BATCHES = (1, 2, 4, 8)
 SAMPLES = 3
@@ -533,7 +530,7 @@ def measure_scan(bench):
         with torch.no_grad(), autocast(device, cuda):
             theirs, y = block(x[:1], backend).float(), ours(x[:1], backend).float()
         notes.append(f"{name}, same weights: output differs by {float((theirs - y).norm() / y.norm()):.1e}")
-    transformers = blocks.pop("transformers", None)  # it takes minutes: measured on one sequence, in slow_lines
+    transformers = blocks.pop("transformers", None)  # it takes minutes: measured on one sequence only
     measures = {"ours": block_pass(ours, x, backend, cuda)}
     measures |= {name: block_pass(block, x, backend, cuda) for name, block in blocks.items()}
     found, peer = interleaved(measures, bench.repeats, settle=True), next(iter(blocks), None)
@@ -543,27 +540,21 @@ def measure_scan(bench):
         lines += kernel_lines(bench, measures["ours"], shape) + small_batch_lines(bench, ours, blocks, backend)
         limit = "matrix products at their measured rate, and each kernel's bytes or exps, whichever takes longer"
     else:
-        lines += slow_lines(bench, ours, transformers, x, backend)
+        lines += [] if transformers is None else [transformers_line(bench, ours, transformers, x, backend)]
         limit = "the block's matrix products, and one exp per state update in each pass"
     notes.append(f"limit: {limit} ({bench.limits.text()})")
     kind = "bfloat16" if cuda else "float32"
     return f"scan: a Mamba block, {batch} x {time}, d_model {d_model}, d_state {d_state}, {kind}", lines, notes
 
 
-def slow_lines(bench, ours, transformers, x, backend):
-    """Lines of the peers that walk through time step by step in Python, on the first sequence of x only.
-
-    transformers: that peer's block, or None.
-    """
+def transformers_line(bench, ours, theirs, x, backend):
+    """The Line of the block of transformers, which walks through time in Python, on the first sequence of x only."""
     one = x[:1].detach().requires_grad_()
-    sides = {"ours": (ours, backend), "loop over time": (ours, "reference")}
-    if transformers is not None:
-        sides["transformers"] = (transformers, backend)
-    found = interleaved({name: block_pass(block, one, how, False) for name, (block, how) in sides.items()},
-                        bench.repeats)
+    found = interleaved({name: block_pass(block, one, backend, False)
+                         for name, block in (("ours", ours), ("theirs", theirs))}, bench.repeats)
     limit = sum(block_limits(bench.limits, (1, *bench.size["scan"][1:])).values())
-    return [compared("both, one sequence", lap_times(found["ours"]), name, lap_times(found[name]), limit=limit)
-            for name in list(sides)[1:]]
+    return compared("both, one sequence", lap_times(found["ours"]), "transformers", lap_times(found["theirs"]),
+                    limit=limit)
 
 
 def kernel_lines(bench, measure, shape):
@@ -654,9 +645,8 @@ def measure_step(bench):
     model = training.build_model(args, features).to(device).train()
     peers, notes = find_peers(device)
     peers.pop("transformers", None)  # it would take minutes per step
-    measures = {"ours": step_pass(model, x, args)}
-    measures |= {name: step_pass(with_blocks_of(make_block, model).train(), x, args)
-                 for name, make_block in peers.items()}
+    models = {"ours": model} | {name: with_blocks_of(make_block, model).train() for name, make_block in peers.items()}
+    measures = {name: step_pass(each, x, args) for name, each in models.items()}
     floor, peer = step_limits(bench.limits, args, args.batch_size, features), next(iter(peers), None)
     graphs, theirs = {}, None
     if cuda:
@@ -664,13 +654,12 @@ def measure_step(bench):
                   "step compiled, as one CUDA graph": replayed_step(model, x, args, compiled=True)}
     if cuda and peer:
         theirs = f"{peer}, CUDA graph"
-        measures[theirs] = replayed_step(with_blocks_of(peers[peer], model).train(), x, args)
+        measures[theirs] = replayed_step(models[peer], x, args)
     found = interleaved(measures | graphs, bench.repeats)
     lines = lap_lines(found, peer, floor, "step")
     lines += [compared(how, found[how], theirs, found.get(theirs), limit=sum(floor.values())) for how in graphs]
     lines.append(memory_line(measures, peer, device))
-    notes.append(f"limit: the blocks as in the row scan, and the matrix products before and behind them "
-                 f"({bench.limits.text()})")
+    notes.append(f"limit: blocks as in the row scan, the matrix products around them ({bench.limits.text()})")
     return (f"step: training, {args.batch_size} x {args.seq_len}, {args.n_layers} layers, d_model {args.d_model}, "
             f"d_state {args.d_state}"), lines, notes
 
@@ -713,44 +702,19 @@ def common_training(series, args, model, device):
 
 
 def train_by_script(folder, flags, device, epochs):
-    """Train as the training script does, in this process, and return the seconds per epoch, from the run's log."""
+    """Train as the training script does, in this process, and return the seconds per epoch, from the run's log.
+
+    The first epoch is left out: it includes compiling and the capture of the CUDA graph.
+    """
     name = f"run_{time.monotonic_ns()}"
     args = training_flags(flags, device=device, data_dir=folder, checkpoint=Path(folder) / f"{name}.pt", epochs=epochs)
     # Training would handle Ctrl-C itself, from then on: here it must go on ending this script at once.
     with (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
           mock.patch("signal.signal")):
         training.main(args)
-    return seconds_per_epoch(Path(folder) / f"{name}_log.csv")
-
-
-def seconds_per_epoch(log):
-    """The mean of a run's log, without the first epoch: that includes compiling and the capture of the CUDA graph."""
-    with open(log, newline="") as file:
+    with open(Path(folder) / f"{name}_log.csv", newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     return (seconds[-1] - seconds[0]) / (len(seconds) - 1)
-
-
-def train_in_processes(folder, flags, batch_size, processes, epochs):
-    """Train by the training script in so many processes, one per GPU, and return the seconds per epoch."""
-    name = f"run_{processes}_{batch_size}_{time.monotonic_ns()}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    subprocess.run([*torchrun, str(Path(training.__file__)), *flags.split(), "--batch-size", str(batch_size),
-                    "--no-compile", "--no-train-eval", "--data-dir", str(folder), "--epochs", str(epochs),
-                    "--checkpoint", str(Path(folder) / f"{name}.pt")], check=True, stdout=subprocess.DEVNULL)
-    return seconds_per_epoch(Path(folder) / f"{name}_log.csv")
-
-
-def process_lines(folder, flags, batch_size, epochs):
-    """Lines of an epoch in one process per GPU against one process, at the batch size and at four times as much.
-
-    One process replays CUDA graphs, several launch their kernels one by one: both as the training script has it.
-    """
-    lines, n = [], torch.cuda.device_count()
-    for batch in (batch_size, 4 * batch_size) if n > 1 else ():
-        several, one = (train_in_processes(folder, flags, batch, count, epochs) for count in (n, 1))
-        lines.append(compared(f"epoch, batch {batch}, {n} GPUs", [several], "one GPU", [one]))
-        lines.append(Line("speed-up per GPU", one / (n * several), unit="share"))
-    return lines
 
 
 def busy_share(folder, flags, device, epochs, seconds_per_epoch):
@@ -784,7 +748,6 @@ def measure_epoch(bench):
             busy = busy_share(folder, flags, device, epochs, lines[0].ours)
             lines.append(Line("GPU busy", busy, unit="share"))
             notes.append(f"GPU busy: kernel time of {epochs} epochs, profiled, over the time they take unprofiled")
-            lines += process_lines(folder, flags, args.batch_size, epochs)
     train, val, _ = dataset.split_windows(series.n_steps, args.seq_len, args.stride, args.val_fraction)
     return (f"epoch: {len(train)} training windows in {-(-len(train) // args.batch_size)} steps, {len(val)} validation "
             f"windows of {args.seq_len} steps, {args.n_layers} layers"), lines, notes
@@ -844,21 +807,14 @@ def measure_generate(bench):
         "ours": timed(lambda: generate.generate(model, seed, n_steps), device, n_steps),
         "mixture": timed(lambda: generate.generate(mixture, seed, n_steps, temperature=1.0), device, n_steps),
         "prefix": lambda: generate_by_prefix(peer, seed_on_device, n_steps, every)[1] / n_steps}, bench.repeats)
-    limit = generation_limit(bench.limits, model, SAMPLES)
     lines = [compared(f"one of {n_steps} steps", found["ours"], f"prefix re-run, {blocks}", found["prefix"],
-                      limit=limit),
+                      limit=generation_limit(bench.limits, model, SAMPLES)),
              compared(f"the same, mixture of {COMPONENTS}", found["mixture"], "point head", found["ours"],
                       limit=generation_limit(bench.limits, mixture, SAMPLES))]
-    long, seconds = size["long"], []
-    memory, short_memory = (peak_memory(lambda n=n: seconds.append(timed(
-        lambda: generate.generate(model, seed, n), device)()), device) for n in (long, n_steps))
-    lines.append(Line(f"all {long} steps", seconds[0], limit=limit * long))
-    lines.append(compared(f"memory, {long} steps", [memory], f"ours, {n_steps} steps", [short_memory], unit="B"))
     if every > 1:
         notes.append(f"prefix: one step in {every} is computed, at its true length, and counts {every} times")
     notes += [f"both ways agree to {error:.1e} over the first 8 steps",
-              f"limit: all weights read once per step, one exp per state ({bench.limits.text()})",
-              "memory: what torch allocates, beside the result"]
+              f"limit: all weights read once per step, one exp per state ({bench.limits.text()})"]
     return f"generate: {SAMPLES} samples, {model.n_layers} layers, d_model {model.d_model}", lines, notes
 
 
