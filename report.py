@@ -59,6 +59,11 @@ CAPTIONS = [
     ("What the layers know", r"(?!gates|compare)(?:[\w.-]+_)?summary",
      "Measures of each level against depth: dimension, probes for circle and phase, clusters. The output is another "
      "space (the features of the data), so its values don't continue the layers' curve."),
+    ("What the layers know", r"(?!gates|compare)(?:[\w.-]+_)?beliefs",
+     "How much of what the exact filter knows from the same past (circle, phase, revolutions done, whether the visit "
+     "ends now) a linear regression reads off each level: R² on time that it was not fitted on."),
+    ("What the layers know", r"(?!gates|compare)(?:[\w.-]+_)?excess",
+     "Where the error above the exact filter's falls: at which kind of step, and after how many steps of a window."),
     ("Gates", r"gates_summary_\d+(?:_[\w.-]+)?",
      "The step size of every layer beside the series, and how much of each signal's variance the hidden circle "
      "explains (η²)."),

@@ -178,7 +178,8 @@ def test_a_missing_checkpoint_is_refused(refused, tmp_path):
 @pytest.mark.parametrize("name, section", [
     ("loss", "Training"), ("prediction_2", "Training"), ("umap", "What the layers know"),
     ("pca20_umap", "What the layers know"), ("umap_layer3", "What the layers know"),
-    ("velocity_summary", "What the layers know"), ("gates_layer7_0", "Gates"), ("gates_umap_delta", "Gates"),
+    ("velocity_summary", "What the layers know"), ("beliefs", "What the layers know"),
+    ("test_steps5000_excess", "What the layers know"), ("gates_layer7_0", "Gates"), ("gates_umap_delta", "Gates"),
     ("generated_seed", "Songs"), ("generated_g2048_hidden200x50x10_truth", "Songs"), ("compare_g4096", "Songs"),
     ("frozen_umapx", None), ("last", None)])
 def test_each_figure_is_in_its_section_once(folder, name, section):
