@@ -20,7 +20,7 @@ SCRIPTS = {  # module: (what every command has, the stem of what it writes, furt
     optimal_filter: ("", lambda args: args.name, set()),
     # What these leave out keeps what an earlier command has measured.
     evaluate_representations: ("", lambda args: args.settings,
-                               {"layers", "no_umap", "no_lb", "no_baselines", "per_layer"}),
+                               {"layers", "no_umap", "no_lb", "no_baselines", "hold", "per_layer"}),
     # Layer, sample and --umap are in the name themselves; of more samples each has a file of its own.
     visualize_gates: ("--checkpoint a.pt --umap", lambda args: args.settings, {"layer", "sample", "n_samples", "umap"}),
     generate: ("--checkpoint a.pt", lambda args: generate.file_prefix(args), set()),
