@@ -231,6 +231,7 @@ def test_a_log_row_on_a_full_disk():
         run_files.append_row(Path("/dev/full"), ["epoch"], {"epoch": 1})
 
 
+@pytest.mark.drawn
 @pytest.mark.parametrize("name, flags, n_bytes", [
     ("generate", ["--gen-len", "100", "--seed-len", "64"], 1000),
     ("generate", ["--gen-len", "100", "--seed-len", "64"], 40_000),  # enough for the arrays, not for a figure
