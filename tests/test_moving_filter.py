@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -379,6 +380,29 @@ def test_sphere_tables_are_ratios_of_bessel_functions(n):
     log_phi = gammaln(n / 2) + order * np.log(2 / kappa) + np.log(ive(order, kappa)) + kappa
     np.testing.assert_allclose(tables["mean_length"][place], mean_length, rtol=1e-10)
     np.testing.assert_allclose(tables["log_phi"][place], log_phi, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("n", [2, 4, 18])
+def test_beyond_the_sphere_tables_the_mean_length_goes_on(n):
+    circles = SimpleNamespace(dimension=float(n), **moving_filter.sphere_tables(n))
+    end = n * np.expm1((len(circles.log_phi) - 1) * moving_filter.TABLE_STEP)
+    for kappa in (1.01 * end, 10 * end):
+        mean_length, log_phi = moving_filter.look_up.py_func(circles, kappa)
+        assert (1 - mean_length) * 2 * kappa == pytest.approx(n - 1, rel=1e-3)  # 1 - A_n(κ) = (n - 1) / 2κ + O(1 / κ²)
+        order = n / 2 - 1  # and log Φ grows by the logarithm of κ^-order I_order(κ)
+        growth = [np.log(ive(order, k)) + k - order * np.log(k) for k in (kappa, end)]
+        assert log_phi - circles.log_phi[-1] == pytest.approx(growth[0] - growth[1], rel=0, abs=1e-3)
+
+
+def test_merging_two_hypotheses_costs_at_most_what_their_distance_tells():
+    """½ w1 w2 / (w1 + w2) d² / P, as the module's docstring has it; and what is forgotten of the revolutions."""
+    hyp = SimpleNamespace(center=np.array([[1.0, 2.0]]), log_weight=np.log([0.3]), law=np.array([[0.5, 0.5]]))
+    cost = moving_filter.merging_cost.py_func
+    given = hyp, 0, np.log(0.1), np.array([1.0, 4.0]), np.array([0.2, 0.8])
+    both = 0.3 * 0.1 / 0.4
+    assert cost(*given, 0.7, False) == pytest.approx(0.5 * both * 2.0**2 / 0.7)
+    assert cost(*given, 0.7, True) == pytest.approx(0.5 * both * 2.0**2 / 0.7 + both * 0.6)
+    assert cost(*given, 0.0, False) == np.inf and cost(*given[:3], hyp.center[0], hyp.law[0], 0.0, True) == 0
 
 
 # ---- the script, its files and its figure ----------------------------------------------------------------------

@@ -84,7 +84,8 @@ def test_one_run_is_told_with_everything_that_exists(script, folder):
         figures.save(figures.new_figure()[0], folder / "plots" / f"{name}.png")
     figures.save(figures.new_figure()[0], folder / "data" / "transition_matrix.png")
     levels = [{"level": "input", "probe_accuracy": 0.5, "phase_r2": None},
-              {"level": "layer 1", "probe_accuracy": 0.9876, "phase_r2": 0.25}]
+              {"level": "layer 1", "probe_accuracy": 0.9876, "phase_r2": 0.25, "silhouette": 0.125,
+               "umap_silhouette": 0.625, "umap_ari": 0.375, "umap_ari_smooth": 0.75, "effective_rank": 3.5}]
     (folder / "plots" / "a_metrics.json").write_text(json.dumps({"levels": levels}))
     path, text = page_of(script, folder, "a")
     page = Page(text)
@@ -96,8 +97,9 @@ def test_one_run_is_told_with_everything_that_exists(script, folder):
     assert facts["best epoch"] == "2" and facts["training time"] == "3 min 15 s"
     assert facts["validation MSE"] == "2.0000" and facts["excess (%)"] == "20.00"
     assert dict(page.tables[1])["--lr"] == "0.01"
-    assert page.tables[2] == [["level", "probe accuracy", "phase R²"], ["input", "0.500", "–"],
-                              ["layer 1", "0.988", "0.250"]]
+    assert page.tables[2] == [
+        ["level", "probe accuracy", "phase R²", "UMAP silhouette", "UMAP ARI", "effective rank"],
+        ["input", "0.500", "–", "–", "–", "–"], ["layer 1", "0.988", "0.250", "0.625", "0.750", "3.500"]]
     assert [text.index(f"<h3>{name}") for name in ("Training", "What the layers know", "Gates", "Songs", "Data")] == \
         sorted(text.index(f"<h3>{name}") for name in ("Training", "What the layers know", "Gates", "Songs", "Data"))
 
