@@ -20,11 +20,13 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize, minimize_scalar
 from scipy.special import gammaln, ndtr
 
 import circle_process
+import cli
 from cli import UserError
+
+optimize = cli.imported_when_used("scipy.optimize")  # it takes a third of a second, which --help need not wait for
 
 STEPS_AT_ONCE = 2**20
 
@@ -111,7 +113,7 @@ def fit_dwell(lengths, periods):
         return -float(np.log(np.maximum(mass, 1e-300)).sum())
 
     start = [lengths.mean(), math.log(max(lengths.std(), 0.1 * lengths.mean()))]
-    mean, log_std = minimize(surprise, start, method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-4}).x
+    mean, log_std = optimize.minimize(surprise, start, method="Nelder-Mead", options={"xatol": 1e-3, "fatol": 1e-4}).x
     return float(mean), math.exp(log_std)
 
 
@@ -127,6 +129,6 @@ def fit_transitions(circles, K):
         cells = gammaln(counts[elsewhere] + alpha) - gammaln(alpha)
         return -float(rows.sum() + cells.sum())
 
-    alpha = math.exp(minimize_scalar(surprise, bounds=(-7, 5), method="bounded").x)
+    alpha = math.exp(optimize.minimize_scalar(surprise, bounds=(-7, 5), method="bounded").x)
     matrix = np.where(elsewhere, counts + alpha, 0.0)
     return matrix / matrix.sum(axis=1, keepdims=True)
