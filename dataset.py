@@ -566,6 +566,11 @@ def training_ends(recordings, boundary):
     return np.minimum(recordings[recordings[:, 0] < boundary, 1], boundary)
 
 
+def recordings_at(recordings, starts):
+    """The recordings, rows (first, end) as of Series.recordings, in which the time steps `starts` (n,) lie: (n, 2)."""
+    return recordings[np.searchsorted(recordings[:, 0], starts, side="right") - 1]
+
+
 def into_recordings(starts, length, recordings):
     """Window starts (n,), each moved back to where a window of `length` steps lies in one recording.
 

@@ -220,7 +220,6 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, t
     dtype = np.float64 if weight.dtype == torch.float64 else np.float32
     n, _, feature_dim = seed.shape
 
-
     @torch.inference_mode()
     def start_from(series):
         outputs, states = model.prefill(torch.as_tensor(series, dtype=weight.dtype, device=weight.device))
@@ -818,8 +817,7 @@ def save_continuations(args, inputs, generated, labels, in_burst):
                     series.n_circles)
     figures.save(fig, beside(args, "_seed.png"))
 
-    recordings = series.recordings
-    lasts = recordings[np.searchsorted(recordings[:, 0], starts, side="right") - 1, 1]  # of each seed's recording
+    lasts = dataset.recordings_at(series.recordings, starts)[:, 1]
     truths = [series.X[end:min(end + steps, last)] for end, last in zip(ends, lasts, strict=True)]
     if len(truths[0]) == 0:
         print("the series or its recording ends with the seed: no true continuation to compare with")

@@ -12,6 +12,7 @@ import torch
 
 import dataset
 import mamba_model
+import representations
 import unseen
 
 MEAN_STEPS = 100_000  # of the data, about, that the means are taken over
@@ -27,7 +28,7 @@ def signal_means(model, X, seq_len, last):
     starts = [start * seq_len for start in range(0, n, max(1, n * seq_len // MEAN_STEPS))]
     device, backend = next(model.parameters()).device, model.backend_for(next(model.parameters()).device)
     sums = [dict.fromkeys(mamba_model.SIGNALS, 0.0) for _ in model.layers]
-    per_batch = max(1, unseen.STEPS_IN_BATCH[device.type] // seq_len)
+    per_batch = max(1, representations.STEPS_IN_BATCH[device.type] // seq_len)
     for first in range(0, len(starts), per_batch):
         batch = starts[first:first + per_batch]
         h = model.input_proj(dataset.gather(X, batch, seq_len).to(device))

@@ -72,16 +72,16 @@ def of_windows(model, windows, depths):
     def prediction(x):
         return model.predictions({"1": model.output_heads["1"](model.final_norm(x))})["1"]
 
-    # steps[i] leads from the output of step i - 1 to the next: the input projection, the layers, the prediction
-    steps = [model.input_proj, *(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
-    h = windows
-    for depth in range(max(depths) + 1):
-        level = h
-        if depth or max(depths):
-            h = [in_batches(steps[depth], some, device) for some in h]
-        level = h if depth else level
+    if 0 in depths:
+        yield 0, windows
+    if max(depths) == 0:
+        return
+    steps = [*(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
+    h = [in_batches(model.input_proj, some, device) for some in windows]
+    for depth, step in enumerate(steps[:max(depths)], 1):
+        h = [in_batches(step, some, device) for some in h]
         if depth in depths:
-            yield depth, level
+            yield depth, h
 
 
 def of_steps(model, X, seq_len, depths, velocity=False, recordings=None):

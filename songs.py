@@ -26,6 +26,7 @@ import numpy as np
 from scipy.special import chdtri
 
 import circle_process
+import measures
 import optimal_filter
 import terminal
 
@@ -325,11 +326,7 @@ def mean_and_error(values):
     """The mean of values (n, n_steps), neighbours dependent, and its standard error from the means of batches."""
     batches = np.concatenate([np.add.reduceat(row, np.arange(0, len(row), ERROR_BATCH)) for row in values])
     sizes = np.concatenate([np.diff(np.append(np.arange(0, len(row), ERROR_BATCH), len(row))) for row in values])
-    mean = values.mean()
-    if len(batches) < 2:
-        return float(mean), None
-    spread = ((batches - sizes * mean)**2).sum() * len(batches) / (len(batches) - 1)
-    return float(mean), float(math.sqrt(spread) / sizes.sum())
+    return measures.ratio_and_error(batches, sizes)
 
 
 @terminal.busy("the songs in numbers")

@@ -26,13 +26,13 @@ import measures
 import optimal_filter
 from circle_process import draw_series
 from mamba_model import window_errors
+from representations import STEPS_IN_BATCH
 
 TEST_STEPS = 1_000_000  # of the test series, where it is drawn
 SEED = 1_000_003  # of the test series; beside it stand three numbers, so no series of the generator or of --fresh is it
 VISITS_PER_BLOCK = 25
 BLOCK_STEPS = 10_000  # of a block, at least, where nobody knows how long a visit lasts
 FEWEST_BLOCKS = 5  # from fewer no standard error is computed
-STEPS_IN_BATCH = {"cpu": 2**14, "cuda": 2**18}  # time steps that a model sees at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def unseen_part(series, process, seq_len, n_steps=None, held_back=0):
     if len(starts) == 0:
         print("no test series: the process isn't known, and training held no window of the data back")
         return None
-    first_steps = starts - recordings[np.searchsorted(recordings[:, 0], starts, side="right") - 1, 0]
+    first_steps = starts - dataset.recordings_at(recordings, starts)[:, 0]
     return Unseen(tested, process, seq_len, starts, first_steps, block_edges(series.config, len(starts), seq_len),
                   drawn, series.folder)
 
