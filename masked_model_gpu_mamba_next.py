@@ -368,18 +368,21 @@ def make_averaging(averaged, model, weight):
     return average
 
 
-def make_step(model, loss_of, optimizer, totals, share=1.0, world=1, after=None):
+def make_step(model, loss_of, optimizer, totals, share=1.0, sum_gradients=None, after=None):
     """One optimisation step on windows x, this rank's `share` of the step's windows; then `after()`, if given.
 
-    Adds [loss, errors…, 1 if all losses were finite so far] to `totals` on the device: no number goes to the host.
+    sum_gradients: a function of the parameters that sums their gradients over the ranks; None with one rank. Adds
+    [loss, errors…, 1 if all losses were finite so far] to `totals` on the device: no number goes to the host.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def step(x):
         optimizer.zero_grad(set_to_none=True)
         loss, errors = loss_of(model, x)
-        # The ranks' gradients are averaged: weighted by its share, each window counts the same on all of them.
-        (loss * (share * world)).backward()
+        # The ranks' gradients are summed: weighted by its share, each window counts the same on all of them.
+        (loss * share).backward()
+        if sum_gradients is not None:
+            sum_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
         optimizer.step()
         totals[:-1].add_(torch.cat([loss.detach()[None], errors]) * share)
@@ -409,8 +412,8 @@ def make_runner(args, state, plan, series, windows, ranks):
     model = torch.compile(state.model) if device.type == "cuda" and not args.no_compile else state.model
     share = ranks.share(plan.batch_size)
     step_on_windows = make_step(
-        ranks.averaging_gradients(model), make_loss(args), state.optimizer, state.totals,
-        (share.stop - share.start) / plan.batch_size, ranks.world,
+        model, make_loss(args), state.optimizer, state.totals,
+        (share.stop - share.start) / plan.batch_size, ranks.sum_gradients,
         make_averaging(state.averaged, state.model, state.averaging_weight) if args.ema else None)
 
     def step_on_starts(starts):
@@ -431,7 +434,7 @@ def make_runner(args, state, plan, series, windows, ranks):
     val_starts, train_starts = (torch.from_numpy(starts).to(windows.starts_device)
                                 for starts in (plan.val_starts, plan.train_starts))
     measure_val = measure_train = measure
-    if device.type == "cuda" and windows.on_device and ranks.world == 1:
+    if device.type == "cuda" and windows.on_device:
         # One launch per step in place of hundreds: a small model on a GPU is bound by launches, not by arithmetic.
         state.model.train()
         train_step = captured(train_step, batches(0, 0)[0], state.tensors, device)

@@ -110,13 +110,18 @@ class Ranks:
         begin = self.rank * size + min(self.rank, rest)
         return slice(begin, begin + size + (self.rank < rest))
 
-    def averaging_gradients(self, model):
-        """The model with gradients that are averaged over the ranks in each backward pass."""
+    def sum_gradients(self, parameters):
+        """Sum the parameters' gradients over the ranks, in place: one exchange, which a CUDA graph can hold."""
         if self.world == 1:
-            return model
-        from torch.nn.parallel import DistributedDataParallel
+            return
+        import torch
+        from torch import distributed
 
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        gradients = [p.grad for p in parameters]
+        summed = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(summed)
+        pieces = summed.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
 
     def sum_totals(self, totals):
         """Sum an epoch's totals over the ranks, in place. Their last number counts steps whose loss was finite: of
@@ -150,8 +155,7 @@ class Ranks:
 
 
 def unwrapped(model):
-    """The model itself, out of the wrappers that `averaging_gradients` and torch.compile put around it."""
-    model = getattr(model, "module", model)
+    """The model itself, out of the wrapper that torch.compile puts around it."""
     return getattr(model, "_orig_mod", model)
 
 

@@ -35,7 +35,9 @@ def captured(function, example, state, device):
         torch.cuda.current_stream().wait_stream(stream)
         reset(state(), before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # records the kernels without running them: `state` stays as it is
+        # This records the kernels without running them: `state` stays as it is. Other threads may go on calling CUDA
+        # meanwhile, as the one does that watches over the exchanges between several GPUs.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = function(*arguments)
 
     def replay(*inputs):

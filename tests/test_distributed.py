@@ -153,6 +153,20 @@ def test_two_processes_end_with_the_weights_of_one(shared_data, tmp_path):
     assert_same_log(tmp_path / "part_log.csv", tmp_path / "one_log.csv", 1e-7)  # the resumed epoch's means too
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_end_with_the_weights_of_one(shared_data, tmp_path):
+    """Each GPU replays its step, with the exchange of the gradients in it, as one CUDA graph."""
+    argv = flags(shared_data, "one.pt", "--device", "cuda", "--no-amp", "--no-compile")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, SCRIPT, *map(str, argv)], env=env, cwd=tmp_path, check=True, capture_output=True)
+    argv[argv.index("one.pt")] = "two.pt"
+    result = torchrun(tmp_path, SCRIPT, *argv)
+    assert result.code == 0, result.err
+    assert_same_state(tmp_path / "two_last.pt", tmp_path / "one_last.pt", 1e-3)
+    assert_same_log(tmp_path / "two_log.csv", tmp_path / "one_log.csv", 1e-4)
+
+
 def test_the_script_under_torchrun(script, shared_data, tmp_path):
     result = torchrun(tmp_path, SCRIPT, *flags(shared_data, "run.pt"))
     assert result.code == 0 and result.err == ["", ""], result

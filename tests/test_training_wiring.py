@@ -245,14 +245,19 @@ def test_a_step_is_adamw_on_clipped_gradients():
     assert clipped == [True, False, True]
 
 
-@pytest.mark.parametrize("share, world", [(1.0, 1), (4 / 7, 2), (3 / 7, 2)])
-def test_a_share_of_a_step_counts_by_its_windows(share, world):
-    """The ranks' gradients are averaged: this rank's must be its share of the whole, times the number of ranks."""
+@pytest.mark.parametrize("share, of_the_other", [(1.0, 0.0), (4 / 7, 3 / 7), (3 / 7, 4 / 7)])
+def test_a_share_of_a_step_counts_by_its_windows(share, of_the_other):
+    """The ranks' gradients are summed: this rank adds its share of the whole, and steps by the sum."""
     parameter, totals = torch.nn.Parameter(torch.zeros(())), torch.zeros(3)
+
+    def with_the_other(parameters):
+        assert [p.grad.item() for p in parameters] == pytest.approx([0.25 * share])
+        parameters[0].grad += 0.25 * of_the_other
+
     step = training.make_step(None, lambda model, x: (0.25 * parameter + 3, torch.full((1,), 5.0)),
-                              torch.optim.SGD([parameter], 1.0), totals, share, world)
+                              torch.optim.SGD([parameter], 1.0), totals, share, with_the_other)
     step(None)
-    assert parameter.item() == pytest.approx(-0.25 * share * world)
+    assert parameter.item() == pytest.approx(-0.25)
     assert totals.tolist() == pytest.approx([3 * share, 5 * share, 1])
 
 
