@@ -533,7 +533,7 @@ def evaluate(loaded, measurer, beside):
             report["baselines"] = [*(dict(level) for level in of_input), *beside.untrained_levels(loaded)]
             report["autoregression"] = beside.autoregression(loaded.window_settings)
         found = [embedding.future.result() for embedding in embeddings]
-    best = level_tables.best_layer(report["levels"])
+    best = level_tables.best_layer(level_tables.layers_of(report["levels"]))
     report["best_layer"] = best["level"] if best else None
 
     # ---- what can be told apart in their UMAPs
@@ -596,7 +596,7 @@ def with_earlier(report, path):
             measured = {key: value for key, value in level.items() if value is not None}
             levels[level["depth"]] = {**level, **levels.get(level["depth"], {}), **measured}
         levels = [levels[depth] for depth in sorted(levels)]
-        best = level_tables.best_layer(levels)
+        best = level_tables.best_layer(level_tables.layers_of(levels))
         settings = {key: report[key] if report[key] is not None else earlier[key] for key in SAME_SETTINGS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return report  # there is none, or it is one of an older version

@@ -45,34 +45,36 @@ def read(folder):
         return {}
 
 
-def load(folder, key, horizons):
-    """The floors under this digest as `optimal_filter.window_floors` returns them, or None."""
-    floors = find(folder, key, horizons)
-    if floors is None or not all(is_number(value) for values in floors.values() for value in values.values()):
-        return None
+def kept(compute, folder, windows, horizons, more=(), n_blocks=None):
+    """The floors {"mse": {k: …}, "nll": {1: …}}: those that were kept in this folder, or else those that compute()
+    returns, which are kept from then on. Without a folder they are computed.
+
+    windows: (process, series, starts, seq_len), as for `digest`; more: further numbers that the floors depend on;
+    n_blocks: of how many blocks each value is a list, None where it is one number.
+    """
+    if folder is None:
+        return compute()
+    key = digest(*windows, [*horizons, *more])
+    floors = load(folder, key, horizons, n_blocks)
+    if floors is None:
+        floors = compute()
+        store(folder, key, floors)
     return floors
 
 
-def load_blocks(folder, key, horizons, n_blocks):
-    """Floors under this digest that were kept block by block, {"mse": {k: [n_blocks numbers]}, "nll": {1: …}}, or
-    None."""
-    floors = find(folder, key, horizons)
-    for value in [] if floors is None else [v for values in floors.values() for v in values.values()]:
-        if not isinstance(value, list) or len(value) != n_blocks or not all(map(is_number, value)):
-            return None
-    return floors
-
-
-def find(folder, key, horizons):
+def load(folder, key, horizons, n_blocks=None):
+    """The floors under this digest, or None; arguments as for `kept`."""
     try:
         floors = read(folder)[key]["floors"]
-        return {"mse": {k: floors["mse"][str(k)] for k in horizons}, "nll": {1: floors["nll"]["1"]}}
+        floors = {"mse": {k: floors["mse"][str(k)] for k in horizons}, "nll": {1: floors["nll"]["1"]}}
     except (KeyError, TypeError):
         return None
-
-
-def is_number(value):
-    return isinstance(value, float) and math.isfinite(value)
+    values = [value for by_horizon in floors.values() for value in by_horizon.values()]
+    if n_blocks is not None:
+        if not all(isinstance(blocks, list) and len(blocks) == n_blocks for blocks in values):
+            return None
+        values = [value for blocks in values for value in blocks]
+    return floors if all(isinstance(value, float) and math.isfinite(value) for value in values) else None
 
 
 def store(folder, key, floors):

@@ -15,13 +15,14 @@ from measures import DIMENSION_K, DIMENSION_KS
 from unseen import with_error
 
 
-def best_layer(levels):
-    """The measures of the layer with the best probe, the first of equals; input and output are no layers.
+def layers_of(levels):
+    """The levels of a model that are layers: not its input and output."""
+    return [m for m in levels if m["level"].startswith("layer")]
 
-    None when no layer has a probe.
-    """
-    layers = [m for m in levels if m["level"].startswith("layer") and m["probe_accuracy"] is not None]
-    return max(layers, key=lambda m: m["probe_accuracy"], default=None)
+
+def best_layer(layers):
+    """The measures of the layer, or other level, with the best probe, the first of equals; None when none has one."""
+    return max((m for m in layers if m["probe_accuracy"] is not None), key=lambda m: m["probe_accuracy"], default=None)
 
 
 def cell(value, form=".3f"):
@@ -98,15 +99,15 @@ def linear_line(report):
 
 def belief_comparison(reports):
     """The table of several models and the baselines: the best layer's R² of each belief."""
-    rows = [[report["name"], *(cell(best_belief(report["levels"], key)) for key in BELIEFS)] for report in reports]
+    rows = [[report["name"], *(cell(best_belief(layers_of(report["levels"]), key)) for key in BELIEFS)]
+            for report in reports]
     rows += [[name, *(cell(best_belief(levels, key)) for key in BELIEFS)]
              for name, levels in baseline_groups(reports[0]).items()]
     return cli.table(["R² of beliefs, best layer", *BELIEFS.values()], rows)
 
 
-def best_belief(levels, key):
-    """The highest R² of a belief over the layers, or over the levels of a baseline; None when there is none."""
-    layers = [m for m in levels if "layer" in m["level"]] or levels
+def best_belief(layers, key):
+    """The highest R² of a belief over layers, or other levels; None when there is none."""
     return max((m["beliefs"][key] for m in layers if m.get("beliefs") and m["beliefs"][key] is not None), default=None)
 
 
@@ -158,12 +159,15 @@ BELIEF_COLUMNS = {f"belief_{key}": key for key in BELIEFS}  # what the CSV has b
 
 def comparison_row(report):
     """One model as {column of COMPARISON or BELIEF_COLUMNS: value or None}."""
-    levels = report["levels"]
-    one_ahead = next((row for row in report["errors"] if row["horizon"] == 1), {})
-    best = best_layer(levels) or {}
-    last = next((m for m in reversed(levels) if m["level"].startswith("layer")), {})
+    return row_of(report["name"], report["errors"], report["levels"], layers_of(report["levels"]))
+
+
+def row_of(name, errors, levels, layers):
+    """`comparison_row` of a model, or baseline, with these errors and levels; layers: those of them that are layers."""
+    one_ahead = next((row for row in errors if row["horizon"] == 1), {})
+    best, last = best_layer(layers) or {}, layers[-1] if layers else {}
     return {
-        "checkpoint": report["name"],
+        "checkpoint": name,
         **{key: one_ahead.get(key) for key in ("val_mse", "optimal_mse", "excess_percent", "val_nll", "optimal_nll",
                                                  "excess_nats")},
         "best_layer": best.get("level"),
@@ -172,7 +176,7 @@ def comparison_row(report):
         f"dimension_k{DIMENSION_K}": (best.get("dimension") or {}).get(DIMENSION_K),
         f"last_layer_dimension_k{DIMENSION_K}": (last.get("dimension") or {}).get(DIMENSION_K),
         **{f"peak_{key}": peak(levels, key) for key in ("silhouette", "umap_silhouette", "umap_ari_smooth")},
-        **{column: best_belief(levels, key) for column, key in BELIEF_COLUMNS.items()},
+        **{column: best_belief(layers, key) for column, key in BELIEF_COLUMNS.items()},
     }
 
 
@@ -180,10 +184,9 @@ def baseline_rows(report):
     """The baselines that stand beside a model as rows like those of `comparison_row`."""
     rows = []
     for name, levels in baseline_groups(report).items():
-        best = max(levels, key=lambda m: -1 if m["probe_accuracy"] is None else m["probe_accuracy"])
-        own = comparison_row({**report, "name": name, "errors": [], "levels": [
-            {**m, "level": f"layer {m['level']}"} for m in levels]})
-        rows.append({**own, "best_layer": best["level"].removeprefix("untrained ") if len(levels) > 1 else None})
+        row = row_of(name, [], levels, layers=levels)
+        best = (row["best_layer"] or levels[0]["level"]).removeprefix("untrained ")
+        rows.append({**row, "best_layer": best if len(levels) > 1 else None})
     linear = report.get("autoregression")
     if linear is not None:
         rows.append({**dict.fromkeys([*COMPARISON, *BELIEF_COLUMNS]), "checkpoint": "linear autoregression",

@@ -458,18 +458,16 @@ def validation_errors(model, windows, starts, batch_size, amp):
 def window_errors(model, windows, starts, batch_size):
     """`horizon_errors` of each window by itself, (n_windows, n_measures, n_horizons) float64 on the CPU.
 
-    Arguments as for `validation_errors`; the model must have no `scaling`. Computed in float32.
+    Arguments as for `validation_errors`. Computed in float32.
     """
     errors = []
     for batch in starts.split(batch_size):
         x = windows.at(batch)
         outputs, _ = model(x, with_layers=True)
-        rows = [[(p[:, :-int(k)] - x[:, int(k):]).square().mean((1, 2)) for k, p in model.predictions(outputs).items()]]
-        if model.mixture:
-            rows.append([-mixture_head.log_density(*model.mixture_of(k, output[:, :-int(k)]), x[:, int(k):]).mean(1)
-                         for k, output in outputs.items()])
-        errors.append(torch.stack([torch.stack(row, dim=-1) for row in rows], dim=1).double().cpu())
-    return torch.cat(errors)
+        for i in range(len(batch)):
+            one = {k: output[i:i + 1] for k, output in outputs.items()}
+            errors.append(horizon_errors(model, one, x[i:i + 1]))
+    return torch.stack(errors).double().cpu()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------

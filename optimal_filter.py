@@ -188,15 +188,17 @@ def tilt_subspace(process, config):
                         "tilt in; use the config.json that is theirs")
 
 
-def process_or_none(series, without):
+def process_or_none(series, without=None):
     """process_from_series, or None for data that the filter doesn't know.
 
-    Then prints `without`, which says what there will not be without the filter ("no optimal floor"), and the reason.
+    Then prints `without`, which says what there will not be without the filter ("no optimal floor"), and the reason;
+    nothing when it isn't given.
     """
     try:
         return process_from_series(series)
     except cli.UserError as error:
-        print(f"{without}: {error}")
+        if without is not None:
+            print(f"{without}: {error}")
         return None
 
 
@@ -908,17 +910,13 @@ def window_floors(process, series, starts, seq_len, horizons=(1,), progress=None
     called with the number of steps whenever some are done, in place of a bar of its own.
     """
     horizons = check_window(series, starts, seq_len, horizons)
-    if series.folder is not None:
-        key = floor_cache.digest(process, series, starts, seq_len, horizons)
-        floors = floor_cache.load(series.folder, key, horizons)
-        if floors is not None:
-            return floors
-    with terminal.Bar(len(starts) * seq_len, desc="optimal filter", disable=progress and True) as bar:
-        *mse, nll, _ = filter_windows(process, series, starts, seq_len, horizons, progress=progress or bar.update)
-    floors = {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
-    if series.folder is not None:
-        floor_cache.store(series.folder, key, floors)
-    return floors
+
+    def compute():
+        with terminal.Bar(len(starts) * seq_len, desc="optimal filter", disable=progress and True) as bar:
+            *mse, nll, _ = filter_windows(process, series, starts, seq_len, horizons, progress=progress or bar.update)
+        return {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
+
+    return floor_cache.kept(compute, series.folder, (process, series, starts, seq_len), horizons)
 
 
 def filter_windows(process, series, starts, seq_len, horizons, limits=None, progress=None):

@@ -530,7 +530,7 @@ def print_evaluation(path, args, parse_args, alone=True):
         getattr(args if name in args.flags_given else trained, name) for name in used)
     if seq_len <= model.horizons[-1]:
         raise cli.UserError(f"--seq-len {seq_len} must be longer than the largest horizon, {model.horizons[-1]}")
-    process = unseen.process_of(series)
+    process = process_or_none(series)
     held_back = unseen.left_to_the_test(saved, series, process)
     _, val_starts, boundary = dataset.split_windows(series.n_steps, seq_len, stride, val_fraction, series.recordings,
                                                     held_back)

@@ -72,17 +72,9 @@ class Unseen:
 
 # ---- The test series ------------------------------------------------------------------------------------------
 
-def process_of(series):
-    """The optimal_filter's process of the series, or None when it isn't known."""
-    try:
-        return optimal_filter.process_from_series(series)
-    except cli.UserError:
-        return None
-
-
 def can_be_drawn(series, process):
-    """Whether new series of the process that made `series` can be drawn; process: as from `process_of`, which is
-    None for data without noise."""
+    """Whether new series of the process that made `series` can be drawn; process: as from
+    `optimal_filter.process_or_none`, which is None for data without noise."""
     return dataset.unknown_of_process(series) == [] and (process is not None or series.config["noise_std"] == 0)
 
 
@@ -103,7 +95,7 @@ def drawn_series(series, n_steps):
 def unseen_part(series, process, seq_len, n_steps=None, held_back=0):
     """The windows of the test series: an Unseen, or None when there is none, of which a line tells the reason.
 
-    process: as from `process_of`; n_steps: as from --test-steps, of a series that is drawn, 0 for no test series;
+    process: as for `can_be_drawn`; n_steps: as from --test-steps, of a series that is drawn, 0 for no test series;
     held_back: how many steps at the end of other data training held back.
     """
     n_steps = TEST_STEPS if n_steps is None else n_steps
@@ -139,7 +131,7 @@ def held_back(args, series, resumed):
     args: the run's flags, of which test_steps becomes this number, so that the checkpoint tells it; resumed: whether it
     is that of the run's start. A run of the time before there was a test has none. Raises UserError.
     """
-    if can_be_drawn(series, process_of(series)):
+    if can_be_drawn(series, optimal_filter.process_or_none(series)):
         return 0
     if not resumed:
         args.test_steps = steps_to_hold_back(series, args.seq_len, args.val_fraction, args.test_steps)
@@ -193,17 +185,15 @@ def floor_blocks(unseen, horizons):
     {} when the process isn't known. Kept in the data's folder, see floor_cache."""
     if unseen.process is None:
         return {}
-    horizons, n_blocks = list(horizons), len(unseen.edges) - 1
-    key = floor_cache.digest(unseen.process, unseen.series, unseen.starts, unseen.seq_len,
-                             [*horizons, 0, *unseen.edges, *unseen.first_steps])
-    floors = None if unseen.folder is None else floor_cache.load_blocks(unseen.folder, key, horizons, n_blocks)
-    if floors is None:
-        rows = optimal_filter.filter_each_window(unseen.process, unseen.series, unseen.starts, unseen.first_steps,
-                                                 unseen.seq_len, horizons)
-        blocks = unseen.block_means(rows).T.tolist()
-        floors = {"mse": dict(zip(horizons, blocks, strict=False)), "nll": {1: blocks[len(horizons)]}}
-        if unseen.folder is not None:
-            floor_cache.store(unseen.folder, key, floors)
+    process, series, starts, seq_len = unseen.process, unseen.series, unseen.starts, unseen.seq_len
+
+    def compute():
+        rows = optimal_filter.filter_each_window(process, series, starts, unseen.first_steps, seq_len, horizons)
+        *mse, nll, _ = unseen.block_means(rows).T.tolist()
+        return {"mse": dict(zip(horizons, mse, strict=True)), "nll": {1: nll}}
+
+    floors = floor_cache.kept(compute, unseen.folder, (process, series, starts, seq_len), horizons,
+                              [0, *unseen.edges, *unseen.first_steps], n_blocks=len(unseen.edges) - 1)
     return {measure: {k: np.array(values) for k, values in by_horizon.items()}
             for measure, by_horizon in floors.items()}
 

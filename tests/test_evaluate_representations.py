@@ -229,8 +229,9 @@ def test_repeated_points_count_once_and_a_collapsed_level_has_no_dimension():
 def test_the_best_layer_is_no_input_and_the_first_of_equals():
     levels = [{"level": name, "probe_accuracy": a} for name, a in
               [("input", 1.0), ("layer 1", 0.5), ("layer 2", 0.9), ("layer 3", 0.9), ("output", 1.0)]]
-    assert level_tables.best_layer(levels)["level"] == "layer 2"
-    assert level_tables.best_layer(levels[:1]) is None
+    layers = level_tables.layers_of(levels)
+    assert level_tables.best_layer(layers)["level"] == "layer 2" and len(layers) == 3
+    assert level_tables.best_layer(level_tables.layers_of(levels[:1])) is None
     assert level_tables.best_layer([{"level": "layer 1", "probe_accuracy": None}]) is None
 
 
@@ -1077,7 +1078,7 @@ def test_what_is_printed_and_drawn_is_what_the_reports_say(run, shared_data, tin
     # The errors on the test series: of each model in its own windows, and beside each other in a table and a file.
     series = dataset.load_series(shared_data)
     for report, path in zip(reports, (tiny_checkpoint, tmp_path / "deep.pt"), strict=True):
-        part = unseen.unseen_part(series, unseen.process_of(series), report["seq_len"])
+        part = unseen.unseen_part(series, optimal_filter.process_or_none(series), report["seq_len"])
         test = unseen.as_report(mamba_model.load_checkpoint(path)[0], part, learned.learner_of(series, 2700))
         assert report["test"] == test
         assert f"{part.describe()}\n{unseen.unseen_table(test['rows'])}\n" in result.out

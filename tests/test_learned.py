@@ -119,7 +119,7 @@ def test_it_stands_beside_the_exact_floor(script, shared_data, tmp_path, monkeyp
             f"MSE {floors['mse'][1]:.4f} at horizon 1, MSE {floors['mse'][2]:.4f} at horizon 2, "
             f"NLL {floors['nll'][1]:.4f} at horizon 1") in out
     out = script(name, "--eval", tmp_path / "a.pt", "--test-steps", 20_000).out
-    part = unseen.unseen_part(series, unseen.process_of(series), 64, 20_000)
+    part = unseen.unseen_part(series, optimal_filter.process_or_none(series), 64, 20_000)
     exact, second = (unseen.floor_blocks(dataclasses.replace(part, process=p), [1, 2])
                      for p in (part.process, learner.process))
     percent = unseen.excess_and_error(second["mse"][1], exact["mse"][1], part.weights)

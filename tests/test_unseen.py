@@ -32,7 +32,7 @@ def own_series(shared_data, tmp_path):
 
 def part_of(folder, seq_len=50, n_steps=25_000, **more):
     series = dataset.load_series(folder)
-    return series, unseen.unseen_part(series, unseen.process_of(series), seq_len, n_steps, **more)
+    return series, unseen.unseen_part(series, optimal_filter.process_or_none(series), seq_len, n_steps, **more)
 
 
 # ---- the series, its windows and its blocks
