@@ -1,10 +1,12 @@
 """One page for one or many training runs: flags, results, curves and all figures that exist, each with a caption.
 
 Reads what a run NAME.pt left beside it (NAME_run.json, NAME_log.csv, NAME_loss.png, NAME_prediction_*.png), what the
-other scripts wrote of it to SAVE_DIR (UMAPs, measures, gates, songs) and the figures in its data folder. What doesn't
-exist is left out. Writes one self-contained page, which opens from disk without a network: SAVE_DIR/NAME_report.html,
-or SAVE_DIR/compare_NAME_MORE_report.html for several runs. That one begins with a table of the flags in which they
-differ and their results, and with their curves in one figure (seeds of one setting as mean and band).
+other scripts wrote of it to SAVE_DIR (UMAPs, measures, gates, songs) and the figures in its data folder. The errors on
+the test series are those that evaluate_representations.py keeps in NAME_metrics.json; nothing is computed anew. What
+doesn't exist is left out. Writes one self-contained page, which opens from disk without a network:
+SAVE_DIR/NAME_report.html, or SAVE_DIR/compare_NAME_MORE_report.html for several runs. That one begins with a table of
+the flags in which they differ and their results, with their curves in one figure (seeds of one setting as mean and
+band), and with their errors on the test series side by side.
 
 Examples:
   python report.py model_next.pt
@@ -41,7 +43,9 @@ import matplotlib.image
 import numpy as np
 
 import figures
+import level_tables
 import run_files
+import unseen
 from mamba_model import read_checkpoint, stem
 
 # The figures of a run: (section of the page, pattern of what follows NAME_ in the file name, what to see in them)
@@ -93,6 +97,7 @@ FORMATS = (*MIME_TYPES, ".pdf")
 RESULTS = {"best epoch": ("epoch", "d"), "validation MSE": ("val_mse_1", ".4f"),
            "excess (%)": ("excess_percent_1", ".2f"), "NLL (nats per step)": ("val_nll_1", ".4f"),
            "above the filter (nats)": ("excess_nats_1", ".4f")}
+DAMAGED = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError)  # what a damaged JSON file raises
 
 
 # ---- What a run left ------------------------------------------------------------------------------------------
@@ -100,14 +105,16 @@ RESULTS = {"best epoch": ("epoch", "d"), "validation MSE": ("val_mse_1", ".4f"),
 def read_run(path, save_dir):
     """All that is known of the run with the checkpoint `path`, as a dict. Raises UserError without a checkpoint."""
     checkpoint = read_checkpoint(path)
+    crc32 = checkpoint.get("data_crc32")
     name, flags, files = stem(path), checkpoint["args"], run_files.files_of(path)
-    rows, data_dir = [], Path(flags.get("data_dir", "data"))
+    rows, data_dir, metrics = [], Path(flags.get("data_dir", "data")), read_metrics(path, save_dir)
     with contextlib.suppress(cli.UserError):  # a damaged log is no reason to show nothing of a run
         rows = run_files.read_rows(files["log"])
     return {"name": name, "flags": flags, "record": run_files.read_record(files["record"]) or {},
             "rows": rows, "best": min(rows, key=lambda row: row["val_loss"]) if rows else {},
             "epoch": checkpoint.get("epoch"), "data_dir": data_dir,
-            "metrics": read_metrics(path, save_dir),
+            "metrics": metrics, "levels": level_cells(metrics), "test": test_errors(metrics),
+            "other_data": metrics.get("data_dir") if crc32 and metrics.get("data_crc32", crc32) != crc32 else None,
             "sections": find_figures(path, save_dir) | find_data_figures(data_dir)}
 
 
@@ -124,20 +131,36 @@ def files_of_run(checkpoint, folders, pattern, endings):
 
 
 def read_metrics(checkpoint, save_dir):
-    """The table of NAME_metrics.json, or without it of the newest NAME_…_metrics.json: (titles, rows), or None when
-    there is none or it is damaged."""
+    """What NAME_metrics.json holds, or without it the newest NAME_…_metrics.json; {} when there is none or it is
+    damaged."""
     found = files_of_run(checkpoint, [save_dir], r"(?:[\w.-]+_)?metrics", [".json"])
     if not found:
-        return None
+        return {}
     path = max(found, key=lambda file: (file.stem == f"{stem(checkpoint)}_metrics", file.stat().st_mtime))
+    with contextlib.suppress(*DAMAGED):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return {}
+
+
+def level_cells(metrics):
+    """The table of the levels in these metrics, (titles, rows of texts), or None when they hold none."""
     columns = {"level": "level", "probe_accuracy": "probe accuracy", "phase_r2": "phase R²",
                "umap_silhouette": "UMAP silhouette", "umap_ari_smooth": "UMAP ARI", "effective_rank": "effective rank"}
-    try:
-        levels = json.loads(path.read_text(encoding="utf-8"))["levels"]
+    with contextlib.suppress(*DAMAGED):
+        levels = metrics["levels"]
         shown = [key for key in columns if any(level.get(key) is not None for level in levels)]
         return [columns[key] for key in shown], [[number(level.get(key), ".3f") for key in shown] for level in levels]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    return None
+
+
+def test_errors(metrics):
+    """The errors on the test series in these metrics, as `unseen.as_report` made them: {"what": a line on that series,
+    "table": (titles, rows of texts), "learner": a line or None}; None when they hold none."""
+    with contextlib.suppress(*DAMAGED):
+        test = metrics["test"]
+        return {"what": str(test["what"]), "table": unseen.unseen_cells(test["rows"]),
+                "learner": unseen.learner_line(test["learner"]) if "learner" in test else None}
+    return None
 
 
 def find_figures(path, save_dir):
@@ -243,6 +266,17 @@ def comparison(runs):
     return ["run", *map(cli.flag_of, flags), *results], rows
 
 
+def test_comparison(runs):
+    """The errors of several runs on the test series, as `unseen.compared` sets them side by side: ((titles, rows of
+    texts), a Figure), or None where fewer than two have them. Seeds of one setting are one row."""
+    with contextlib.suppress(*DAMAGED):
+        reports = [run["metrics"] | {"name": run["name"]} for run in runs if run["test"]]
+        if len(reports) > 1:
+            rows = unseen.compared(level_tables.test_settings(reports))
+            return unseen.compared_cells(rows), unseen.draw_compared(rows)
+    return None
+
+
 # ---- The page -------------------------------------------------------------------------------------------------
 
 def number(value, form):
@@ -278,7 +312,8 @@ def facts(run):
     pairs = [("command", record.get("command")), ("commit", record.get("git_commit")),
              ("started", record.get("started")), ("device", record.get("device")),
              ("parameters", f"{record['parameters']:,}" if "parameters" in record else None),
-             ("data", str(run["data_dir"])), ("best epoch", run["epoch"]),
+             ("data", str(run["data_dir"])), ("measured on other data", run["other_data"]),
+             ("best epoch", run["epoch"]),
              ("training time", duration(run["rows"][-1]["seconds"]) if run["rows"] else None),
              ("versions", ", ".join(f"{k} {v}" for k, v in versions.items() if v) if versions else None)]
     pairs += [(title, number(run["best"].get(key), form)) for title, (key, form) in RESULTS.items()
@@ -294,16 +329,25 @@ def duration(seconds):
 def render(runs):
     """The page as text."""
     several = len(runs) > 1
-    curves = draw_curves(settings(runs)) if several else None
+    curves, compared = (draw_curves(settings(runs)), test_comparison(runs)) if several else (None, None)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True)
     environment.globals |= {"uri": data_uri, "facts": facts, "flag_of": cli.flag_of}
     return environment.from_string(PAGE).render(
         title=", ".join(run["name"] for run in runs), runs=runs, several=several,
-        table=comparison(runs) if several else None, curves=figure_uri(curves) if curves else None)
+        table=comparison(runs) if several else None, curves=figure_uri(curves) if curves else None,
+        compared=(compared[0], figure_uri(compared[1])) if compared else None)
 
 
-PAGE = """<!DOCTYPE html>
+PAGE = """{% macro cells(titles, rows) %}
+<thead><tr>{% for cell in titles %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+{% endmacro %}
+<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -332,16 +376,20 @@ details { margin: 1rem 0; } summary { cursor: pointer; } nav a { display: block;
 <h2>Where the runs differ</h2>
 <p>The flags in which the runs differ, and the results at each run's best epoch. A click on a title sorts.</p>
 <div class="scroll"><table class="sortable">
-<thead><tr>{% for cell in table[0] %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in table[1] %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
+{{ cells(*table) }}</table></div>
 {% if curves %}
 <figure><img src="{{ curves }}" alt="validation curves of all runs">
 <figcaption>Validation curves against training steps. A line is the mean over the seeds of one setting, the band reaches
 from their lowest to their highest value.</figcaption></figure>
+{% endif %}
+{% if compared %}
+<h2>On the test series</h2>
+<p>Errors at horizon 1 on steps that neither training nor the choice of the epoch has seen, with their standard errors.
+Beside the distance from the exact filter stands the difference from the first run that was measured on the same
+steps: noise that both meet cancels in it, so its standard error is smaller.</p>
+<div class="scroll"><table class="sortable">
+{{ cells(*compared[0]) }}</table></div>
+<figure><img src="{{ compared[1] }}" alt="errors of all runs on the test series"></figure>
 {% endif %}
 {% endif %}
 {% for run in runs %}
@@ -356,15 +404,20 @@ from their lowest to their highest value.</figcaption></figure>
 <tr><th>{{ flag_of(name) }}</th><td>{{ value }}</td></tr>
 {% endfor %}
 </table></div></details>
+<h3>On the test series</h3>
+{% if run.test %}
+<p>Measured on steps that neither training nor the choice of the epoch has seen. {{ run.test.what }}.</p>
+<div class="scroll"><table>
+{{ cells(*run.test.table) }}</table></div>
+{% if run.test.learner %}<p>{{ run.test.learner }}</p>{% endif %}
+{% else %}
+<p>Not measured, or not kept: <code>evaluate_representations.py</code> measures the errors there and keeps them.</p>
+{% endif %}
 {% for section, groups in run.sections.items() %}
 <h3>{{ section }}</h3>
-{% if section == "What the layers know" and run.metrics %}
+{% if section == "What the layers know" and run.levels %}
 <div class="scroll"><table>
-<tr>{% for cell in run.metrics[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in run.metrics[1] %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
+{{ cells(*run.levels) }}</table></div>
 {% endif %}
 {% for caption, paths in groups %}
 <figure>

@@ -254,11 +254,16 @@ def print_report(report):
     """Print what `as_report` returns: the table, and a line on the learner."""
     print(f"{report['what']}\n{unseen_table(report['rows'])}")
     if "learner" in report:
-        row = report["learner"]["rows"][0]
-        nats = with_error(row.get("excess_nats"), row.get("excess_nats_error"), "+.4f", " nats")
-        print(f"an observer who learns the process from the {report['learner']['n_steps']:,} labelled training steps: "
-              + with_error(row["excess_percent"], row["excess_percent_error"], "+.2f", " %")
-              + (f" and {nats}" if "excess_nats" in row else "") + f" at horizon {row['horizon']}")
+        print(learner_line(report["learner"]))
+
+
+def learner_line(learner):
+    """How far an observer who learns the process is above the filter: one line. learner: as in `as_report`."""
+    row = learner["rows"][0]
+    nats = with_error(row.get("excess_nats"), row.get("excess_nats_error"), "+.4f", " nats")
+    return (f"an observer who learns the process from the {learner['n_steps']:,} labelled training steps: "
+            + with_error(row["excess_percent"], row["excess_percent_error"], "+.2f", " %")
+            + (f" and {nats}" if "excess_nats" in row else "") + f" at horizon {row['horizon']}")
 
 
 def as_lists(blocks):
@@ -313,13 +318,16 @@ COMPARED = {  # of that table, as COLUMNS
     "nats above the filter": ("excess_nats", "+.4f", ""), "above the first (nats)": ("difference_nats", "+.4f", "")}
 
 
-def compared_table(rows):
-    """The text table of `compared`; columns that no row has a value for are left out."""
+def compared_cells(rows):
+    """The table of `compared`: (titles, rows of texts); columns that no row has a value for are left out."""
     shown = {title: column for title, column in COMPARED.items() if any(column[0] in row for row in rows)}
-    return cli.table(["on the test series", "seeds", *shown], [
+    return ["on the test series", "seeds", *shown], [
         [row["setting"], row["seeds"], *(with_error(row.get(key), row.get(f"{key}_error"), form, unit)
-                                         for key, form, unit in shown.values())] for row in rows],
-        align="l" + "r" * (1 + len(shown)))
+                                         for key, form, unit in shown.values())] for row in rows]
+
+
+def compared_table(rows):
+    return cli.table(*compared_cells(rows))
 
 
 @cli.in_style
@@ -369,9 +377,14 @@ COLUMNS = {  # of the table: the key of a row, the form of a number without a kn
     "optimal NLL": ("optimal_nll", ".4f", ""), "above optimal": ("excess_nats", "+.4f", " nats")}
 
 
-def unseen_table(rows):
-    """The text table of `unseen_rows`. NLL stands for the negative log-likelihood in nats per time step."""
+def unseen_cells(rows):
+    """The table of `unseen_rows`: (titles, rows of texts). NLL: the negative log-likelihood in nats per time step."""
     columns = {title: column for title, column in COLUMNS.items() if column[0] in rows[0]}
-    return cli.table(["horizon", *columns], [
+    return ["horizon", *columns], [
         [row["horizon"], *(with_error(row[key], row[f"{key}_error"], form, unit)
-                           for key, form, unit in columns.values())] for row in rows], align="r" * (1 + len(columns)))
+                           for key, form, unit in columns.values())] for row in rows]
+
+
+def unseen_table(rows):
+    titles, cells = unseen_cells(rows)
+    return cli.table(titles, cells, align="r" * len(titles))

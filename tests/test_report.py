@@ -33,6 +33,17 @@ def make_run(folder, name, losses, **flags):
     return folder / f"{name}.pt"
 
 
+def keep_metrics(folder, name, blocks, **more):
+    """NAME_metrics.json with the errors on a test series of five equal blocks, in which the filter has an MSE of 8."""
+    rows = [{"horizon": 1, "test_mse": 8.25, "test_mse_error": 0.03, "optimal_mse": 8.0, "optimal_mse_error": 0.02,
+             "excess_percent": 3.125, "excess_percent_error": 0.12}]
+    test = {"what": "test series: 100 steps, newly drawn", "rows": rows, "blocks": {"mse": {"1": blocks}},
+            "floors": {"mse": {"1": [8.0] * 5}}, "weights": [0.2] * 5}
+    report = {"name": f"{name}_x", "levels": [], "trained_with": {"checkpoint": f"{name}.pt"}, "test": test}
+    (folder / "plots" / f"{name}_metrics.json").write_text(json.dumps(report | more))
+    return report
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "plots").mkdir()
@@ -125,6 +136,51 @@ def test_several_runs_begin_with_what_differs(script, folder):
         ["b", "0.01", "43", "2", "4.0000", "40.00"],
         ["c", "0.1", "42", "1", "1.0000", "10.00"]]
     assert page.images[0] == "validation curves of all runs"
+
+
+def test_errors_on_the_test_series_are_told_and_compared(script, folder):
+    for name in "abc":
+        make_run(folder, name, [3.0])
+    learner = {"n_steps": 9000, "rows": [{"horizon": 1, "excess_percent": 0.5, "excess_percent_error": 0.02}]}
+    test = keep_metrics(folder, "a", [8.4, 8.4, 8.4, 8.5, 8.3])["test"]
+    keep_metrics(folder, "a", [], test={**test, "learner": learner}, data_crc32=1)
+    _, text = page_of(script, folder, "a")
+    page = Page(text)
+    assert page.tables[2] == [["horizon", "test MSE", "optimal", "excess"],
+                              ["1", "8.25 ± 0.03", "8.00 ± 0.02", "+3.12 ± 0.12 %"]]
+    assert "test series: 100 steps, newly drawn" in text and "Not measured" not in text
+    assert "from the 9,000 labelled training steps: +0.50 ± 0.02 % at horizon 1" in text
+    assert "measured on other data" not in dict(page.tables[0])  # this checkpoint doesn't name its data
+    # The difference between two runs is that of their blocks: 0.08 of 8.
+    keep_metrics(folder, "b", [8.48, 8.48, 8.49, 8.58, 8.37], trained_with={"lr": 1})
+    _, text = page_of(script, folder, "a", "b", "c")
+    page = Page(text)
+    titles, first, second = page.tables[1]
+    assert titles == ["on the test series", "seeds", "above the filter", "above the first"]
+    assert first == ["a", "1", "+5.0 ± 0.4 %", "–"]
+    assert second[:3] == ["b", "1", "+6.0 ± 0.4 %"] and second[3] == "+1.00 ± 0.04 %"
+    assert page.images[1] == "errors of all runs on the test series" and text.count("Not measured") == 1
+    # Without a second run that has them there is nothing to compare.
+    _, text = page_of(script, folder, "a", "c")
+    assert "above the first" not in text and "errors of all runs" not in text
+
+
+@pytest.mark.parametrize("test", [3, {"what": 1}, {"what": "x", "rows": []}, {"what": "x", "rows": [{"test_mse": 1}]},
+                                  {"what": "x", "rows": [{"horizon": 1}], "learner": {}}])
+def test_damaged_errors_on_the_test_series_are_left_out(script, folder, test):
+    make_run(folder, "a", [3.0])
+    keep_metrics(folder, "a", [], test=test)
+    assert "Not measured" in page_of(script, folder, "a")[1]
+
+
+def test_a_page_tells_measures_on_other_data(script, folder):
+    path = make_run(folder, "a", [3.0])
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "data_crc32": 7}, path)
+    for crc32 in (7, 8):
+        keep_metrics(folder, "a", [], data_crc32=crc32, data_dir="songs of others")
+        facts = dict(Page(page_of(script, folder, "a")[1]).tables[0])
+        assert facts.get("measured on other data") == ("songs of others" if crc32 == 8 else None)
 
 
 def test_seeds_of_one_setting_are_a_mean_and_a_band(folder):
