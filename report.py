@@ -154,12 +154,13 @@ def level_cells(metrics):
 
 
 def test_errors(metrics):
-    """The errors on the test series in these metrics, as `unseen.as_report` made them: {"what": a line on that series,
-    "table": (titles, rows of texts), "learner": a line or None}; None when they hold none."""
+    """The errors on the test series in these metrics, as `unseen.as_report` made them: {"lines": one on that series
+    and, where there is one, one on the observer who learns; "table": (titles, rows of texts)}; None when they hold
+    none."""
     with contextlib.suppress(*DAMAGED):
         test = metrics["test"]
-        return {"what": str(test["what"]), "table": unseen.unseen_cells(test["rows"]),
-                "learner": unseen.learner_line(test["learner"]) if "learner" in test else None}
+        lines = [test["what"], *([unseen.learner_line(test["learner"])] if "learner" in test else [])]
+        return {"lines": [line[:1].upper() + line[1:] for line in lines], "table": unseen.unseen_cells(test["rows"])}
     return None
 
 
@@ -406,10 +407,10 @@ steps: noise that both meet cancels in it, so its standard error is smaller.</p>
 </table></div></details>
 <h3>On the test series</h3>
 {% if run.test %}
-<p>Measured on steps that neither training nor the choice of the epoch has seen. {{ run.test.what }}.</p>
+<p>{{ run.test.lines[0] }}. Neither training nor the choice of the epoch has seen it.</p>
 <div class="scroll"><table>
 {{ cells(*run.test.table) }}</table></div>
-{% if run.test.learner %}<p>{{ run.test.learner }}</p>{% endif %}
+{% for line in run.test.lines[1:] %}<p>{{ line }}.</p>{% endfor %}
 {% else %}
 <p>Not measured, or not kept: <code>evaluate_representations.py</code> measures the errors there and keeps them.</p>
 {% endif %}

@@ -148,7 +148,7 @@ def test_errors_on_the_test_series_are_told_and_compared(script, folder):
     page = Page(text)
     assert page.tables[2] == [["horizon", "test MSE", "optimal", "excess"],
                               ["1", "8.25 ± 0.03", "8.00 ± 0.02", "+3.12 ± 0.12 %"]]
-    assert "test series: 100 steps, newly drawn" in text and "Not measured" not in text
+    assert "<p>Test series: 100 steps, newly drawn. Neither" in text and "Not measured" not in text
     assert "from the 9,000 labelled training steps: +0.50 ± 0.02 % at horizon 1" in text
     assert "measured on other data" not in dict(page.tables[0])  # this checkpoint doesn't name its data
     # The difference between two runs is that of their blocks: 0.08 of 8.
