@@ -234,6 +234,11 @@ def one_line(message):
     return " ".join(str(message).split())
 
 
+def n_cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count(n, noun, plural=None):
     """A number of things in words: "1 visit", "1,234 visits"."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"

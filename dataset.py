@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from circle_process import LARGEST_VALUE, LONGEST_PERIOD, Process, draw_series
-from cli import STOP_SIGNALS, WINDOW_DEFAULTS, UserError, count, one_line, reads_data
+from cli import STOP_SIGNALS, WINDOW_DEFAULTS, UserError, count, n_cores, one_line, reads_data
 from text_tables import read_table
 
 MISSING = "make it with: python markov_circles_timeseries.py --data-dir {}; or name your own recordings by --data FILE"
@@ -42,6 +42,8 @@ BLOCK_BYTES = 1 << 22  # values looked at in one go: few enough to stay in the c
 PAGES_AROUND = 1 << 21  # bytes, aligned, that the system may map at a time when one of them is touched: a huge page
 ROWS_PICKED = 256  # rows between two releases of memory; each row may bring PAGES_AROUND bytes into it
 SHARED_MEMORY = "/dev/shm"
+# Series of --fresh that are drawn ahead, at most: a GPU may train on one in a third of the time that drawing it takes.
+MOST_AHEAD, BYTES_AHEAD = 4, 1 << 30
 LOCAL_HEADER = 30  # bytes of a zip member's own header, before its name and its extra field
 
 
@@ -645,13 +647,16 @@ def training_windows(args, series, n_steps, device):
 class FreshParts:
     """A newly drawn series of n_steps steps per epoch, of the process that made `series`.
 
-    The next epoch's is drawn in the background, so that training doesn't wait. An epoch's series depends on the seed
-    and the epoch alone: a resumed run, and each of several ranks, sees the same one.
+    Those of the next epochs are drawn in the background, as many at a time as cores and memory allow, so that training
+    doesn't wait. An epoch's series depends on the seed and the epoch alone: a resumed run, and each of several ranks,
+    sees the same one.
     """
 
     def __init__(self, series, n_steps, seed, n_epochs):
         self.series, self.n_steps, self.seed, self.n_epochs = series, n_steps, seed, n_epochs
-        self.pool, self.drawn = ThreadPoolExecutor(1), {}
+        fit = BYTES_AHEAD // (n_steps * series.feature_dim * np.dtype(np.float32).itemsize)
+        self.ahead = max(1, min(MOST_AHEAD, n_cores() - 1, fit))  # one core is left to training
+        self.pool, self.drawn = ThreadPoolExecutor(self.ahead), {}
 
     def draw(self, epoch):
         # Three numbers: no series that the generator draws from its one seed is among these.
@@ -660,9 +665,10 @@ class FreshParts:
 
     def part(self, epoch):
         """The series of an epoch, X (n_steps, feature_dim) float32."""
-        for wanted in (epoch, epoch + 1):
-            if wanted < self.n_epochs and wanted not in self.drawn:
-                self.drawn[wanted] = self.pool.submit(self.draw, wanted)
+        wanted = range(epoch, min(epoch + self.ahead + 1, self.n_epochs))
+        for other in set(self.drawn) - set(wanted):  # a run that is resumed has asked for the first epoch before
+            self.drawn.pop(other).cancel()
+        self.drawn |= {e: self.pool.submit(self.draw, e) for e in wanted if e not in self.drawn}
         return self.drawn.pop(epoch).result()
 
 

@@ -342,7 +342,7 @@ class Baselines:
 
 def umap_pool(n_embeddings, n_points):
     """A pool of processes for the UMAPs, or None where one process is as fast."""
-    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), n_embeddings)
+    workers = min(cli.n_cores(), n_embeddings)
     if workers < 2 or n_embeddings * n_points < POINTS_WORTH_A_POOL:
         return None
     # Spawned, not forked: torch's and numba's threads don't survive a fork.

@@ -27,7 +27,6 @@ import cli  # first: from here on Ctrl-C ends the script without a traceback
 import dataclasses
 import itertools
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -148,7 +147,7 @@ def check_describes(process, series):
         stretch = predict(process, series.X[start:start + n], (), "stationary", False, start)
         return float(stretch["log_likelihood"].mean())
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels release the interpreter lock
+    with ThreadPoolExecutor(cli.n_cores()) as pool:  # the kernels release the interpreter lock
         values = list(pool.map(value_at, starts))
     for value, weight in ((np.mean(values), len(values)), (min(values), 1), (max(values), 1)):
         # Six standard deviations of the mean of so many draws of the noise, and room for what is nearly right; of
@@ -770,7 +769,7 @@ def on_all_cores(function, jobs):
 
     Each job makes its matrix products by itself; several threads for each of them as well would get in their way.
     """
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cli.n_cores()) as pool:
         return list(pool.map(function, jobs))
 
 

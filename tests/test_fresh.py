@@ -1,6 +1,7 @@
 """--fresh: every epoch has a series of its own, the same for the same seed, resumed or not."""
 
 import csv
+import threading
 
 import numpy as np
 import pytest
@@ -48,7 +49,31 @@ def test_parts_come_in_any_order_and_none_is_drawn_past_the_end(shared_data, mon
     fresh = dataset.FreshParts(series, 500, 1, 4)
     third, fourth = fresh.part(2), fresh.part(3)
     fresh.pool.shutdown()
-    assert drawn == [2, 3] and not np.array_equal(third, fourth)
+    assert sorted(drawn) == [2, 3] and not np.array_equal(third, fourth)
+
+
+def test_several_parts_are_drawn_at_once_and_are_the_same(shared_data, monkeypatch):
+    series, together = dataset.load_series(shared_data), threading.Barrier(3, timeout=20)
+    one_by_one = dataset.FreshParts(series, 500, 1, 6)
+    monkeypatch.setattr(dataset, "n_cores", lambda: 4)
+    draw = dataset.FreshParts.draw
+    monkeypatch.setattr(dataset.FreshParts, "draw", lambda self, epoch: together.wait() >= 0 and draw(self, epoch))
+    at_once = dataset.FreshParts(series, 500, 1, 6)
+    assert at_once.ahead == 3  # the barrier opens when three are drawn at the same time
+    parts = [at_once.part(epoch) for epoch in range(6)]
+    monkeypatch.undo()
+    assert all(np.array_equal(part, one_by_one.part(epoch)) for epoch, part in enumerate(parts))
+    # A run that is resumed keeps nothing that was drawn for the epochs before.
+    one_by_one.part(0)
+    one_by_one.part(3)
+    assert 0 < len(one_by_one.drawn) <= 2 and min(one_by_one.drawn) == 4
+
+
+@pytest.mark.parametrize("n_cores, n_steps, ahead", [(1, 500, 1), (2, 500, 1), (3, 500, 2), (64, 500, 4),
+                                                     (64, 16_000_000, 2), (64, 10**9, 1)])
+def test_cores_and_memory_bound_how_many_are_drawn_ahead(shared_data, monkeypatch, n_cores, n_steps, ahead):
+    monkeypatch.setattr(dataset, "n_cores", lambda: n_cores)
+    assert dataset.FreshParts(dataset.load_series(shared_data), n_steps, 1, 4).ahead == ahead  # 6 features of 4 bytes
 
 
 def test_training_sees_the_parts_and_validation_the_data(script, shared_data, tmp_path, monkeypatch):
