@@ -226,19 +226,20 @@ def draw_summary(layers, shares, input_share, states, n_circles, start, title):
     n_layers = len(layers)
     fig, axes = figures.new_figure(
         n_layers + 1, len(SIGNALS) + 2, panel=(16 / (len(SIGNALS) + 2), (1.15 * n_layers + 1.2) / (n_layers + 1)),
-        title=title, gridspec_kw={"height_ratios": [0.2] + [1] * n_layers, "width_ratios": [1.3, *[1] * 5, 0.9]})
+        title=title, gridspec_kw={"height_ratios": [0.2] + [1] * n_layers, "width_ratios": [1.3, *[1] * 5, 1.6]})
 
     # ---- the first row: titles and state strips
     for ax, name in zip(axes[0, :-1], ("mean Δ of channels", *(SYMBOLS[name] for name in SIGNALS)), strict=True):
         ax.set_title(name)
     label_strips(fig, axes[0, :-1], states, n_circles, start, label="")
+    axes[0, 0].set_ylabel("layer", rotation=0, ha="right", va="center")
     axes[0, -1].axis("off")
     axes[0, -1].set_title("" if shares is None else "η² (dotted: of input)")
 
     # ---- one row per layer
     top = None if shares is None else 1.1 * max(input_share, *(max(share.values()) for share in shares))
     for i, signals in enumerate(layers):
-        image = layer_row(axes[i + 1], signals, start, f"layer {i + 1}", last=i == n_layers - 1)
+        image = layer_row(axes[i + 1], signals, start, str(i + 1), last=i == n_layers - 1)
         if shares is None:
             axes[i + 1, -1].axis("off")
         else:
@@ -247,7 +248,7 @@ def draw_summary(layers, shares, input_share, states, n_circles, start, title):
     bar = fig.colorbar(image, ax=axes[1:, 1:-1], location="bottom", fraction=0.02, aspect=60, extend="both",
                        extendfrac=0.02)
     bar.set_label("standard deviations from the channel's mean (d_inner channels sorted by mean Δ)" + (
-        "" if shares is None else "   |   η²: share of variance that the circle explains, over the validation part"))
+        "" if shares is None else "\nη²: share of variance that the circle explains, over the validation part"))
     fig.align_ylabels(axes[1:, 0])
     return fig
 
@@ -261,7 +262,7 @@ def layer_row(axes, signals, start, label, last):
     n_steps = len(signals["mean_delta"])
     trace.plot(start + np.arange(n_steps), signals["mean_delta"], color="black", linewidth=1)
     trace.set_xlim(start - 0.5, start + n_steps - 0.5)
-    trace.set_ylabel(label)
+    trace.set_ylabel(label, rotation=0, ha="right", va="center")
     for ax, name in zip(heatmaps, SIGNALS, strict=True):
         image = ax.imshow(signals[name].T, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-2.5, vmax=2.5,
                           extent=(start - 0.5, start + n_steps - 0.5, 0, 1))

@@ -324,6 +324,7 @@ def test_every_panel_of_the_summary_shows_its_layer_and_signal(work, saved, caps
         np.testing.assert_allclose(strip.images[0].get_array()[0],
                                    figures.circle_colors(CIRCLES)[series.states[964:996]])
         assert tuple(strip.images[0].get_extent()) == (963.5, 995.5, 0, 1)
+    assert [ax.get_ylabel() for ax in grid[0]] == ["layer", *[""] * 6]
     steps = np.random.default_rng(4).choice(np.arange(900, 996), 96, replace=False)
     by_step = [[true_signals(series.X, start)[i] for start in (900, 932, 964)] for i in range(LAYERS)]
     shares = [{name: eta(np.concatenate([window[name] for window in windows])[steps - 900], series.states[steps])
@@ -335,7 +336,7 @@ def test_every_panel_of_the_summary_shows_its_layer_and_signal(work, saved, caps
         (line,) = trace.get_lines()
         np.testing.assert_array_equal(line.get_xdata(), np.arange(964, 996))
         np.testing.assert_allclose(line.get_ydata(), signals["delta"].mean(axis=1), rtol=1e-4)
-        assert trace.get_ylabel() == f"layer {i + 1}" and trace.get_xlim() == (963.5, 995.5)
+        assert trace.get_ylabel() == str(i + 1) and trace.get_xlim() == (963.5, 995.5)
         for ax, name in zip(heatmaps, ("delta", "z", "B", "C", "conv"), strict=True):
             image, values = ax.images[0], signals[name]
             np.testing.assert_allclose(image.get_array(), ((values - values.mean(axis=0)) / values.std(axis=0)).T,
