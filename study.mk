@@ -1,16 +1,16 @@
 # The study: what selectivity is worth, and how it scales with data. docs/results.md tells what comes out.
 #
 #   make study                 all parts, one run after the other
-#   GPUS=2 make study          two GPUs side by side, each with one run at a time
+#   GPUS=2 make study          two GPUs side by side, each with three runs at a time
 #   make study-walk            one part: study-default, study-subspace2, study-subspace4, study-walk, study-scaling
 #   make study UPDATES=600 STUDY_SEEDS=42      a smaller one
 #
 # What is there already isn't made again, and an interrupted run goes on from its last state: repeat the command.
 
-UPDATES        ?= 4560
+UPDATES        ?= 3696
 WARMUP_UPDATES ?= 200
 STUDY_SEEDS    ?= 42 43 44
-STUDY_TRAIN    ?= --mixture 16 --batch-size 128 --seq-len 1024 --stride 256 --lr 8e-3 --ema 0.99 --dropout 0 --no-train-eval
+STUDY_TRAIN    ?= --mixture 16 --batch-size 32 --seq-len 1024 --stride 256 --lr 5e-3 --ema 0.99 --dropout 0 --no-train-eval
 STUDY_TEST     ?= --test-steps 1000000
 # Each part of the first kind has data of its own, of which every epoch draws a new series.
 STUDY_PARTS    := default subspace2 subspace4 walk
@@ -26,10 +26,10 @@ DATA_10M       := --n-steps 10010000 --uncompressed
 VAL_90k        := 0.1
 VAL_1M         := 0.00990099
 VAL_10M        := 0.000999001
-# Updates per epoch: the windows that begin every 256 steps, in equal steps of at most 128.
-PER_EPOCH_90k  := 3
-PER_EPOCH_1M   := 31
-PER_EPOCH_10M  := 306
+# Updates per epoch: the windows that begin every 256 steps, in equal steps of at most 32.
+PER_EPOCH_90k  := 11
+PER_EPOCH_1M   := 122
+PER_EPOCH_10M  := 1221
 
 STUDY_SETTINGS := full frozen lti delta BC z A reservoir
 FLAGS_full      :=
@@ -41,15 +41,19 @@ FLAGS_z         := --constant z
 FLAGS_A         := --freeze-A
 FLAGS_reservoir := --gate-lr-factor 0 --freeze-A
 
-GPUS      ?= 1
+# A run of so few windows per step leaves a GPU idle while it starts and draws: three of them at once take two thirds of
+# the time that they take one after the other.
+GPUS         ?= 1
+RUNS_PER_GPU ?= 3
 comma     := ,
 GPU_LIST  := $(or $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES)),$(shell seq 0 $$(( $(GPUS) - 1 ))))
+SLOTS     := $(foreach slot,$(shell seq 1 $(RUNS_PER_GPU)),$(GPU_LIST:%=%.$(slot)))
 TRAINING  := $(PY) masked_model_gpu_mamba_next.py
 
-# $(ON_A_GPU) command $(END) runs the command on the first GPU on which none of this study's commands runs. The lock ends
-# with the command; 75 says that another one has it.
-ON_A_GPU = while :; do for gpu in $(GPU_LIST); do ( flock -n 9 || exit 75; CUDA_VISIBLE_DEVICES=$$gpu exec
-END      = ) 9>$(STUDY)/.gpu$$gpu; code=$$?; [ $$code = 75 ] || exit $$code; done; sleep 1; done
+# $(ON_A_GPU) command $(END) runs the command in the first free slot: GPU 0's slots are 0.1, 0.2, …. The lock ends with
+# the command; 75 says that another one has it.
+ON_A_GPU = while :; do for slot in $(SLOTS); do ( flock -n 9 || exit 75; CUDA_VISIBLE_DEVICES=$${slot%.*} exec
+END      = ) 9>$(STUDY)/.slot$$slot; code=$$?; [ $$code = 75 ] || exit $$code; done; sleep 1; done
 
 # A run: part, setting, seed, data, updates per epoch, more flags. Its last file is its third prediction figure.
 define study_run_rule
@@ -71,7 +75,7 @@ $(STUDY)/$(1)/comparison.txt: $(call figure_of,$(2))
 endef
 
 $(foreach part,$(STUDY_PARTS),$(foreach setting,$(STUDY_SETTINGS),$(foreach seed,$(STUDY_SEEDS),\
-    $(eval $(call study_run_rule,$(part),$(setting),$(seed),$(part),3,--fresh $(FLAGS_$(setting)))))))
+    $(eval $(call study_run_rule,$(part),$(setting),$(seed),$(part),11,--fresh $(FLAGS_$(setting)))))))
 $(foreach part,$(STUDY_PARTS),\
     $(eval $(call study_comparison_rule,$(part),$(call checkpoints,$(part),$(STUDY_SETTINGS)),$(part))))
 
@@ -94,15 +98,15 @@ endef
 $(foreach part,$(STUDY_PARTS),$(eval $(call study_data_rule,$(part),$(DATA_$(part)))))
 $(foreach size,$(STUDY_SIZES),$(eval $(call study_data_rule,scaling/$(size),$(DATA_$(size)))))
 
-# A make of its own per target, with as many jobs as there are GPUs.
+# A make of its own per target, with as many jobs as there are slots.
 STUDY_TARGETS := $(STUDY_PARTS:%=study-%)
 study:
 	@mkdir -p $(STUDY)
-	@$(MAKE) --no-print-directory -j $(words $(GPU_LIST)) $(STUDY_PARTS:%=$(STUDY)/%/plots/.levels) $(STUDY)/scaling/comparison.txt
+	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(STUDY_PARTS:%=$(STUDY)/%/plots/.levels) $(STUDY)/scaling/comparison.txt
 $(STUDY_TARGETS): study-%:
 	@mkdir -p $(STUDY)
-	@$(MAKE) --no-print-directory -j $(words $(GPU_LIST)) $(STUDY)/$*/plots/.levels
+	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(STUDY)/$*/plots/.levels
 study-scaling:
 	@mkdir -p $(STUDY)
-	@$(MAKE) --no-print-directory -j $(words $(GPU_LIST)) $(STUDY)/scaling/comparison.txt
+	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(STUDY)/scaling/comparison.txt
 .PHONY: $(STUDY_TARGETS) study-scaling
