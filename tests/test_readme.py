@@ -215,8 +215,11 @@ def test_the_study_runs_the_flags_that_the_results_name():
     table = re.findall(r" \| `(--[^`]+)` \|", results)
     ((common, full),) = re.findall(r"- `(--seq-len [^`]+)` with `(--[^`]+)`", results)
     (small,) = re.findall(r"- The same with `(--[^`]+)`", results)
-    assert len(table) == 7
-    assert {*table, f"{common} {full}", f"{common} {small}"} <= set(started)
+    study = dry_run("study-subspace2", "STUDY=fresh_study").replace("\\\n", "")
+    on_new_data = re.findall(r"--fresh ?(.*?) \$\(test", study)
+    assert len(on_new_data) == 8 * 3 and len(set(on_new_data)) == 8
+    assert len(table) == 7 + 7
+    assert {*table, f"{common} {full}", f"{common} {small}"} <= {*started, *on_new_data}
 
 
 def test_torchrun_lines_parse_as_torch_and_the_script_read_them():
