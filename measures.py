@@ -13,7 +13,7 @@ import numpy as np
 
 import cli
 
-BLOCK_VALUES = 2**22  # neighbour differences in memory at a time
+BLOCK_VALUES = 2**16  # neighbour differences at a time: few enough for them to stay in the cache
 BLOCK_ROWS = 2**16  # rows of which `spectrum` makes a float64 copy at a time
 VOTE_STEPS = 101  # a quarter of the default mean visit: removes flicker, keeps visits
 PROBE_FRACTION = 0.7  # the probes are fitted on this part of time and scored on the rest
@@ -54,11 +54,12 @@ def knn(points, k):
     indices = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points).kneighbors(return_distance=False)
     # |a|² + |b|² - 2ab loses the digits of a small distance between points far from the origin. So only the choice of
     # the neighbours is taken from the products; their distances are computed anew from the differences.
-    distances = np.empty((len(points), k))
+    points, distances = points.astype(np.float64), np.empty((len(points), k))
     block = max(1, BLOCK_VALUES // (k * points.shape[1]))
     for first in range(0, len(points), block):
         rows = slice(first, first + block)
-        difference = points[indices[rows]].astype(np.float64) - points[rows, None]
+        difference = points.take(indices[rows], axis=0)
+        difference -= points[rows, None]
         distances[rows] = np.sqrt(np.einsum("nkd,nkd->nk", difference, difference))
     order = np.argsort(distances, axis=1, kind="stable")
     return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
