@@ -1103,6 +1103,18 @@ def test_the_ceiling_is_the_filters_accuracy_on_the_steps_that_score_the_probes(
     assert asked == [("a process", "X")]
 
 
+@pytest.mark.parametrize("test_steps, n_steps", [(None, observer.BELIEF_STEPS), (300, 300), (0, None),
+                                                 (2 * observer.BELIEF_STEPS, observer.BELIEF_STEPS)])
+def test_beliefs_are_scored_on_no_more_steps_than_the_flag_says(monkeypatch, test_steps, n_steps):
+    """--test-steps makes a look at the beliefs quick: the default is 100,000 steps through the exact filter."""
+    asked = []
+    monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: None)
+    monkeypatch.setattr(unseen, "unseen_part", lambda series, process, seq_len, n: asked.append((seq_len, n)))
+    optimum = observer.Optimum(SimpleNamespace(), test_steps)
+    optimum.process = "a process"
+    assert optimum.tested(64) is None and asked == ([] if n_steps is None else [(64, n_steps)])
+
+
 def test_windows_shared_by_models_are_filtered_once(monkeypatch):
     calls = []
     monkeypatch.setattr(optimal_filter, "process_or_none", lambda series, without: None)
