@@ -32,14 +32,16 @@ def test_products_are_all_of_two_features_of_one_step():
     assert baselines.products(waves(100, 50)).shape == (100, 40 + 40 * 41 // 2)
 
 
-def test_the_untrained_model_is_one_of_the_same_architecture_and_seed():
-    model = mamba_model.CausalTimeSeriesMamba(6, **TINY_MODEL, expand=3, d_conv=2, max_horizon=5, mixture=2)
+@pytest.mark.parametrize("constant", [(), ("B", "z"), ("delta", "C")])
+def test_the_untrained_model_is_one_of_the_same_architecture_and_seed(constant):
+    sizes = {**TINY_MODEL, "expand": 3, "d_conv": 2, "max_horizon": 5, "mixture": 2, "constant": constant}
+    model = mamba_model.CausalTimeSeriesMamba(6, **sizes)
     model.use_scan("reference", "cpu")
     state = torch.random.get_rng_state()
     untrained = baselines.untrained_like(model, 3)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(3)
-    wanted = mamba_model.CausalTimeSeriesMamba(6, **TINY_MODEL, expand=3, d_conv=2, max_horizon=5, mixture=2)
+    wanted = mamba_model.CausalTimeSeriesMamba(6, **sizes)
     for (name, value), (other, weight) in zip(untrained.state_dict().items(), wanted.state_dict().items(), strict=True):
         assert name == other and torch.equal(value, weight)
     assert untrained.backends == model.backends and not untrained.training

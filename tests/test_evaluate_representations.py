@@ -168,15 +168,17 @@ class NoFilter:
         return {}
 
 
-def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows(monkeypatch):
+@pytest.mark.parametrize("held_back, starts", [(0, (280, 305, 330, 355)), (20, (280, 305, 330)), (40, (280, 305))])
+def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows(monkeypatch, held_back, starts):
+    """No window reaches into the steps that were held back for the test."""
     monkeypatch.setattr(representations, "STEPS_IN_BATCH", {"cpu": 120})  # three windows at a time; there are four
     model, X = tiny_model(max_horizon=3), np.random.default_rng(1).standard_normal((400, 6)).astype(np.float32)
     series = dataset.Series(X)
-    found = ev.prediction_errors(model, series, (40, 25, 0.3), NoFilter())
+    found = ev.prediction_errors(model, series, (40, 25, 0.3), NoFilter(), held_back)
     assert [row["horizon"] for row in found] == [1, 2, 3]
     for row in found:
         k, errors = row["horizon"], []
-        for start in (280, 305, 330, 355):
+        for start in starts:
             with torch.no_grad():
                 prediction = model(torch.from_numpy(X[None, start:start + 40]))[str(k)][0].numpy()
             errors += [(prediction[t] - X[start + t + k])**2 for t in range(40 - k)]
@@ -690,7 +692,32 @@ def test_a_summary_draws_what_there_is():
     assert level_figures.draw_summary([report], "t").axes[4].get_ylim()[0] < -0.4
 
 
+@pytest.mark.parametrize("key, value, alike", [
+    ("weights_crc32", 8, False), ("data_crc32", 8, False), ("seed", 8, False), ("velocity", True, False),
+    ("pca", 3, False), ("seq_len", 64, False), ("umap_points", 50, False), ("umap_neighbors", 8, False),
+    ("lb_points", 8, False), ("umap_neighbors", None, True), ("lb_points", None, True), ("test_steps", 8, True)])
+def test_an_earlier_report_counts_where_it_was_measured_alike(tmp_path, key, value, alike):
+    """Otherwise the numbers of other data, or of another sample, would stand in one table with those of these."""
+    settings = {"weights_crc32": 1, "data_crc32": 2, "seed": 3, "velocity": False, "pca": None, "umap_points": 100,
+                "umap_neighbors": 15, "test_steps": 0}
+    earlier, report = made_report(**settings), made_report(umap=False, depths=[1], **settings)
+    earlier[key] = value
+    (tmp_path / "a.json").write_text(json.dumps(earlier))
+    merged = ev.with_earlier(report, tmp_path / "a.json")
+    assert [level["depth"] for level in merged["levels"]] == ([0, 1, 2, 3, 4] if alike else [1])
+    assert merged["levels"][-1].get("umap_ari") == (earlier["levels"][-1]["umap_ari"] if alike else None)
+    assert merged == report or alike
+
+
 def test_models_of_different_depth_share_a_relative_depth():
+    """So do the layers of the untrained model, which has as many as the first one."""
+    layers = made_report("a", n_layers=3)["levels"][1:4]
+    untrained = [{**level, "level": f"untrained {level['level']}"} for level in layers]
+    fig = level_figures.draw_summary([made_report("b", n_layers=3, baselines=untrained), made_report("a", n_layers=1)],
+                                     "t")
+    (grey,) = (line for line in fig.axes[0].get_lines() if str(line.get_color()) == level_figures.BASELINE_GREY)
+    assert grey.get_xdata() == pytest.approx([0.25, 0.5, 0.75])
+    assert grey.get_ydata() == pytest.approx([level["probe_accuracy"] for level in untrained])
     fig = level_figures.draw_summary([made_report("a", n_layers=1), made_report("b", n_layers=3)], "t")
     places = [line.get_xdata().tolist() for line in fig.axes[0].get_lines()[:4]]
     assert places == [[0, 0.5], [1], [0, 0.25, 0.5, 0.75], [1]]
