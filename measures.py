@@ -6,6 +6,7 @@ import them themselves.
 """
 
 import contextlib
+import functools
 import warnings
 from typing import NamedTuple
 
@@ -149,6 +150,21 @@ def dimension_sample(n, points, seed):
     return np.random.default_rng(seed).permutation(n)[:points]
 
 
+@functools.cache
+def umap_module():
+    """The module umap. What Numba compiles of it is kept on disk, also what umap itself compiles in each process."""
+    from kernels import numba_cache
+
+    numba_cache.install()  # before umap and pynndescent decorate their functions
+    import umap
+
+    for module, name in ((umap.umap_, "smooth_knn_dist"), (umap.umap_, "compute_membership_strengths"),
+                         (umap.layouts, "_nb_optimize_layout_euclidean_single_epoch")):
+        with contextlib.suppress(AttributeError):  # other versions have other names
+            getattr(module, name).enable_caching()
+    return umap
+
+
 def umap_embedding(points, graph, seed):
     """Two UMAP coordinates (n, 2) of points (n, width); the same for the same seed.
 
@@ -158,16 +174,11 @@ def umap_embedding(points, graph, seed):
     """
     if len(points) < 4:
         raise cli.UserError(f"a UMAP needs 4 points or more, and there are {len(points)}; use more points or no UMAP")
-    from kernels import numba_cache
-
-    numba_cache.install()  # before umap and pynndescent decorate their functions
-    import umap
-
     distances = np.pad(graph[0], ((0, 0), (1, 0))).astype(np.float32)
     indices = np.concatenate([np.arange(len(points))[:, None], graph[1]], axis=1)
-    reducer = umap.UMAP(n_neighbors=indices.shape[1], random_state=seed, n_jobs=1,
-                        # Without this UMAP ignores the given neighbours of fewer than 4096 points.
-                        force_approximation_algorithm=True, precomputed_knn=(indices, distances))
+    reducer = umap_module().UMAP(n_neighbors=indices.shape[1], random_state=seed, n_jobs=1,
+                                 # Without this UMAP ignores the given neighbours of fewer than 4096 points.
+                                 force_approximation_algorithm=True, precomputed_knn=(indices, distances))
     with warnings.catch_warnings():
         # It warns that no points can be added to the embedding later; nobody here does that.
         warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)

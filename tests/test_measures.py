@@ -150,6 +150,9 @@ def test_umap_keeps_clusters_apart_and_repeats_itself():
     embedding = measures.umap_embedding(points, knn(points, 9), seed=1)
     assert embedding.shape == (200, 2) and np.isfinite(embedding).all()
     np.testing.assert_array_equal(embedding, measures.umap_embedding(points, knn(points, 9), seed=1))
+    umap = measures.umap_module()  # what takes it seconds to compile is kept for the next process
+    for function in (umap.umap_.smooth_knn_dist, umap.umap_.compute_membership_strengths):
+        assert sum(function.stats.cache_hits.values()) + sum(function.stats.cache_misses.values()) > 0
     _, neighbours = knn(embedding, 5)
     assert (labels[neighbours] == labels[:, None]).mean() > 0.99
 
