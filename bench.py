@@ -306,19 +306,19 @@ def block_gemms(batch, time, d_model, d_inner, d_state):
 
 
 def kernel_limits(limits, batch, time, d_inner, d_state):
-    """The least seconds of each kernel of scan_triton.py for bfloat16 inputs: {kernel: seconds}.
+    """The least seconds of each kernel of the back end triton for bfloat16 inputs: {kernel: seconds}.
 
     Either the bytes that it reads and writes, once each, over the bandwidth, or its exps over their rate, whichever
     takes longer. There is one exp per state update, and two per channel and step for the softplus and the gate.
     """
-    from kernels import scan_triton
+    from kernels import scan_cuda
 
     row, narrow = 2 * batch * time * d_inner, 2 * batch * time * d_state  # bytes of u and of B
-    states = 2 * np.prod(scan_triton.chunk_states_shape(batch, time, d_inner, d_state))
+    states = 2 * np.prod(scan_cuda.chunk_states_shape(batch, time, d_inner, d_state))
     updates = batch * time * d_inner
     needs = {"_conv_forward_kernel": (2 * row, updates), "_conv_backward_kernel": (3 * row, updates),
-             "_forward_kernel": (4 * row + 2 * narrow + states, updates * (d_state + 2)),
-             "_backward_kernel": (7 * row + 4 * narrow + states, updates * (d_state + 2))}
+             "scan_forward": (4 * row + 2 * narrow + states, updates * (d_state + 2)),
+             "scan_backward": (7 * row + 4 * narrow + states, updates * (d_state + 2))}
     return {name: max(n_bytes / limits.bandwidth, exps / limits.exps) for name, (n_bytes, exps) in needs.items()}
 
 
@@ -335,7 +335,7 @@ def block_limits(limits, shape):
     for name in floor:
         if cuda:
             kernels = kernel_limits(limits, batch, time, d_inner, d_state)
-            floor[name] += kernels[f"_conv_{name}_kernel"] + kernels[f"_{name}_kernel"]
+            floor[name] += kernels[f"_conv_{name}_kernel"] + kernels[f"scan_{name}"]
         else:
             floor[name] += batch * time * d_inner * d_state / limits.exps
     return floor

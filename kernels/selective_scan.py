@@ -3,9 +3,10 @@
 `mamba_inner` is everything in a Mamba block between in_proj and out_proj (Gu & Dao 2023, arXiv 2312.00752, algorithm 2
 and figure 3): causal convolution, the projections that make the recurrence depend on its input, the scan and the gate.
 
-Back ends (`choose_backend`): "cpu" (scan_cpu.py, Numba), "triton" (scan_triton.py, CUDA), "mamba-ssm" (the package of
-the paper's authors, CUDA) and "reference" (a loop over time in plain torch, any device: slow, and what the others are
-tested against). Numba, Triton and mamba-ssm are imported when their back end first runs, not before.
+Back ends (`choose_backend`): "cpu" (scan_cpu.py, Numba), "triton" (scan_triton.py and, for the scan itself, CUDA C++:
+scan_cuda.py), "mamba-ssm" (the package of the paper's authors, CUDA) and "reference" (a loop over time in plain torch,
+any device: slow, and what the others are tested against). Numba, Triton and mamba-ssm are imported when their back end
+first runs, not before.
 
 The equations, with the names that both backward kernels use for the same quantities
 ------------------------------------------------------------------------------------
@@ -197,9 +198,10 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     with one more column, a bias; dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not
     positive; D (d_inner,); backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
 
-    For the backward pass "cpu" and "triton" keep xz, the convolved half of it, x_proj's output and one state per chunk
-    of steps, never one per step. Where xz is bfloat16 or float16, the projections are computed in that type and the
-    recurrence in float32; the gradients of the weights have the weights' dtype.
+    For the backward pass "cpu" and "triton" keep xz, x_proj's output and one state per chunk of steps, never one per
+    step; "cpu" also keeps the convolved half of xz, which "triton" computes again. Where xz is bfloat16 or float16, the
+    projections are computed in that type and the recurrence in float32; the gradients of the weights have the weights'
+    dtype.
     """
     parameters = conv_weight.flatten(1), conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     if torch._C._are_functorch_transforms_active():
@@ -277,8 +279,9 @@ def _kernels(backend):
 
 
 def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
-    """(y, last state, what the backward pass needs). The third is a tuple: xc, the convolved input; x_dbl (batch, time,
-    dt_rank + 2 d_state), x_proj's output; the states at chunk boundaries."""
+    """(y, last state, what the backward pass needs). The third is a tuple: xc, the convolved input, or nothing where
+    the backward pass computes it again; x_dbl (batch, time, dt_rank + 2 d_state), x_proj's output; the states at chunk
+    boundaries."""
     kernels = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
     xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
@@ -286,6 +289,8 @@ def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
     delta = F.linear(low_rank, dt_proj_weight.to(xz.dtype))
     y, chunk_states, h = kernels.scan_forward(xc, delta, A, B, C, D, z, dt_proj_bias)
+    if kernels.CONVOLVES_AGAIN:
+        xc = xc.new_empty(0)
     return y, h, (xc, x_dbl, chunk_states)
 
 
@@ -303,6 +308,8 @@ def _inner_backward(
     x, z = xz.chunk(2, dim=-1)
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
     dt_weight = dt_proj_weight.to(xz.dtype)
+    if kernels.CONVOLVES_AGAIN:
+        xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
     delta = F.linear(low_rank, dt_weight)  # as large as xc but far cheaper to compute: again here, rather than kept
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx_dbl = torch.empty_like(x_dbl)
@@ -377,7 +384,8 @@ def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A
     batch, time, _ = xz.shape
     kernels = _kernels(backend)
     states = xz.new_empty(kernels.chunk_states_shape(batch, time, *A.shape), dtype=kernels.chunk_states_dtype(xz.dtype))
-    y, xc = (xz.new_empty(batch, time, A.shape[0]) for _ in range(2))
+    y = xz.new_empty(batch, time, A.shape[0])
+    xc = xz.new_empty(0) if kernels.CONVOLVES_AGAIN else torch.empty_like(y)
     return y, xc, xz.new_empty(batch, time, x_proj_weight.shape[0]), states
 
 

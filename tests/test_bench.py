@@ -205,22 +205,22 @@ def test_limits_of_a_block_and_of_a_training_step():
 
 def test_limits_of_the_kernels_on_a_gpu(monkeypatch):
     """Bytes over the bandwidth or exps over their rate, whichever takes longer; bfloat16 has two bytes."""
-    scan_triton = SimpleNamespace(
-        chunk_states_shape=lambda batch, time_, d_inner, n: (batch, -(-time_ // 8), d_inner, n))
-    monkeypatch.setitem(sys.modules, "kernels.scan_triton", scan_triton)
-    monkeypatch.setattr(bench.importlib.import_module("kernels"), "scan_triton", scan_triton, raising=False)
+    from kernels import scan_cuda
+
+    monkeypatch.setattr(scan_cuda, "chunk_states_shape",
+                        lambda batch, time_, d_inner, n: (batch, -(-time_ // 8), d_inner, n))
     batch, time_, d_inner, n = 2, 16, 64, 4
     row, narrow, states = 2 * batch * time_ * d_inner, 2 * batch * time_ * n, 2 * batch * 2 * d_inner * n
     n_bytes = {"_conv_forward_kernel": 2 * row, "_conv_backward_kernel": 3 * row,
-               "_forward_kernel": 4 * row + 2 * narrow + states, "_backward_kernel": 7 * row + 4 * narrow + states}
+               "scan_forward": 4 * row + 2 * narrow + states, "scan_backward": 7 * row + 4 * narrow + states}
     limits = KnownLimits("cuda")
     limits.exps = 1e12
     expected = {name: count / 1e4 for name, count in n_bytes.items()}
     assert bench.kernel_limits(limits, batch, time_, d_inner, n) == pytest.approx(expected)
     products = batch * time_ * (32 * 128 + 64 * (2 + 8) + 2 * 64 + 64 * 32) / 1e6
     assert bench.block_limits(limits, (batch, time_, 32, n)) == pytest.approx({
-        "forward": products + expected["_conv_forward_kernel"] + expected["_forward_kernel"],
-        "backward": 2 * products + expected["_conv_backward_kernel"] + expected["_backward_kernel"]})
+        "forward": products + expected["_conv_forward_kernel"] + expected["scan_forward"],
+        "backward": 2 * products + expected["_conv_backward_kernel"] + expected["scan_backward"]})
     limits.exps, limits.bandwidth = 1e3, 1e12
     updates = batch * time_ * d_inner / 1e3
     assert list(bench.kernel_limits(limits, batch, time_, d_inner, n).values()) == pytest.approx(

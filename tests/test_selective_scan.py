@@ -476,6 +476,18 @@ def test_inner_gradcheck():
     assert torch.autograd.gradcheck(lambda *args: mamba_inner(*args, "cpu"), inner_inputs(2, 5, 3, 2))
 
 
+def test_a_convolution_computed_again_is_not_kept_and_changes_nothing(monkeypatch):
+    inputs = inner_inputs(2, CHUNK + 3, 5, 2)
+    expected = torch.autograd.grad(mamba_inner(*inputs, "cpu").square().sum(), inputs)
+    monkeypatch.setattr(scan_cpu, "CONVOLVES_AGAIN", True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = mamba_inner(*inputs, "cpu")
+    assert kept and all(tensor.shape != y.shape for tensor in kept)
+    for got, want in zip(torch.autograd.grad(y.square().sum(), inputs), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_inner_takes_the_weight_of_a_conv1d():
     inputs = inner_inputs(1, 6, 4, 2)
     y = mamba_inner(*inputs, "cpu")
@@ -483,7 +495,9 @@ def test_inner_takes_the_weight_of_a_conv1d():
     assert torch.equal(mamba_inner(*inputs, "cpu"), y)
 
 
-def test_inner_op_is_registered_as_torch_expects():
+@pytest.mark.parametrize("again", [False, True])
+def test_inner_op_is_registered_as_torch_expects(monkeypatch, again):
+    monkeypatch.setattr(scan_cpu, "CONVOLVES_AGAIN", again)
     torch.library.opcheck(selective_scan._inner_op, (*inner_inputs(2, CHUNK + 3, 5, 2), "cpu"))
 
 

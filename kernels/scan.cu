@@ -1,0 +1,809 @@
+// The selective scan of Mamba-1 forward and backward, for CUDA GPUs. The equations, and the names used here for their
+// quantities, are in selective_scan.py; scan_cuda.py compiles this file at run time and launches its kernels.
+//
+// Given by the compiler's command line: D_INNER (channels), N_STATE (states per channel), IO (the dtype of u, delta, z,
+// B, C, y and their gradients: 0 float32, 1 bfloat16, 2 float16), CHUNK (steps between saved states), BACKWARD_WARPS
+// (per block) and, for each of these tensors, how many numbers one step lies behind the other (U_STEP, ...). All
+// arithmetic is float32.
+//
+// Where time goes is one exponential and a dozen multiply-adds per state and step, so what counts is how few other
+// instructions there are beside these: above all for the sums over states (C . h, dh . B, de . A2) and over channels
+// (dB, dC). A warp holds channels x states, the state h in registers. With bfloat16 inputs (FAST) all these sums are
+// taken by the tensor cores, whose operands happen to lie in registers exactly as a scan needs them: lane 4 p + q holds
+// row p and column q of a tile. The products are then of numbers with 11 bits (tf32), or 8 bits where partial sums are
+// exchanged as bfloat16, and the sums are float32. With other inputs the sums are exact float32, by shuffles.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef long long i64;
+
+#define FAST (IO == 1)
+#if IO == 0
+typedef float io_t;
+#else
+typedef u16 io_t;
+#endif
+#if IO == 1
+typedef u16 state_t;  // saved states, and the partial sums of dB and dC, see chunk_states_dtype in scan_cuda.py
+#else
+typedef float state_t;
+#endif
+
+#ifndef EMULATED
+#define DEVICE __device__ __forceinline__
+#endif
+DEVICE constexpr int power_of_2(int n, int p) { return p >= n ? p : power_of_2(n, 2 * p); }
+constexpr int N = power_of_2(N_STATE, 16);  // states per channel, padded
+constexpr u32 ALL = 0xffffffffu;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+// ---- conversions, elementary functions and tensor cores --------------------------------------------------------
+
+#ifndef EMULATED
+DEVICE float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+DEVICE u32 pack_bf16(float low, float high) {
+    u32 x;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+}
+DEVICE float from_f16(u16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+DEVICE u16 to_f16(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// d (16 x 8) += a (16 x 8) b (8 x 8). Lane 4 p + q holds a[p][q], a[p+8][q], a[p][q+4], a[p+8][q+4]; b[q][p],
+// b[q+4][p]; d[p][2q], d[p][2q+1], d[p+8][2q], d[p+8][2q+1]. The lower 13 bits of a and b are ignored.
+DEVICE void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
+          "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+// The same for bfloat16: lane 4 p + q holds a[p][2q, 2q+1], a[p+8][2q, 2q+1]; b[2q, 2q+1][p]; d as above.
+DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+// The transpose of an 8 x 8 matrix of 16-bit numbers, of which lane 4 p + q holds [p][2q, 2q+1].
+DEVICE u32 transposed(u32 x) {
+    u32 y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+#endif
+
+DEVICE float from_bf16(u16 x) { return __uint_as_float((u32)x << 16); }
+DEVICE float load(const float *p) { return *p; }
+DEVICE void store(float *p, float x) { *p = x; }
+DEVICE float load(const u16 *p) { return IO == 2 ? from_f16(*p) : from_bf16(*p); }
+DEVICE void store(u16 *p, float x) { *p = IO == 2 ? to_f16(x) : (u16)pack_bf16(x, 0.0f); }
+DEVICE float load_if(bool inside, const io_t *p) {
+    io_t x = 0;
+    if (inside) x = *p;
+    return load(&x);
+}
+DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_(-x * LOG2E)); }
+
+// softplus(x), and its derivative in `slope`. exp(-|x|), from which both are made, cannot overflow.
+DEVICE float softplus(float x, float &slope) {
+    float e = exp2_(-fabsf(x) * LOG2E), r = reciprocal(1.0f + e);
+    // p is log1p(e) / e on [0, 1], interpolated at Chebyshev points: relative error 2e-7. log(1 + e) would lose the
+    // digits of the small dt that Mamba starts from.
+    float p = -0.029074065387f + e * 0.0051261018962f;
+    p = 0.077516086400f + e * p;
+    p = -0.13602247834f + e * p;
+    p = 0.19076880813f + e * p;
+    p = -0.24835398793f + e * p;
+    p = 0.33318120241f + e * p;
+    p = -0.49999445677f + e * p;
+    p = 0.99999994040f + e * p;
+    slope = x >= 0.0f ? r : e * r;
+    return fmaxf(x, 0.0f) + e * p;
+}
+
+template <int COUNT> DEVICE void load_row(float (&x)[COUNT], const float *p) {
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int j = 0; j < COUNT; j += 4) {
+            float4 v = *(const float4 *)(p + j);
+            x[j] = v.x, x[j + 1] = v.y, x[j + 2] = v.z, x[j + 3] = v.w;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < COUNT; j += 2) {
+            float2 v = *(const float2 *)(p + j);
+            x[j] = v.x, x[j + 1] = v.y;
+        }
+    }
+}
+
+template <int COUNT> DEVICE void store_row(float *p, const float (&x)[COUNT]) {
+    if constexpr (COUNT % 4 == 0) {
+#pragma unroll
+        for (int j = 0; j < COUNT; j += 4) *(float4 *)(p + j) = make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < COUNT; j += 2) *(float2 *)(p + j) = make_float2(x[j], x[j + 1]);
+    }
+}
+
+// COUNT states of one channel from n on, to or from the saved states or the starts; zero beyond N_STATE.
+template <int COUNT, typename T> DEVICE void load_states(float (&h)[COUNT], const T *p, int n, bool inside) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) h[j] = 0.0f;
+    if (!inside) return;
+    if constexpr (sizeof(T) == 2 && N == N_STATE) {
+#pragma unroll
+        for (int j = 0; j < COUNT; j += 2) {
+            u32 x = *(const u32 *)(p + n + j);
+            h[j] = __uint_as_float(x << 16), h[j + 1] = __uint_as_float(x & 0xffff0000u);
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) {
+            if (N > N_STATE && n + j >= N_STATE) continue;
+            h[j] = sizeof(T) == 2 ? from_bf16(*(const u16 *)(p + n + j)) : *(const float *)(p + n + j);
+        }
+    }
+}
+template <int COUNT, typename T> DEVICE void store_states(T *p, int n, const float (&h)[COUNT]) {
+    if constexpr (sizeof(T) == 2 && N == N_STATE) {
+        u32 x[COUNT / 2];
+#pragma unroll
+        for (int j = 0; j < COUNT; j += 2) x[j / 2] = pack_bf16(h[j], h[j + 1]);
+        if constexpr (COUNT % 8 == 0) {
+#pragma unroll
+            for (int j = 0; j < COUNT; j += 8)
+                *(uint4 *)(p + n + j) = make_uint4(x[j / 2], x[j / 2 + 1], x[j / 2 + 2], x[j / 2 + 3]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < COUNT; j += 2) *(u32 *)(p + n + j) = x[j / 2];
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < COUNT; j++)
+            if (N == N_STATE || n + j < N_STATE) {
+                if constexpr (sizeof(T) == 2) p[n + j] = (u16)pack_bf16(h[j], 0.0f);
+                else p[n + j] = h[j];
+            }
+    }
+}
+
+// Rows first ... first + ROWS - 1 of B or C into shared memory as float32, zero from `end` on and beyond N_STATE.
+template <int THREADS, int STEP, int ROWS> DEVICE void stage_rows(float *to, const io_t *from, int first, int end) {
+    constexpr int WIDTH = THREADS < N ? THREADS : N;  // columns that the block takes at once
+    const int own = threadIdx.x / WIDTH, n = threadIdx.x % WIDTH;
+    from += (u32)((first + own) * STEP + n);
+    to += own * N + n;
+#pragma unroll
+    for (int k = 0; k < ROWS; k += THREADS / WIDTH)
+#pragma unroll
+        for (int column = 0; column < N; column += WIDTH)
+            to[k * N + column] = load_if(first + own + k < end && n + column < N_STATE, from + k * STEP + column);
+}
+
+struct Place { int group, split, start, end; i64 batch; };
+
+// This block's sequence, split of time, group of channels, first step and end. Neighbouring blocks have neighbouring
+// groups, because these share rows of B and C, and cache lines of u, delta and z.
+DEVICE Place place(int groups, int splits, int split_len, int time) {
+    Place x;
+    int b = blockIdx.x;
+    x.group = b % groups, x.split = b / groups % splits, x.batch = b / (groups * splits);
+    x.start = x.split * split_len;
+    x.end = min(x.start + split_len, time);
+    return x;
+}
+
+// ---- forward ---------------------------------------------------------------------------------------------------
+//
+// A warp holds 8 ROWS channels, of which lane 4 p + q has p and, with ROWS = 2, p + 8, and of each the STATES states
+// from STATES q on. What depends on step and channel only is computed for 8 steps at a time: lane 4 p + q for its own
+// channels and the steps 2 q and 2 q + 1.
+
+struct ForwardArgs {
+    const io_t *u, *delta, *z, *B, *C;
+    const float *A, *D, *delta_bias, *starts;
+    io_t *y;
+    state_t *states;
+    float *h_last, *dt_sums;
+    i64 u_batch, delta_batch, z_batch, B_batch, C_batch;
+    int time, groups, splits, split_len;
+};
+
+enum { FORWARD, ENDS, ENDS_REVERSED };
+
+constexpr int F_ROWS = N <= 32 ? 2 : 1, F_STATES = N / 4, F_WARPS = 4, F_CHANNELS = F_WARPS * 8 * F_ROWS;
+constexpr int F_STAGED = N <= 64 ? CHUNK : 8;  // steps of which B and C lie in shared memory
+
+// FORWARD: the outputs y and the states before each chunk. ENDS: the state at the end of each split as if it had
+// started from zero, in h_last, and the sum of its dt, which gives its decay. ENDS_REVERSED: the same for the carry,
+// from the split's last step to its first; u is dy and B is C then.
+template <int MODE> DEVICE void forward_pass(const ForwardArgs &a) {
+    constexpr int X_STEP = MODE == ENDS_REVERSED ? DY_STEP : U_STEP, ROW_STEP = MODE == ENDS_REVERSED ? C_STEP : B_STEP;
+    __shared__ __align__(16) float sB[F_STAGED * N], sC[MODE == FORWARD ? F_STAGED * N : 4];
+    __shared__ __align__(16) float2 s_dt_v[F_WARPS][8][8 * F_ROWS];
+    const Place at = place(a.groups, a.splits, a.split_len, a.time);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, p = lane / 4, q = lane % 4;
+    const int first_channel = at.group * F_CHANNELS + warp * 8 * F_ROWS;
+    const int corner = first_channel + p;  // this lane's first channel
+    const io_t *u = a.u + at.batch * a.u_batch, *delta = a.delta + at.batch * a.delta_batch;
+    const io_t *z = a.z + at.batch * a.z_batch, *B = a.B + at.batch * a.B_batch;
+    const io_t *C = MODE == FORWARD ? a.C + at.batch * a.C_batch : 0;
+    io_t *y = MODE == FORWARD ? a.y + at.batch * a.time * D_INNER : 0;
+    const i64 split_row = (at.batch * a.splits + at.split) * D_INNER;
+
+    float A2[F_ROWS][F_STATES], h[F_ROWS][F_STATES], skip[F_ROWS], bias[F_ROWS], dt_sum[F_ROWS];
+    int channel[F_ROWS];
+    bool inside[F_ROWS];
+#pragma unroll
+    for (int i = 0; i < F_ROWS; i++) {
+        channel[i] = corner + 8 * i;
+        inside[i] = channel[i] < D_INNER;
+        load_states(A2[i], a.A + channel[i] * N_STATE, q * F_STATES, inside[i]);
+        load_states(h[i], a.starts + (split_row + channel[i]) * N_STATE, q * F_STATES, inside[i] && a.starts != 0);
+#pragma unroll
+        for (int j = 0; j < F_STATES; j++) A2[i][j] *= LOG2E;
+        skip[i] = inside[i] && MODE == FORWARD ? a.D[channel[i]] : 0.0f;
+        bias[i] = inside[i] ? a.delta_bias[channel[i]] : 0.0f;
+        dt_sum[i] = 0.0f;
+    }
+    const int chunks = (at.end - at.start + CHUNK - 1) / CHUNK;
+    for (int m = 0; m < chunks; m++) {
+        const int chunk_start = at.start + (MODE == ENDS_REVERSED ? chunks - 1 - m : m) * CHUNK;
+        if (MODE == FORWARD) {
+            // Save the states for the backward pass, and bring the inputs of the next chunk into the L2 cache.
+#pragma unroll
+            for (int i = 0; i < F_ROWS; i++)
+                if (inside[i]) {
+                    i64 row = (at.batch * ((a.time + CHUNK - 1) / CHUNK) + chunk_start / CHUNK) * D_INNER + channel[i];
+                    store_states(a.states + row * N_STATE, q * F_STATES, h[i]);
+                }
+            const i64 t = chunk_start + CHUNK + lane;
+            if (t < at.end) {
+                const int c = at.group * F_CHANNELS;
+                if (warp == 0) prefetch(u + t * U_STEP + c);
+                if (warp == 1) prefetch(delta + t * DELTA_STEP + c);
+                if (warp == 2) prefetch(z + t * Z_STEP + c);
+                if (warp == 3) prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
+            }
+        }
+        const int blocks = (min(CHUNK, at.end - chunk_start) + 7) / 8;
+        for (int m8 = 0; m8 < blocks; m8++) {
+            const int block = MODE == ENDS_REVERSED ? blocks - 1 - m8 : m8, first = chunk_start + 8 * block;
+            const int staged = F_STAGED == CHUNK ? 8 * block : 0;  // where this block lies in sB and sC
+            if (m8 == 0 || F_STAGED < CHUNK) {
+                __syncthreads();
+                stage_rows<32 * F_WARPS, ROW_STEP, F_STAGED>(sB, B, first - staged, at.end);
+                if (MODE == FORWARD) stage_rows<32 * F_WARPS, C_STEP, F_STAGED>(sC, C, first - staged, at.end);
+                __syncthreads();
+            }
+            const u32 own = first + 2 * q;  // this lane's first step
+            const io_t *u_at = u + (own * X_STEP + corner), *delta_at = delta + (own * DELTA_STEP + corner);
+            const io_t *z_at = z + (own * Z_STEP + corner);
+            float u_own[F_ROWS][2], gated[F_ROWS][2];  // of this lane's channels and steps: u, silu(z)
+#pragma unroll
+            for (int i = 0; i < F_ROWS; i++)
+#pragma unroll
+                for (int s = 0; s < 2; s++) {
+                    const bool valid = inside[i] && own + s < at.end;
+                    float slope;
+                    u_own[i][s] = load_if(valid, u_at + s * X_STEP + 8 * i);
+                    float dt = load_if(valid, delta_at + s * DELTA_STEP + 8 * i);
+                    dt = valid ? softplus(dt + bias[i], slope) : 0.0f;
+                    if (MODE != ENDS) {
+                        float z_own = load_if(valid, z_at + s * Z_STEP + 8 * i);
+                        gated[i][s] = z_own * sigmoid(z_own);
+                    }
+                    const float x = u_own[i][s] * (MODE == ENDS_REVERSED ? gated[i][s] : dt);
+                    dt_sum[i] += dt;
+                    s_dt_v[warp][2 * q + s][p + 8 * i] = make_float2(dt, x);
+                }
+            __syncwarp();
+            float Ch_own[F_ROWS][2];  // C . h of this lane's channels and steps
+#pragma unroll
+            for (int k8 = 0; k8 < 8; k8++) {
+                const int k = MODE == ENDS_REVERSED ? 7 - k8 : k8;
+                float dt[F_ROWS], v[F_ROWS], B_k[F_STATES];
+#pragma unroll
+                for (int i = 0; i < F_ROWS; i++) {
+                    float2 x = s_dt_v[warp][k][p + 8 * i];
+                    dt[i] = x.x, v[i] = x.y;
+                }
+                load_row(B_k, sB + (staged + k) * N + q * F_STATES);
+#pragma unroll
+                for (int i = 0; i < F_ROWS; i++)
+#pragma unroll
+                    for (int j = 0; j < F_STATES; j++) {
+                        float decay = exp2_(dt[i] * A2[i][j]);
+                        if (MODE == ENDS_REVERSED) h[i][j] = (h[i][j] + v[i] * B_k[j]) * decay;
+                        else h[i][j] = decay * h[i][j] + v[i] * B_k[j];
+                    }
+                if (MODE == FORWARD) {
+                    float C_k[F_STATES], Ch[F_ROWS];
+                    load_row(C_k, sC + (staged + k) * N + q * F_STATES);
+                    if (FAST) {
+                        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+                        for (int j = 0; j < F_STATES; j += 2)
+                            mma_tf32(d, h[0][j], F_ROWS == 2 ? h[F_ROWS - 1][j] : 0.0f, h[0][j + 1],
+                                     F_ROWS == 2 ? h[F_ROWS - 1][j + 1] : 0.0f, C_k[j], C_k[j + 1]);
+#pragma unroll
+                        for (int i = 0; i < F_ROWS; i++) Ch[i] = d[2 * i];
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < F_ROWS; i++) {
+                            Ch[i] = 0.0f;
+#pragma unroll
+                            for (int j = 0; j < F_STATES; j++) Ch[i] += h[i][j] * C_k[j];
+                            Ch[i] += __shfl_xor_sync(ALL, Ch[i], 1);
+                            Ch[i] += __shfl_xor_sync(ALL, Ch[i], 2);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < F_ROWS; i++)
+                        if (k8 < 2 || q == k8 / 2) Ch_own[i][k8 % 2] = Ch[i];
+                }
+            }
+            __syncwarp();
+            if (MODE == FORWARD) {
+                io_t *y_at = y + (own * D_INNER + corner);
+#pragma unroll
+                for (int i = 0; i < F_ROWS; i++)
+#pragma unroll
+                    for (int s = 0; s < 2; s++)
+                        if (inside[i] && own + s < at.end)
+                            store(y_at + s * D_INNER + 8 * i,
+                                  (Ch_own[i][s] + skip[i] * u_own[i][s]) * gated[i][s]);
+            }
+        }
+    }
+    const bool has_end = MODE != FORWARD || at.split == a.splits - 1;
+    const i64 row = MODE == FORWARD ? at.batch * D_INNER : split_row;
+#pragma unroll
+    for (int i = 0; i < F_ROWS; i++) {
+        if (has_end && inside[i]) store_states(a.h_last + (row + channel[i]) * N_STATE, q * F_STATES, h[i]);
+        if (MODE != FORWARD) {
+            dt_sum[i] += __shfl_xor_sync(ALL, dt_sum[i], 1);
+            dt_sum[i] += __shfl_xor_sync(ALL, dt_sum[i], 2);
+            if (q == 0 && inside[i]) a.dt_sums[split_row + channel[i]] = dt_sum[i];
+        }
+    }
+}
+
+#if !BACKWARD
+extern "C" __global__ void __launch_bounds__(32 * F_WARPS, 4) scan_forward(const ForwardArgs a) {
+    forward_pass<FORWARD>(a);
+}
+extern "C" __global__ void __launch_bounds__(32 * F_WARPS) split_ends(const ForwardArgs a) { forward_pass<ENDS>(a); }
+#else
+extern "C" __global__ void __launch_bounds__(32 * F_WARPS) split_ends_reversed(const ForwardArgs a) {
+    forward_pass<ENDS_REVERSED>(a);
+}
+#endif
+
+struct CarryArgs {
+    const float *ends, *dt_sums, *A, *h0;
+    float *starts;
+    int n_batch, splits, reversed;
+};
+
+// What each split starts from, given all ends and decays: one thread per sequence, channel and state.
+extern "C" __global__ void carry_over_splits(const CarryArgs a) {
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x, elements = D_INNER * N_STATE;
+    if (i >= a.n_batch * elements) return;
+    const i64 batch = i / elements, e = i % elements;
+    const float A2 = a.A[e] * LOG2E;
+    float h = a.h0 != 0 ? a.h0[i] : 0.0f;
+    for (int m = 0; m < a.splits; m++) {
+        const i64 split = batch * a.splits + (a.reversed ? a.splits - 1 - m : m);
+        a.starts[split * elements + e] = h;
+        h = exp2_(a.dt_sums[split * D_INNER + e / N_STATE] * A2) * h + a.ends[split * elements + e];
+    }
+}
+
+#if BACKWARD
+
+// ---- backward --------------------------------------------------------------------------------------------------
+//
+// A warp holds 8 channels, of which lane 4 p + q has 2 q and 2 q + 1, and of each the STATES states from STATES p on.
+// Chunks of CHUNK steps are worked through from the last to the first, in three levels: from the state that the forward
+// pass saved before the chunk, the states before every STEPS-th step are computed again and kept in shared memory; from
+// these, backwards, the states and decays within STEPS steps, in registers; and through these the gradient runs back.
+// What depends on step and channel only is computed for 8 steps at a time: lane 4 p + q for channel p and the steps
+// 2 q and 2 q + 1, which is also where the tensor cores leave their sums over the states.
+
+struct BackwardArgs {
+    const io_t *dy, *u, *delta, *z, *B, *C;
+    const float *A, *D, *delta_bias;
+    const state_t *states;
+    const float *starts;
+    io_t *du, *ddelta, *dz;
+    state_t *dBC;
+    float *sums;
+    i64 dy_batch, u_batch, delta_batch, z_batch, B_batch, C_batch, dz_batch;
+    int n_batch, time, groups, splits, split_len;
+};
+
+constexpr int STATES = N / 8, STEPS = BACKWARD_STEPS, WARPS = BACKWARD_WARPS, CHANNELS = 8 * WARPS;
+
+// What a warp has in shared memory.
+struct WarpShared {
+    float4 dt_v[CHUNK][4];     // of each step and pair of channels: dt of both, v of both
+    float do_[8][8];           // of 8 steps
+    float3 own[8][8];          // u, dy silu'(z), the slope of the softplus
+#if FAST
+    u32 before[CHUNK / STEPS - 1][32][STATES];  // the states before every STEPS-th step but the first, as bfloat16
+#else
+    float before[CHUNK / STEPS - 1][32][2 * STATES];
+    float sums[3][8][8];       // C . h, dh . B, de . A2
+#endif
+};
+
+struct BlockShared {
+    float B[CHUNK * N], C[CHUNK * N];
+    float dBC[WARPS][8 * 2 * N];  // each warp's terms of dB and dC of 8 steps
+    WarpShared warps[WARPS];
+};
+
+DEVICE void keep(u32 *to, const float (&h)[2][STATES]) {
+#pragma unroll
+    for (int j = 0; j < STATES; j++) to[j] = pack_bf16(h[0][j], h[1][j]);
+}
+DEVICE void keep(float *to, const float (&h)[2][STATES]) {
+#pragma unroll
+    for (int j = 0; j < STATES; j++) to[j] = h[0][j], to[STATES + j] = h[1][j];
+}
+DEVICE void fetch(float (&h)[2][STATES], const u32 *from) {
+#pragma unroll
+    for (int j = 0; j < STATES; j++) {
+        h[0][j] = __uint_as_float(from[j] << 16);
+        h[1][j] = __uint_as_float(from[j] & 0xffff0000u);
+    }
+}
+DEVICE void fetch(float (&h)[2][STATES], const float *from) {
+#pragma unroll
+    for (int j = 0; j < STATES; j++) h[0][j] = from[j], h[1][j] = from[STATES + j];
+}
+
+// One step of the recurrence: h, the state after it, from h_before, and a, its decay.
+DEVICE void step(float (&h)[2][STATES], const float (&h_before)[2][STATES], float (&a)[2][STATES],
+                 const float (&A2)[2][STATES], float4 dt_v, const float *B) {
+    float B_k[STATES];
+    load_row(B_k, B);
+#pragma unroll
+    for (int j = 0; j < STATES; j++) {
+        a[0][j] = exp2_(dt_v.x * A2[0][j]);
+        a[1][j] = exp2_(dt_v.y * A2[1][j]);
+        h[0][j] = a[0][j] * h_before[0][j] + dt_v.z * B_k[j];
+        h[1][j] = a[1][j] * h_before[1][j] + dt_v.w * B_k[j];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_backward(const BackwardArgs a) {
+#ifndef EMULATED
+    extern __shared__ __align__(16) unsigned char shared_bytes[];
+#endif
+    BlockShared &block_shared = *(BlockShared *)shared_bytes;
+    const Place at = place(a.groups, a.splits, a.split_len, a.time);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, p = lane / 4, q = lane % 4;
+    WarpShared &shared = block_shared.warps[warp];
+    const int first_channel = at.group * CHANNELS + warp * 8;
+    const i64 split_row = (at.batch * a.splits + at.split) * D_INNER;
+    const float *B_own = block_shared.B + STATES * p, *C_own = block_shared.C + STATES * p;
+
+    float A2[2][STATES], carry[2][STATES], dA[2][STATES];
+    bool inside[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int c = first_channel + 2 * q + i;
+        inside[i] = c < D_INNER;
+        load_states(A2[i], a.A + c * N_STATE, STATES * p, inside[i]);
+        load_states(carry[i], a.starts + (split_row + c) * N_STATE, STATES * p, inside[i] && a.starts != 0);
+#pragma unroll
+        for (int j = 0; j < STATES; j++) A2[i][j] *= LOG2E, dA[i][j] = 0.0f;
+    }
+    // Of the channel p, for the part that depends on step and channel only:
+    const int c_own = first_channel + p;
+    const bool inside_own = c_own < D_INNER;
+    const float skip = inside_own ? a.D[c_own] : 0.0f, bias = inside_own ? a.delta_bias[c_own] : 0.0f;
+    float dD = 0.0f, dbias = 0.0f;
+    // Tensors are addressed from the start of this sequence by numbers of 32 bits.
+    const io_t *u = a.u + at.batch * a.u_batch, *delta = a.delta + at.batch * a.delta_batch;
+    const io_t *z = a.z + at.batch * a.z_batch, *dy = a.dy + at.batch * a.dy_batch;
+    const io_t *B = a.B + at.batch * a.B_batch, *C = a.C + at.batch * a.C_batch;
+    io_t *dz = a.dz + at.batch * a.dz_batch;
+    io_t *du = a.du + at.batch * a.time * D_INNER, *ddelta = a.ddelta + at.batch * a.time * D_INNER;
+    state_t *dBC = a.dBC + ((i64)at.group * a.n_batch + at.batch) * a.time * (2 * N_STATE);
+    const int saved_chunks = (a.time + CHUNK - 1) / CHUNK;
+
+    const int chunks = (at.end - at.start + CHUNK - 1) / CHUNK;
+    for (int m = chunks - 1; m >= 0; m--) {
+        const int chunk_start = at.start + m * CHUNK, length = min(CHUNK, at.end - chunk_start);
+        // ---- B and C; dt and v = dt u; the inputs of the next chunk on their way into the L2 cache
+        stage_rows<32 * WARPS, B_STEP, CHUNK>(block_shared.B, B, chunk_start, at.end);
+        stage_rows<32 * WARPS, C_STEP, CHUNK>(block_shared.C, C, chunk_start, at.end);
+        const u32 own_start = chunk_start + 2 * q;  // this lane's first step
+        const io_t *u_start = u + (own_start * U_STEP + c_own), *delta_start = delta + (own_start * DELTA_STEP + c_own);
+#pragma unroll 8
+        for (int s = 0; s < CHUNK / 4; s++) {
+            const int k = 8 * (s / 2) + s % 2;  // behind that
+            const bool valid = inside_own && 2 * q + k < length;
+            float slope, dt = load_if(valid, delta_start + k * DELTA_STEP);
+            dt = softplus(dt + bias, slope);
+            dt = valid ? dt : 0.0f;
+            float *to = &shared.dt_v[2 * q + k][p / 2].x + p % 2;
+            to[0] = dt;
+            to[2] = dt * load_if(valid, u_start + k * U_STEP);
+        }
+        if (m > 0 && warp < 4) {
+            const i64 t = chunk_start - CHUNK + lane, row = at.batch * saved_chunks + chunk_start / CHUNK - 1;
+            const int c = at.group * CHANNELS;
+            if (warp == 0) prefetch(u + t * U_STEP + c), prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
+            if (warp == 1 % WARPS) prefetch(delta + t * DELTA_STEP + c);
+            if (warp == 2 % WARPS) prefetch(z + t * Z_STEP + c);
+            if (warp == 3 % WARPS) prefetch(dy + t * DY_STEP + c);
+            if (lane < 4) prefetch(a.states + (row * D_INNER + min(first_channel + 2 * lane, D_INNER - 1)) * N_STATE);
+        }
+        float h[2][STATES], decay[STEPS][2][STATES], h_before[STEPS + 1][2][STATES];
+        const i64 saved = (at.batch * saved_chunks + chunk_start / CHUNK) * D_INNER + first_channel + 2 * q;
+        load_states(h[0], a.states + saved * N_STATE, STATES * p, inside[0]);
+        load_states(h[1], a.states + (saved + 1) * N_STATE, STATES * p, inside[1]);
+        __syncthreads();
+        // ---- forward once more: the states before every STEPS-th step
+        const int pieces = (length + STEPS - 1) / STEPS;
+        for (int piece = 0; piece < pieces - 1; piece++) {
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) {
+                const int t = piece * STEPS + k;
+                step(h, h, decay[0], A2, shared.dt_v[t][q], B_own + t * N);
+            }
+            keep(shared.before[piece][lane], h);
+        }
+        for (int block = (length + 7) / 8 - 1; block >= 0; block--) {
+            // ---- of 8 steps: do, u, dy silu'(z) and the slope of the softplus
+            const u32 first = chunk_start + 8 * block, own = first + 2 * q;  // own: of this lane
+            const io_t *u_at = u + (own * U_STEP + c_own), *z_at = z + (own * Z_STEP + c_own);
+            const io_t *dy_at = dy + (own * DY_STEP + c_own), *delta_at = delta + (own * DELTA_STEP + c_own);
+            __syncthreads();  // until here other warps may have been adding up the last dBC
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const int k = 2 * q + s;
+                const bool valid = inside_own && 8 * block + k < length;
+                const float u_t = load_if(valid, u_at + s * U_STEP);
+                const float z_t = load_if(valid, z_at + s * Z_STEP);
+                const float dy_t = load_if(valid, dy_at + s * DY_STEP);
+                const float gate = sigmoid(z_t), do_t = dy_t * z_t * gate;
+                shared.do_[k][p] = do_t;
+                const float slope = sigmoid(load_if(valid, delta_at + s * DELTA_STEP) + bias);
+                shared.own[k][p] = make_float3(u_t, dy_t * gate * (1.0f + z_t * (1.0f - gate)), slope);
+                dD += do_t * u_t;
+            }
+            __syncwarp();
+            float *terms = block_shared.dBC[warp];
+#if FAST
+            float Ch_dv[4] = {}, deA2[4] = {};             // sums over states, of channel p and steps 2 q, 2 q + 1
+#endif
+            for (int half = 8 / STEPS - 1; half >= 0; half--) {
+                const int piece = block * (8 / STEPS) + half;
+                if (piece >= pieces) continue;
+                // ---- forward through STEPS steps, keeping a and h of each
+                if (piece > 0) {
+                    fetch(h_before[0], shared.before[piece - 1][lane]);
+                } else {
+                    load_states(h_before[0][0], a.states + saved * N_STATE, STATES * p, inside[0]);
+                    load_states(h_before[0][1], a.states + (saved + 1) * N_STATE, STATES * p, inside[1]);
+                }
+#pragma unroll
+                for (int k = 0; k < STEPS; k++) {
+                    const int t = piece * STEPS + k;
+                    step(h_before[k + 1], h_before[k], decay[k], A2, shared.dt_v[t][q], B_own + t * N);
+                }
+                // ---- backward: dh, what it gives dB, dC, dv, dA and ddt, and the next carry
+#if FAST
+                u32 deA2_later = 0;
+#endif
+#pragma unroll
+                for (int k = STEPS - 1; k >= 0; k--) {
+                    const int t = piece * STEPS + k, k8 = half * STEPS + k;
+                    const float4 dt_v = shared.dt_v[t][q];
+                    const float2 do_k = *(const float2 *)&shared.do_[k8][2 * q];
+                    const float dt[2] = {dt_v.x, dt_v.y}, v[2] = {dt_v.z, dt_v.w}, d_o[2] = {do_k.x, do_k.y};
+                    const float(&h_t)[2][STATES] = h_before[k + 1];
+                    float B_k[STATES], C_k[STATES], dh[2][STATES], Ch[2] = {}, dv[2] = {}, eA2[2] = {};
+                    float dB_k[STATES], dC_k[STATES];
+                    load_row(B_k, B_own + t * N);
+                    load_row(C_k, C_own + t * N);
+#pragma unroll
+                    for (int i = 0; i < 2; i++)
+#pragma unroll
+                        for (int j = 0; j < STATES; j++) {
+                            Ch[i] += h_t[i][j] * C_k[j];
+                            dh[i][j] = carry[i][j] + d_o[i] * C_k[j];
+                            dv[i] += dh[i][j] * B_k[j];
+                            carry[i][j] = dh[i][j] * decay[k][i][j];
+                            const float de = carry[i][j] * h_before[k][i][j];
+                            dA[i][j] += de * dt[i];
+                            eA2[i] += de * A2[i][j];
+                        }
+#if FAST
+                    // All columns of these products are alike, so every lane of a row has the sum over the channels.
+#pragma unroll
+                    for (int j = 0; j < STATES; j += 2) {
+                        float d[4] = {}, e[4] = {};
+                        mma_tf32(d, dh[0][j], dh[0][j + 1], dh[1][j], dh[1][j + 1], v[0], v[1]);
+                        mma_tf32(e, h_t[0][j], h_t[0][j + 1], h_t[1][j], h_t[1][j + 1], d_o[0], d_o[1]);
+                        dB_k[j] = d[0], dB_k[j + 1] = d[2], dC_k[j] = e[0], dC_k[j + 1] = e[2];
+                    }
+                    // The lanes' partial sums, rows p and columns 2 q + i: transposed, so that channels are the rows,
+                    // and multiplied by a matrix of ones in this step's column.
+                    const u32 ones = p == k8 ? 0x3f803f80u : 0u;
+                    mma_bf16(Ch_dv, transposed(pack_bf16(Ch[0], Ch[1])), transposed(pack_bf16(dv[0], dv[1])), ones);
+                    const u32 deA2_k = transposed(pack_bf16(eA2[0], eA2[1]));
+                    if (k % 2) deA2_later = deA2_k;
+                    else mma_bf16(deA2, deA2_k, deA2_later, ones);
+#else
+#pragma unroll
+                    for (int j = 0; j < STATES; j++) {
+                        dB_k[j] = dh[0][j] * v[0] + dh[1][j] * v[1];
+                        dC_k[j] = h_t[0][j] * d_o[0] + h_t[1][j] * d_o[1];
+#pragma unroll
+                        for (int lanes = 1; lanes < 4; lanes *= 2) {
+                            dB_k[j] += __shfl_xor_sync(ALL, dB_k[j], lanes);
+                            dC_k[j] += __shfl_xor_sync(ALL, dC_k[j], lanes);
+                        }
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+#pragma unroll
+                        for (int lanes = 4; lanes < 32; lanes *= 2) {
+                            Ch[i] += __shfl_xor_sync(ALL, Ch[i], lanes);
+                            dv[i] += __shfl_xor_sync(ALL, dv[i], lanes);
+                            eA2[i] += __shfl_xor_sync(ALL, eA2[i], lanes);
+                        }
+                        if (p == k8) {
+                            shared.sums[0][k8][2 * q + i] = Ch[i];
+                            shared.sums[1][k8][2 * q + i] = dv[i];
+                            shared.sums[2][k8][2 * q + i] = eA2[i];
+                        }
+                    }
+#endif
+                    if (q == 0) {
+                        store_row(terms + k8 * 2 * N + STATES * p, dB_k);
+                        store_row(terms + k8 * 2 * N + N + STATES * p, dC_k);
+                    }
+                }
+            }
+            // ---- of 8 steps: du, ddelta and dz
+            io_t *du_at = du + (own * D_INNER + c_own), *ddelta_at = ddelta + (own * D_INNER + c_own);
+            io_t *dz_at = dz + (own * DZ_STEP + c_own);
+            __syncwarp();
+#if FAST
+            const float Ch_own[2] = {Ch_dv[0], Ch_dv[1]}, dv_own[2] = {Ch_dv[2], Ch_dv[3]};
+            const float deA2_own[2] = {deA2[0], deA2[2]};
+#endif
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const int k = 8 * block + 2 * q + s;
+                if (!inside_own || k >= length) continue;
+#if FAST
+                const float Ch = Ch_own[s], dv = dv_own[s], eA2 = deA2_own[s];
+#else
+                const float Ch = shared.sums[0][2 * q + s][p], dv = shared.sums[1][2 * q + s][p];
+                const float eA2 = shared.sums[2][2 * q + s][p];
+#endif
+                const float3 own_k = shared.own[2 * q + s][p];
+                const float ddelta_k = (own_k.x * dv + LN2 * eA2) * own_k.z;  // A = A2 ln 2
+                dbias += ddelta_k;
+                const float du_k = (&shared.dt_v[k][p / 2].x)[p % 2] * dv + skip * shared.do_[2 * q + s][p];
+                store(du_at + s * D_INNER, du_k);
+                store(ddelta_at + s * D_INNER, ddelta_k);
+                store(dz_at + s * DZ_STEP, own_k.y * (Ch + skip * own_k.x));
+            }
+            // ---- dB and dC: the sum over this block's channels
+            __syncthreads();
+#pragma unroll
+            for (int start = 0; start < 8 * N; start += 32 * WARPS) {
+                const int i = start + threadIdx.x, k = i / N, n = i % N * 2;  // n: of dB, then of dC
+                if (8 * N % (32 * WARPS) && k >= 8) break;
+                float x = 0.0f, y = 0.0f;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) {
+                    const float2 term = *(const float2 *)&block_shared.dBC[w][k * 2 * N + n];
+                    x += term.x, y += term.y;
+                }
+                if (8 * block + k >= length) continue;
+                state_t *to = dBC + (first + k) * (u32)(2 * N_STATE);
+                if constexpr (N == N_STATE) {
+#if FAST
+                    *(u32 *)(to + n) = pack_bf16(x, y);
+#else
+                    *(float2 *)(to + n) = make_float2(x, y);
+#endif
+                } else {
+                    const int n_own = n % N;
+                    to += n / N * N_STATE + n_own;
+                    if (n_own < N_STATE) store(to, x);
+                    if (n_own + 1 < N_STATE) store(to + 1, y);
+                }
+            }
+        }
+    }
+    // ---- the sums over time of this sequence and split: dA, then dD, then the gradient of delta_bias
+    float *sums = a.sums + split_row * (N_STATE + 2);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+        if (inside[i]) store_states(sums + (first_channel + 2 * q + i) * N_STATE, STATES * p, dA[i]);
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+        dD += __shfl_xor_sync(ALL, dD, lanes);
+        dbias += __shfl_xor_sync(ALL, dbias, lanes);
+    }
+    if (q == 0 && inside_own) {
+        sums[D_INNER * N_STATE + c_own] = dD;
+        sums[D_INNER * (N_STATE + 1) + c_own] = dbias;
+    }
+}
+
+// ---- sums ------------------------------------------------------------------------------------------------------
+
+struct GroupSumArgs {
+    const state_t *dBC;
+    io_t *dB, *dC;
+    i64 dB_batch, dB_step, dC_batch, dC_step, rows;
+    int time, groups;
+};
+
+// dB and dC from the partial sums (groups, rows, 2, N_STATE) of the groups of channels; rows: batch x time. Two columns
+// per thread.
+extern "C" __global__ void sum_groups(const GroupSumArgs a) {
+    const i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= a.rows * N_STATE) return;
+    const i64 row = i / N_STATE, batch = row / a.time, t = row % a.time;
+    const int first = i % N_STATE * 2;
+    float x = 0.0f, y = 0.0f;
+#pragma unroll 4
+    for (int group = 0; group < a.groups; group++) {
+        const state_t *from = a.dBC + ((i64)group * a.rows + row) * (2 * N_STATE) + first;
+#if FAST
+        const u32 pair = *(const u32 *)from;
+        x += __uint_as_float(pair << 16), y += __uint_as_float(pair & 0xffff0000u);
+#else
+        const float2 pair = *(const float2 *)from;
+        x += pair.x, y += pair.y;
+#endif
+    }
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        const int n = first + s;
+        if (n < N_STATE) store(a.dB + batch * a.dB_batch + t * a.dB_step + n, s ? y : x);
+        else store(a.dC + batch * a.dC_batch + t * a.dC_step + n - N_STATE, s ? y : x);
+    }
+}
+
+struct RowSumArgs {
+    const float *rows;
+    float *first, *second, *third;
+    int n_rows, n_first, n_second, n_third;
+};
+
+// The sum of n_rows rows of n_first + n_second + n_third numbers, cut into tensors of these sizes. Blocks of 256
+// threads: 32 columns, 8 rows at a time.
+extern "C" __global__ void sum_rows(const RowSumArgs a) {
+    __shared__ float parts[8][32];
+    const int size = a.n_first + a.n_second + a.n_third, lane = threadIdx.x % 32, part = threadIdx.x / 32;
+    const int i = blockIdx.x * 32 + lane;
+    float x = 0.0f;
+    if (i < size) {
+#pragma unroll 4
+        for (int row = part; row < a.n_rows; row += 8) x += a.rows[(i64)row * size + i];
+    }
+    parts[part][lane] = x;
+    __syncthreads();
+    if (part > 0 || i >= size) return;
+    for (int other = 1; other < 8; other++) x += parts[other][lane];
+    if (i < a.n_first) a.first[i] = x;
+    else if (i < a.n_first + a.n_second) a.second[i - a.n_first] = x;
+    else a.third[i - a.n_first - a.n_second] = x;
+}
+
+#endif

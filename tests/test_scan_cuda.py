@@ -1,0 +1,221 @@
+"""The CUDA C++ kernels of the scan against a float64 loop and autograd.
+
+With a CUDA GPU they run on it. Without one, the same source is compiled as C++ and the threads of a GPU are emulated
+(emulated_cuda.hpp): slowly, but with every index, barrier and exchange between lanes as on a GPU.
+"""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cli
+from kernels import nvrtc, scan_cuda
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+has_compiler = pytest.mark.skipif(DEVICE == "cpu" and shutil.which("g++") is None,
+                                  reason="needs a GPU, or g++ for the emulation")  # fmt: skip
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SHAPES = {
+    # batch, time, d_inner, N, input dtype, initial state?, warps wanted per multiprocessor (more: time is split), chunk
+    "bfloat16, tensor cores, whole states": (1, 150, 36, 32, torch.bfloat16, True, 1, 64),
+    "uneven in everything, split": (2, 75, 18, 5, torch.float32, True, 12, 32),
+}
+
+
+@pytest.fixture(autouse=True)
+def emulation(tmp_path_factory, monkeypatch):
+    """Without a GPU, kernels come from the emulation: one library for each set of constants, kept for the session."""
+    if DEVICE == "cuda":
+        return
+    folder = tmp_path_factory.getbasetemp()
+    source = scan_cuda.SOURCE.parent.parent / "tests" / "emulated_cuda.hpp"
+
+    def load(device, defines):
+        path = folder / f"scan_{abs(hash(defines))}.so"
+        if not path.exists():
+            macros = [f"-D{name}={value}" for name, value in defines]
+            subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++", *macros, "-o", path,
+                            source], check=True)
+        library = ctypes.CDLL(path)
+
+        def kernel(name):
+            def launch(blocks, threads, arguments, shared=0):
+                assert name != "scan_backward" or shared == library.shared_size()
+                getattr(library, f"run_{name}")(ctypes.byref(arguments), blocks, threads)
+
+            return launch
+
+        return kernel
+
+    monkeypatch.setattr(scan_cuda, "load_kernels", load)
+
+
+def reference_scan(u, delta, A, B, C, D, z, delta_bias, h0):
+    """The recurrence, one step after the other: y and the last state."""
+    dt = F.softplus(delta + delta_bias)
+    h, ys = h0, []
+    for t in range(u.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None, :]
+        ys.append((h * C[:, t, None, :]).sum(-1) + D * u[:, t])
+    return torch.stack(ys, 1) * F.silu(z), h
+
+
+def scan_inputs(batch, time, d_inner, n_state, dtype, seed=0):
+    """u, delta, A, B, C, D, z, delta_bias as the Mamba block passes them: z, B and C are slices of wider tensors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    xz = normal(batch, time, 2 * d_inner).to(DEVICE, dtype)
+    x_dbl = normal(batch, time, 3 + 2 * n_state).to(DEVICE, dtype)
+    u, delta = (normal(batch, time, d_inner).to(DEVICE, dtype) for _ in range(2))
+    A = -(3 * torch.rand(d_inner, n_state, generator=generator)).to(DEVICE)
+    D, delta_bias = normal(d_inner).to(DEVICE), (normal(d_inner) - 2).to(DEVICE)
+    return u, delta, A, x_dbl[..., 3 : 3 + n_state], x_dbl[..., 3 + n_state :], D, xz[..., d_inner:], delta_bias
+
+
+def assert_close(names, actual, expected, tolerance):
+    errors = {name: ((a.double() - e).norm() / e.norm()).item()
+              for name, a, e in zip(names, actual, expected, strict=True)}  # fmt: skip
+    assert all(error < tolerance for error in errors.values()), errors  # NaN fails too
+
+
+def check_scan(batch, time, d_inner, n_state, dtype, with_h0, gradient_tolerance=None):
+    inputs = scan_inputs(batch, time, d_inner, n_state, dtype)
+    h0 = torch.randn(batch, d_inner, n_state).to(DEVICE) if with_h0 else None
+    dy = torch.randn(batch, time, d_inner).to(DEVICE, dtype)
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    start = h0.double() if with_h0 else torch.zeros(batch, d_inner, n_state, dtype=torch.float64, device=DEVICE)
+    y_exact, h_exact = reference_scan(*exact, start)
+    gradients = torch.autograd.grad(y_exact, exact, dy.double())
+
+    y, chunk_states, h_last = scan_cuda.scan_forward(*inputs, h0)
+    assert chunk_states.shape == scan_cuda.chunk_states_shape(batch, time, d_inner, n_state)
+    assert chunk_states.dtype == scan_cuda.chunk_states_dtype(dtype)
+    dxz = torch.full((batch, time, 2 * d_inner), 7.0, device=DEVICE, dtype=dtype)
+    dx_dbl = torch.full((batch, time, 3 + 2 * n_state), 7.0, device=DEVICE, dtype=dtype)
+    dz, dB, dC = dxz[..., d_inner:], dx_dbl[..., 3 : 3 + n_state], dx_dbl[..., 3 + n_state :]
+    delta = inputs[1]  # overwritten by its gradient, as in the block
+    du, ddelta, dA, dD, ddelta_bias = scan_cuda.scan_backward(dy, *inputs, chunk_states, dz, dB, dC, ddelta=delta)
+
+    assert ddelta.data_ptr() == delta.data_ptr()
+    assert (dxz[..., :d_inner] == 7).all() and (dx_dbl[..., :3] == 7).all()  # nothing beside the views is touched
+    assert y.dtype == du.dtype == ddelta.dtype == dtype
+    assert h_last.dtype == dA.dtype == dD.dtype == ddelta_bias.dtype == torch.float32
+    tolerance = TOLERANCE[dtype]
+    assert_close(["y", "h"], [y, h_last], [y_exact, h_exact], tolerance)
+    actual = [du, ddelta, dA, dB, dC, dD, dz, ddelta_bias]
+    names = ["du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddelta_bias"]
+    assert_close(names, actual, gradients, gradient_tolerance or tolerance)
+
+
+@has_compiler
+@pytest.mark.parametrize("name", SHAPES)
+def test_scan(name, monkeypatch):
+    *shape, warps_to_fill, chunk = SHAPES[name]
+    monkeypatch.setattr(scan_cuda, "WARPS_TO_FILL", warps_to_fill)
+    monkeypatch.setattr(scan_cuda, "_chunk", lambda *_: chunk)
+    check_scan(*shape)
+
+
+@has_compiler
+def test_nan_stays_in_its_channel_and_behind_its_step():
+    u, *rest = scan_inputs(1, 12, 18, 5, torch.float32)
+    u[0, 5, 2] = float("nan")
+    y, _, h_last = scan_cuda.scan_forward(u, *rest)
+    assert y[0, 5:, 2].isnan().all() and h_last[0, 2].isnan().all()
+    y[0, 5:, 2] = 0
+    assert y.isfinite().all()
+
+
+@has_compiler
+def test_an_extreme_decay_forgets_at_once():
+    """A = -2^58: exp(dt A) is 0, so a state is its last input alone, and no gradient is NaN."""
+    u, delta, A, B, C, D, z, delta_bias = scan_inputs(1, 11, 18, 5, torch.float32)
+    A = torch.full_like(A, -(2.0**58))
+    y, states, h_last = scan_cuda.scan_forward(u, delta, A, B, C, D, z, delta_bias, torch.ones_like(A)[None])
+    h = (F.softplus(delta + delta_bias) * u).double()[..., None] * B.double()[:, :, None]
+    assert_close(["h", "y"], [h_last, y], [h[:, -1], ((h * C[:, :, None]).sum(-1) + D * u) * F.silu(z.double())], 3e-6)
+    dz, dB, dC = (torch.empty_like(tensor) for tensor in (z, B, C))
+    gradients = scan_cuda.scan_backward(torch.ones_like(y), u, delta, A, B, C, D, z, delta_bias, states, dz, dB, dC)
+    assert all(gradient.isfinite().all() for gradient in (*gradients, dz, dB, dC)) and not gradients[2].any()
+
+
+def test_what_it_does_not_compute_is_refused():
+    inputs = scan_inputs(1, 4, 4, 4, torch.float32)
+    with pytest.raises(cli.UserError, match="float64"):
+        scan_cuda.scan_forward(*(tensor.double() for tensor in inputs))
+    u, *rest = inputs
+    with pytest.raises(cli.UserError, match="contiguous"):
+        scan_cuda.scan_forward(u.transpose(1, 2), *rest)
+    with pytest.raises(cli.UserError, match="up to 256, not 300"):
+        scan_cuda._padded(300)
+
+
+def test_long_chunks_where_no_splitting_is_needed():
+    """The README's step, 128 sequences of 1,024 steps in 256 channels, saves a sixteenth as many states as steps."""
+    assert scan_cuda.chunk_states_shape(128, 1024, 256, 32) == (128, 16, 256, 32)
+    assert scan_cuda.chunk_states_shape(8, 1024, 256, 32) == (8, 32, 256, 32)
+    assert scan_cuda.chunk_states_shape(128, 1025, 256, 64) == (128, 33, 256, 64)
+    for n_state in (1, 16, 32, 64, 128, 256):
+        for dtype in TOLERANCE:
+            for batch in (1, 1024):
+                sizes = scan_cuda._Sizes(n_state, dtype, scan_cuda._chunk(batch, 256, n_state))
+                assert sizes.shared <= 227 * 1024 // sizes.blocks - 1024
+
+
+def test_compiled_code_is_kept_on_disk(monkeypatch, tmp_path):
+    """What is damaged on disk is compiled again, and so is another source; without a place everything is."""
+    calls = []
+
+    def compiled(source, options):
+        calls.append(source)
+        return b"code of " + source.encode()
+
+    def version(*numbers):
+        return 0
+
+    monkeypatch.setattr(nvrtc, "compiled", compiled)
+    monkeypatch.setattr(nvrtc, "_libraries", lambda: (type("nvrtc", (), {"nvrtcVersion": staticmethod(version)}), None))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    assert [nvrtc._cached("a", ["-x"]) for _ in range(2)] == [b"code of a"] * 2 and calls == ["a"]
+    assert nvrtc._cached("b", ["-x"]) == b"code of b" and nvrtc._cached("a", ["-y"]) == b"code of a"
+    assert calls == ["a", "b", "a"]
+    for file in (tmp_path / "new" / "mambasynth").iterdir():
+        file.write_bytes(b"damaged" + file.read_bytes()[7:])
+    assert nvrtc._cached("b", ["-x"]) == b"code of b" and calls == ["a", "b", "a", "b"]
+    assert nvrtc._cached("b", ["-x"]) == b"code of b" and calls == ["a", "b", "a", "b"]
+    monkeypatch.setattr(nvrtc, "_cache_folder", lambda: None)
+    assert nvrtc._cached("b", ["-x"]) == b"code of b" and calls == ["a", "b", "a", "b", "b"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("batch", "time", "d_inner", "n_state"), [
+    (1, 1024, 256, 32), (4, 300, 256, 32), (64, 257, 256, 32), (16, 128, 192, 16), (2, 200, 64, 64), (3, 100, 40, 200),
+])  # fmt: skip
+def test_scan_on_gpu(batch, time, d_inner, n_state, dtype):
+    torch.manual_seed(0)
+    check_scan(batch, time, d_inner, n_state, dtype, with_h0=batch < 4, gradient_tolerance=max(1e-5, TOLERANCE[dtype]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_results_repeat_bit_for_bit():
+    inputs = scan_inputs(8, 256, 256, 32, torch.bfloat16)
+    dy = torch.randn_like(inputs[0])
+
+    def once():
+        y, states, h = scan_cuda.scan_forward(*inputs)
+        dz, dB, dC = (torch.empty_like(inputs[i]) for i in (6, 3, 4))
+        return [y, states, h, dz, dB, dC, *scan_cuda.scan_backward(dy, *inputs, states, dz, dB, dC)]
+
+    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
