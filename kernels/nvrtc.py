@@ -23,6 +23,7 @@ import cli
 
 CHECKSUM_BYTES = 4
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @functools.cache
@@ -67,6 +68,15 @@ def _check_driver(code):
     text = ctypes.c_char_p()
     _libraries()[1].cuGetErrorString(code, ctypes.byref(text))
     raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}")
+
+
+def _enter_context():
+    """Make the context of the current GPU that of this thread. A thread of autograd's may begin without one: torch only
+    enters it when it calls CUDA there itself."""
+    _, driver = _libraries()
+    context = ctypes.c_void_p()
+    _check_driver(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()))
+    _check_driver(driver.cuCtxSetCurrent(context))
 
 
 def compiled(source, options):
@@ -131,6 +141,7 @@ def kernels(path, defines, device_index):
                *(f"-D{name}={value}" for name, value in defines)]  # fmt: skip
     binary = _cached(pathlib.Path(path).read_text(), options)
     _, driver = _libraries()
+    _enter_context()
     module = ctypes.c_void_p()
     _check_driver(driver.cuModuleLoadData(ctypes.byref(module), binary))
     return functools.cache(lambda name: _Kernel(module, name))
@@ -153,5 +164,9 @@ class _Kernel:
             self.shared = shared
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _check_driver(self.launch(self.function, blocks, 1, 1, threads, 1, 1, shared, ctypes.c_void_p(stream), pointers,
-                                  None))  # fmt: skip
+        launch = (self.function, blocks, 1, 1, threads, 1, 1, shared, ctypes.c_void_p(stream), pointers, None)
+        code = self.launch(*launch)
+        if code == INVALID_CONTEXT:
+            _enter_context()
+            code = self.launch(*launch)
+        _check_driver(code)

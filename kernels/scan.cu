@@ -258,8 +258,7 @@ template <int MODE> DEVICE void forward_pass(const ForwardArgs &a) {
                     i64 row = (at.batch * ((a.time + CHUNK - 1) / CHUNK) + chunk_start / CHUNK) * D_INNER + channel[i];
                     store_states(a.states + row * N_STATE, q * F_STATES, h[i]);
                 }
-            const i64 t = chunk_start + CHUNK + lane;
-            if (t < at.end) {
+            for (i64 t = chunk_start + CHUNK + lane; t < min(chunk_start + 2 * CHUNK, at.end); t += 32) {
                 const int c = at.group * F_CHANNELS;
                 if (warp == 0) prefetch(u + t * U_STEP + c);
                 if (warp == 1) prefetch(delta + t * DELTA_STEP + c);
@@ -536,12 +535,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
             to[2] = dt * load_if(valid, u_start + k * U_STEP);
         }
         if (m > 0 && warp < 4) {
-            const i64 t = chunk_start - CHUNK + lane, row = at.batch * saved_chunks + chunk_start / CHUNK - 1;
+            const i64 row = at.batch * saved_chunks + chunk_start / CHUNK - 1;
             const int c = at.group * CHANNELS;
-            if (warp == 0) prefetch(u + t * U_STEP + c), prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
-            if (warp == 1 % WARPS) prefetch(delta + t * DELTA_STEP + c);
-            if (warp == 2 % WARPS) prefetch(z + t * Z_STEP + c);
-            if (warp == 3 % WARPS) prefetch(dy + t * DY_STEP + c);
+            for (i64 t = chunk_start - CHUNK + lane; t < chunk_start; t += 32) {
+                if (warp == 0) prefetch(u + t * U_STEP + c), prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
+                if (warp == 1 % WARPS) prefetch(delta + t * DELTA_STEP + c);
+                if (warp == 2 % WARPS) prefetch(z + t * Z_STEP + c);
+                if (warp == 3 % WARPS) prefetch(dy + t * DY_STEP + c);
+            }
             if (lane < 4) prefetch(a.states + (row * D_INNER + min(first_channel + 2 * lane, D_INNER - 1)) * N_STATE);
         }
         float h[2][STATES], decay[STEPS][2][STATES], h_before[STEPS + 1][2][STATES];

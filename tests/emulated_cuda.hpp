@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -109,6 +110,10 @@ static uint32_t transposed(uint32_t x) {
     return x;
 }
 
+// Whether threads go on in the reverse order, each pausing at random: a missing barrier then shows in the results.
+extern "C" int shuffled;
+int shuffled = 0;
+
 static std::function<void()> body;
 static std::vector<char> done;
 static void thread_main() { body(); done[threadIdx.x] = 1; }
@@ -134,9 +139,11 @@ static void run(std::function<void()> kernel, int blocks, int n_threads) {
         }
         for (bool running = true; running;) {
             running = false;
-            for (int i = 0; i < n_threads; i++) {
+            for (int k = 0; k < n_threads; k++) {
+                const int i = shuffled ? n_threads - 1 - k : k;
                 if (done[i]) continue;
                 running = true;
+                if (shuffled && rand() % 3 == 0) continue;
                 threadIdx.x = i;
                 swapcontext(&scheduler, &threads[i]);
             }

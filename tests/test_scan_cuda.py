@@ -28,6 +28,9 @@ SHAPES = {
 }
 
 
+SHUFFLED = [0]  # 1: the emulated threads go on in another order
+
+
 @pytest.fixture(autouse=True)
 def emulation(tmp_path_factory, monkeypatch):
     """Without a GPU, kernels come from the emulation: one library for each set of constants, kept for the session."""
@@ -43,6 +46,8 @@ def emulation(tmp_path_factory, monkeypatch):
             subprocess.run(["g++", "-O1", "-std=c++17", "-shared", "-fPIC", "-w", "-x", "c++", *macros, "-o", path,
                             source], check=True)
         library = ctypes.CDLL(path)
+
+        ctypes.c_int.in_dll(library, "shuffled").value = SHUFFLED[0]
 
         def kernel(name):
             def launch(blocks, threads, arguments, shared=0):
@@ -196,6 +201,35 @@ def test_compiled_code_is_kept_on_disk(monkeypatch, tmp_path):
     assert nvrtc._cached("b", ["-x"]) == b"code of b" and calls == ["a", "b", "a", "b", "b"]
 
 
+def test_a_kernel_is_launched_from_a_thread_without_a_context(monkeypatch):
+    """The first launch fails there; the thread then enters the GPU's context. More shared memory is asked for once."""
+    calls = []
+
+    class Driver:
+        def __getattr__(self, name):
+            def call(*args):
+                calls.append((name, args))
+                entered = any(called == "cuCtxSetCurrent" for called, _ in calls)
+                return nvrtc.INVALID_CONTEXT if name == "cuLaunchKernel" and not entered else 0
+
+            return call
+
+    monkeypatch.setattr(nvrtc, "_libraries", lambda: (None, Driver()))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    kernel = nvrtc._Kernel(None, "scan_forward")
+    arguments = scan_cuda.CarryArgs(splits=3)
+    kernel(5, 64, arguments, 50_000)
+    kernel(6, 32, arguments, 50_000)
+    names = [name for name, _ in calls]
+    assert names == ["cuModuleGetFunction", "cuFuncSetAttribute", "cuLaunchKernel", "cuDevicePrimaryCtxRetain",
+                     "cuCtxSetCurrent", "cuLaunchKernel", "cuLaunchKernel"]
+    assert calls[1][1][1:] == (nvrtc.MAX_DYNAMIC_SHARED, 50_000) and calls[3][1][1] == 1
+    for (_, launch), (blocks, threads) in zip((calls[5], calls[6]), ((5, 64), (6, 32)), strict=True):
+        assert launch[1:8] == (blocks, 1, 1, threads, 1, 1, 50_000) and launch[8].value == 7 and launch[10] is None
+        assert launch[9][0] == ctypes.addressof(arguments)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -207,15 +241,28 @@ def test_scan_on_gpu(batch, time, d_inner, n_state, dtype):
     check_scan(batch, time, d_inner, n_state, dtype, with_h0=batch < 4, gradient_tolerance=max(1e-5, TOLERANCE[dtype]))
 
 
+def everything(inputs, dy):
+    """All results of both passes."""
+    y, states, h = scan_cuda.scan_forward(*inputs)
+    dz, dB, dC = (torch.empty_like(inputs[i]) for i in (6, 3, 4))
+    return [y, states, h, dz, dB, dC, *scan_cuda.scan_backward(dy, *inputs, states, dz, dB, dC)]
+
+
+@has_compiler
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the next test does the same")
+def test_the_order_of_the_threads_changes_nothing(monkeypatch):
+    """A race, where a barrier is missing, would."""
+    inputs = scan_inputs(1, 75, 36, 32, torch.bfloat16)
+    dy = torch.randn_like(inputs[0])
+    monkeypatch.setattr(scan_cuda, "_chunk", lambda *_: 64)
+    expected = everything(inputs, dy)
+    monkeypatch.setattr(f"{__name__}.SHUFFLED", [1])
+    assert all(torch.equal(a, b) for a, b in zip(everything(inputs, dy), expected, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_results_repeat_bit_for_bit():
     inputs = scan_inputs(8, 256, 256, 32, torch.bfloat16)
     dy = torch.randn_like(inputs[0])
-
-    def once():
-        y, states, h = scan_cuda.scan_forward(*inputs)
-        dz, dB, dC = (torch.empty_like(inputs[i]) for i in (6, 3, 4))
-        return [y, states, h, dz, dB, dC, *scan_cuda.scan_backward(dy, *inputs, states, dz, dB, dC)]
-
-    assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(everything(inputs, dy), everything(inputs, dy), strict=True))
