@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
