@@ -2,7 +2,8 @@
 // quantities, are in selective_scan.py; scan_cuda.py compiles this file at run time and launches its kernels.
 //
 // Given by the compiler's command line: D_INNER (channels), N_STATE (states per channel), IO (the dtype of u, delta, z,
-// B, C, y and their gradients: 0 float32, 1 bfloat16, 2 float16), CHUNK (steps between saved states), BACKWARD_WARPS
+// B, C, y and their gradients: 0 float32, 1 bfloat16, 2 float16), ALIGNED (1 where two neighbouring channels, and eight
+// numbers of B and C, can be loaded at once), CHUNK (steps between saved states), BACKWARD_WARPS
 // (per block) and, for each of these tensors, how many numbers one step lies behind the other (U_STEP, ...). All
 // arithmetic is float32.
 //
@@ -58,11 +59,14 @@ DEVICE void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, floa
         : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
           "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-// The same for bfloat16: lane 4 p + q holds a[p][2q, 2q+1], a[p+8][2q, 2q+1]; b[2q, 2q+1][p]; d as above.
-DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+// The same for bfloat16, a (16 x 16) and b (16 x 8): lane 4 p + q holds a[p][2q, 2q+1], a[p+8][2q, 2q+1],
+// a[p][2q+8, 2q+9], a[p+8][2q+8, 2q+9]; b[2q, 2q+1][p], b[2q+8, 2q+9][p]; d as above.
+DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
+// Any number, without an instruction: for operands whose products nobody reads.
+DEVICE u32 any_number() { u32 x; asm("" : "=r"(x)); return x; }
 // The transpose of an 8 x 8 matrix of 16-bit numbers, of which lane 4 p + q holds [p][2q, 2q+1].
 DEVICE u32 transposed(u32 x) {
     u32 y;
@@ -80,6 +84,44 @@ DEVICE float load_if(bool inside, const io_t *p) {
     io_t x = 0;
     if (inside) x = *p;
     return load(&x);
+}
+
+// Two neighbouring channels as they lie in memory, and as numbers.
+#if IO == 0
+typedef float2 pair_t;
+#else
+typedef u32 pair_t;
+#endif
+DEVICE pair_t load_pair(bool first, bool second, const io_t *p) {
+#if IO == 0
+    return make_float2(first ? p[0] : 0.0f, second ? p[1] : 0.0f);
+#else
+    u32 x = 0;
+    if (ALIGNED) {
+        if (first) x = *(const u32 *)p;
+    } else {
+        if (first) x = p[0];
+        if (second) x |= (u32)p[1] << 16;
+    }
+    return x;
+#endif
+}
+DEVICE float2 numbers(pair_t x) {
+#if IO == 0
+    return x;
+#elif IO == 1
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+#else
+    return make_float2(from_f16(x & 0xffffu), from_f16(x >> 16));
+#endif
+}
+DEVICE void store_pair(bool first, bool second, io_t *p, float x, float y) {
+    if (ALIGNED && IO > 0) {
+        if (first) *(u32 *)p = IO == 1 ? pack_bf16(x, y) : (u32)to_f16(x) | (u32)to_f16(y) << 16;
+    } else {
+        if (first) store(p, x);
+        if (second) store(p + 1, y);
+    }
 }
 DEVICE float sigmoid(float x) { return reciprocal(1.0f + exp2_(-x * LOG2E)); }
 
@@ -170,6 +212,23 @@ template <int COUNT, typename T> DEVICE void store_states(T *p, int n, const flo
 
 // Rows first ... first + ROWS - 1 of B or C into shared memory as float32, zero from `end` on and beyond N_STATE.
 template <int THREADS, int STEP, int ROWS> DEVICE void stage_rows(float *to, const io_t *from, int first, int end) {
+#if ALIGNED && IO > 0
+    constexpr int VECTORS = N / 8, TAKEN = THREADS / VECTORS;  // 16 bytes each; rows that the block takes at once
+    const int row = threadIdx.x / VECTORS, column = threadIdx.x % VECTORS * 8;
+    if (THREADS % VECTORS == 0 || row < TAKEN) {
+#pragma unroll
+        for (int k = 0; k < ROWS; k += TAKEN) {
+            const int r = row + k;
+            if (ROWS % TAKEN && r >= ROWS) break;
+            uint4 x = make_uint4(0, 0, 0, 0);
+            if (first + r < end) x = *(const uint4 *)(from + (u32)((first + r) * STEP + column));
+            const float2 a = numbers(x.x), b = numbers(x.y), c = numbers(x.z), d = numbers(x.w);
+            *(float4 *)(to + r * N + column) = make_float4(a.x, a.y, b.x, b.y);
+            *(float4 *)(to + r * N + column + 4) = make_float4(c.x, c.y, d.x, d.y);
+        }
+    }
+    return;
+#endif
     constexpr int WIDTH = THREADS < N ? THREADS : N;  // columns that the block takes at once
     const int own = threadIdx.x / WIDTH, n = threadIdx.x % WIDTH;
     from += (u32)((first + own) * STEP + n);
@@ -408,8 +467,8 @@ extern "C" __global__ void carry_over_splits(const CarryArgs a) {
 // Chunks of CHUNK steps are worked through from the last to the first, in three levels: from the state that the forward
 // pass saved before the chunk, the states before every STEPS-th step are computed again and kept in shared memory; from
 // these, backwards, the states and decays within STEPS steps, in registers; and through these the gradient runs back.
-// What depends on step and channel only is computed for 8 steps at a time: lane 4 p + q for channel p and the steps
-// 2 q and 2 q + 1, which is also where the tensor cores leave their sums over the states.
+// What depends on step and channel only is computed for 8 steps at a time: lane 4 p + q for its two channels and the
+// step p, which is also where the tensor cores leave their sums over the states.
 
 struct BackwardArgs {
     const io_t *dy, *u, *delta, *z, *B, *C;
@@ -428,22 +487,38 @@ constexpr int STATES = N / 8, STEPS = BACKWARD_STEPS, WARPS = BACKWARD_WARPS, CH
 // What a warp has in shared memory.
 struct WarpShared {
     float4 dt_v[CHUNK][4];     // of each step and pair of channels: dt of both, v of both
-    float do_[8][8];           // of 8 steps
-    float3 own[8][8];          // u, dy silu'(z), the slope of the softplus
+    float2 do_[8][4];          // of 8 steps and each pair of channels, as all that follows
+    float2 u[8][4], dz[8][4];  // dz: dy silu'(z)
+    float2 slope[8][4];        // of the softplus
 #if FAST
     u32 before[CHUNK / STEPS - 1][32][STATES];  // the states before every STEPS-th step but the first, as bfloat16
 #else
     float before[CHUNK / STEPS - 1][32][2 * STATES];
-    float sums[3][8][8];       // C . h, dh . B, de . A2
+    float2 sums[3][8][4];      // C . h, dh . B, de . A2
 #endif
 };
 
 struct BlockShared {
     float B[CHUNK * N], C[CHUNK * N];
-    float dBC[WARPS][8 * 2 * N];  // each warp's terms of dB and dC of 8 steps
+#if FAST
+    // Each warp's terms of dB and dC of 8 steps, pairs of bfloat16: of each lane p first dB, then dC. Twice, so that
+    // the next can be written while other warps add these up.
+    u32 dBC[2][WARPS][8][8][STATES];
+#else
+    float dBC[WARPS][8 * 2 * N];
+#endif
     WarpShared warps[WARPS];
 };
 
+DEVICE void store_words(u32 *to, const u32 (&x)[STATES]) {
+    if constexpr (STATES % 4 == 0) {
+#pragma unroll
+        for (int j = 0; j < STATES; j += 4) *(uint4 *)(to + j) = make_uint4(x[j], x[j + 1], x[j + 2], x[j + 3]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < STATES; j += 2) *(uint2 *)(to + j) = make_uint2(x[j], x[j + 1]);
+    }
+}
 DEVICE void keep(u32 *to, const float (&h)[2][STATES]) {
 #pragma unroll
     for (int j = 0; j < STATES; j++) to[j] = pack_bf16(h[0][j], h[1][j]);
@@ -486,34 +561,44 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
     const Place at = place(a.groups, a.splits, a.split_len, a.time);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, p = lane / 4, q = lane % 4;
     WarpShared &shared = block_shared.warps[warp];
-    const int first_channel = at.group * CHANNELS + warp * 8;
+    const int first_channel = at.group * CHANNELS + warp * 8, own_channel = first_channel + 2 * q;
     const i64 split_row = (at.batch * a.splits + at.split) * D_INNER;
     const float *B_own = block_shared.B + STATES * p, *C_own = block_shared.C + STATES * p;
 
-    float A2[2][STATES], carry[2][STATES], dA[2][STATES];
+    float A2[2][STATES], carry[2][STATES], dA[2][STATES], skip[2], bias[2], dD[2] = {}, dbias[2] = {};
     bool inside[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int c = first_channel + 2 * q + i;
+        const int c = own_channel + i;
         inside[i] = c < D_INNER;
         load_states(A2[i], a.A + c * N_STATE, STATES * p, inside[i]);
         load_states(carry[i], a.starts + (split_row + c) * N_STATE, STATES * p, inside[i] && a.starts != 0);
 #pragma unroll
         for (int j = 0; j < STATES; j++) A2[i][j] *= LOG2E, dA[i][j] = 0.0f;
+        skip[i] = inside[i] ? a.D[c] : 0.0f, bias[i] = inside[i] ? a.delta_bias[c] : 0.0f;
     }
-    // Of the channel p, for the part that depends on step and channel only:
-    const int c_own = first_channel + p;
-    const bool inside_own = c_own < D_INNER;
-    const float skip = inside_own ? a.D[c_own] : 0.0f, bias = inside_own ? a.delta_bias[c_own] : 0.0f;
-    float dD = 0.0f, dbias = 0.0f;
-    // Tensors are addressed from the start of this sequence by numbers of 32 bits.
-    const io_t *u = a.u + at.batch * a.u_batch, *delta = a.delta + at.batch * a.delta_batch;
-    const io_t *z = a.z + at.batch * a.z_batch, *dy = a.dy + at.batch * a.dy_batch;
+    // Tensors are addressed from this lane's channels and the start of this sequence by numbers of 32 bits.
+    const io_t *u = a.u + at.batch * a.u_batch + own_channel;
+    const io_t *delta = a.delta + at.batch * a.delta_batch + own_channel;
+    const io_t *z = a.z + at.batch * a.z_batch + own_channel, *dy = a.dy + at.batch * a.dy_batch + own_channel;
     const io_t *B = a.B + at.batch * a.B_batch, *C = a.C + at.batch * a.C_batch;
-    io_t *dz = a.dz + at.batch * a.dz_batch;
-    io_t *du = a.du + at.batch * a.time * D_INNER, *ddelta = a.ddelta + at.batch * a.time * D_INNER;
+    io_t *dz = a.dz + at.batch * a.dz_batch + own_channel;
+    io_t *du = a.du + at.batch * a.time * D_INNER + own_channel;
+    io_t *ddelta = a.ddelta + at.batch * a.time * D_INNER + own_channel;
     state_t *dBC = a.dBC + ((i64)at.group * a.n_batch + at.batch) * a.time * (2 * N_STATE);
     const int saved_chunks = (a.time + CHUNK - 1) / CHUNK;
+
+    // The inputs of this lane's step, loaded 8 steps ahead.
+    pair_t u_next, delta_next, z_next, dy_next;
+    auto load_inputs = [&](int t) {
+        const bool valid = t >= at.start && t < at.end, first = valid && inside[0], second = valid && inside[1];
+        u_next = load_pair(first, second, u + (u32)(t * U_STEP));
+        delta_next = load_pair(first, second, delta + (u32)(t * DELTA_STEP));
+        z_next = load_pair(first, second, z + (u32)(t * Z_STEP));
+        dy_next = load_pair(first, second, dy + (u32)(t * DY_STEP));
+    };
+    load_inputs(at.start + (at.end - at.start - 1) / 8 * 8 + p);
+    int buffer = 0;  // of block_shared.dBC
 
     const int chunks = (at.end - at.start + CHUNK - 1) / CHUNK;
     for (int m = chunks - 1; m >= 0; m--) {
@@ -521,32 +606,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
         // ---- B and C; dt and v = dt u; the inputs of the next chunk on their way into the L2 cache
         stage_rows<32 * WARPS, B_STEP, CHUNK>(block_shared.B, B, chunk_start, at.end);
         stage_rows<32 * WARPS, C_STEP, CHUNK>(block_shared.C, C, chunk_start, at.end);
-        const u32 own_start = chunk_start + 2 * q;  // this lane's first step
-        const io_t *u_start = u + (own_start * U_STEP + c_own), *delta_start = delta + (own_start * DELTA_STEP + c_own);
-#pragma unroll 8
-        for (int s = 0; s < CHUNK / 4; s++) {
-            const int k = 8 * (s / 2) + s % 2;  // behind that
-            const bool valid = inside_own && 2 * q + k < length;
-            float slope, dt = load_if(valid, delta_start + k * DELTA_STEP);
-            dt = softplus(dt + bias, slope);
-            dt = valid ? dt : 0.0f;
-            float *to = &shared.dt_v[2 * q + k][p / 2].x + p % 2;
-            to[0] = dt;
-            to[2] = dt * load_if(valid, u_start + k * U_STEP);
+#pragma unroll 4
+        for (int k = p; k < CHUNK; k += 8) {
+            const bool first = inside[0] && k < length, second = inside[1] && k < length;
+            const u32 t = chunk_start + k;
+            const float2 delta_k = numbers(load_pair(first, second, delta + t * DELTA_STEP));
+            const float2 u_k = numbers(load_pair(first, second, u + t * U_STEP));
+            float slope, dt_0 = softplus(delta_k.x + bias[0], slope), dt_1 = softplus(delta_k.y + bias[1], slope);
+            dt_0 = first ? dt_0 : 0.0f, dt_1 = second ? dt_1 : 0.0f;
+            shared.dt_v[k][q] = make_float4(dt_0, dt_1, dt_0 * u_k.x, dt_1 * u_k.y);
         }
         if (m > 0 && warp < 4) {
             const i64 row = at.batch * saved_chunks + chunk_start / CHUNK - 1;
-            const int c = at.group * CHANNELS;
             for (i64 t = chunk_start - CHUNK + lane; t < chunk_start; t += 32) {
-                if (warp == 0) prefetch(u + t * U_STEP + c), prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
-                if (warp == 1 % WARPS) prefetch(delta + t * DELTA_STEP + c);
-                if (warp == 2 % WARPS) prefetch(z + t * Z_STEP + c);
-                if (warp == 3 % WARPS) prefetch(dy + t * DY_STEP + c);
+                if (warp == 0) prefetch(u + t * U_STEP), prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
+                if (warp == 1 % WARPS) prefetch(delta + t * DELTA_STEP);
+                if (warp == 2 % WARPS) prefetch(z + t * Z_STEP);
+                if (warp == 3 % WARPS) prefetch(dy + t * DY_STEP);
             }
             if (lane < 4) prefetch(a.states + (row * D_INNER + min(first_channel + 2 * lane, D_INNER - 1)) * N_STATE);
         }
         float h[2][STATES], decay[STEPS][2][STATES], h_before[STEPS + 1][2][STATES];
-        const i64 saved = (at.batch * saved_chunks + chunk_start / CHUNK) * D_INNER + first_channel + 2 * q;
+        const i64 saved = (at.batch * saved_chunks + chunk_start / CHUNK) * D_INNER + own_channel;
         load_states(h[0], a.states + saved * N_STATE, STATES * p, inside[0]);
         load_states(h[1], a.states + (saved + 1) * N_STATE, STATES * p, inside[1]);
         __syncthreads();
@@ -562,31 +643,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
         }
         for (int block = (length + 7) / 8 - 1; block >= 0; block--) {
             // ---- of 8 steps: do, u, dy silu'(z) and the slope of the softplus
-            const u32 first = chunk_start + 8 * block, own = first + 2 * q;  // own: of this lane
-            const io_t *u_at = u + (own * U_STEP + c_own), *z_at = z + (own * Z_STEP + c_own);
-            const io_t *dy_at = dy + (own * DY_STEP + c_own), *delta_at = delta + (own * DELTA_STEP + c_own);
-            __syncthreads();  // until here other warps may have been adding up the last dBC
-#pragma unroll
-            for (int s = 0; s < 2; s++) {
-                const int k = 2 * q + s;
-                const bool valid = inside_own && 8 * block + k < length;
-                const float u_t = load_if(valid, u_at + s * U_STEP);
-                const float z_t = load_if(valid, z_at + s * Z_STEP);
-                const float dy_t = load_if(valid, dy_at + s * DY_STEP);
-                const float gate = sigmoid(z_t), do_t = dy_t * z_t * gate;
-                shared.do_[k][p] = do_t;
-                const float slope = sigmoid(load_if(valid, delta_at + s * DELTA_STEP) + bias);
-                shared.own[k][p] = make_float3(u_t, dy_t * gate * (1.0f + z_t * (1.0f - gate)), slope);
-                dD += do_t * u_t;
+            const u32 first_step = chunk_start + 8 * block, own = first_step + p;  // own: of this lane
+            {
+                const float2 u_t = numbers(u_next), z_t = numbers(z_next), dy_t = numbers(dy_next);
+                const float2 delta_t = numbers(delta_next);
+                const float gate_0 = sigmoid(z_t.x), gate_1 = sigmoid(z_t.y);
+                const float do_0 = dy_t.x * z_t.x * gate_0, do_1 = dy_t.y * z_t.y * gate_1;
+                shared.do_[p][q] = make_float2(do_0, do_1);
+                shared.u[p][q] = u_t;
+                shared.dz[p][q] = make_float2(dy_t.x * gate_0 * (1.0f + z_t.x * (1.0f - gate_0)),
+                                              dy_t.y * gate_1 * (1.0f + z_t.y * (1.0f - gate_1)));
+                shared.slope[p][q] = make_float2(sigmoid(delta_t.x + bias[0]), sigmoid(delta_t.y + bias[1]));
+                dD[0] += do_0 * u_t.x, dD[1] += do_1 * u_t.y;
             }
-            __syncwarp();
-            float *terms = block_shared.dBC[warp];
+            load_inputs((int)own - 8);
 #if FAST
-            float Ch_dv[4] = {}, deA2[4] = {};             // sums over states, of channel p and steps 2 q, 2 q + 1
+            float Ch_sum[4] = {}, dv_sum[4] = {}, eA2_sum[4] = {};  // [0, 1]: of step p and channels 2 q, 2 q + 1
+#else
+            __syncthreads();  // until here other warps may have been adding up the last dBC
+            float *terms = block_shared.dBC[warp];
 #endif
+            __syncwarp();
             for (int half = 8 / STEPS - 1; half >= 0; half--) {
                 const int piece = block * (8 / STEPS) + half;
+#if FAST
+                if (piece >= pieces) {  // no step of these exists
+#pragma unroll
+                    for (int k = 0; k < STEPS; k++)
+                        if (q == 0)
+#pragma unroll
+                            for (int j = 0; j < STATES; j++) block_shared.dBC[buffer][warp][half * STEPS + k][p][j] = 0;
+                    continue;
+                }
+#else
                 if (piece >= pieces) continue;
+#endif
                 // ---- forward through STEPS steps, keeping a and h of each
                 if (piece > 0) {
                     fetch(h_before[0], shared.before[piece - 1][lane]);
@@ -601,17 +692,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                 }
                 // ---- backward: dh, what it gives dB, dC, dv, dA and ddt, and the next carry
 #if FAST
-                u32 deA2_later = 0;
+                u32 Ch_later = 0, dv_later = 0, eA2_later = 0, row_later = 0;  // of the step after an even one
 #endif
 #pragma unroll
                 for (int k = STEPS - 1; k >= 0; k--) {
                     const int t = piece * STEPS + k, k8 = half * STEPS + k;
                     const float4 dt_v = shared.dt_v[t][q];
-                    const float2 do_k = *(const float2 *)&shared.do_[k8][2 * q];
+                    const float2 do_k = shared.do_[k8][q];
                     const float dt[2] = {dt_v.x, dt_v.y}, v[2] = {dt_v.z, dt_v.w}, d_o[2] = {do_k.x, do_k.y};
                     const float(&h_t)[2][STATES] = h_before[k + 1];
                     float B_k[STATES], C_k[STATES], dh[2][STATES], Ch[2] = {}, dv[2] = {}, eA2[2] = {};
-                    float dB_k[STATES], dC_k[STATES];
                     load_row(B_k, B_own + t * N);
                     load_row(C_k, C_own + t * N);
 #pragma unroll
@@ -628,21 +718,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                         }
 #if FAST
                     // All columns of these products are alike, so every lane of a row has the sum over the channels.
+                    u32 dBC_k[STATES];
 #pragma unroll
                     for (int j = 0; j < STATES; j += 2) {
                         float d[4] = {}, e[4] = {};
                         mma_tf32(d, dh[0][j], dh[0][j + 1], dh[1][j], dh[1][j + 1], v[0], v[1]);
                         mma_tf32(e, h_t[0][j], h_t[0][j + 1], h_t[1][j], h_t[1][j + 1], d_o[0], d_o[1]);
-                        dB_k[j] = d[0], dB_k[j + 1] = d[2], dC_k[j] = e[0], dC_k[j + 1] = e[2];
+                        dBC_k[j / 2] = pack_bf16(d[0], d[2]), dBC_k[(STATES + j) / 2] = pack_bf16(e[0], e[2]);
                     }
-                    // The lanes' partial sums, rows p and columns 2 q + i: transposed, so that channels are the rows,
-                    // and multiplied by a matrix of ones in this step's column.
-                    const u32 ones = p == k8 ? 0x3f803f80u : 0u;
-                    mma_bf16(Ch_dv, transposed(pack_bf16(Ch[0], Ch[1])), transposed(pack_bf16(dv[0], dv[1])), ones);
-                    const u32 deA2_k = transposed(pack_bf16(eA2[0], eA2[1]));
-                    if (k % 2) deA2_later = deA2_k;
-                    else mma_bf16(deA2, deA2_k, deA2_later, ones);
+                    if (q == 0) store_words(block_shared.dBC[buffer][warp][k8][p], dBC_k);
+                    // The lanes' partial sums, rows p and columns 2 q + i: transposed, so that channels are the
+                    // columns, and two steps at once multiplied by a matrix of ones in the rows of these steps.
+                    const u32 row = p == k8 ? 0x3f803f80u : 0u;
+                    const u32 Ch_k = transposed(pack_bf16(Ch[0], Ch[1])), dv_k = transposed(pack_bf16(dv[0], dv[1]));
+                    const u32 eA2_k = transposed(pack_bf16(eA2[0], eA2[1]));
+                    if (k % 2) {
+                        Ch_later = Ch_k, dv_later = dv_k, eA2_later = eA2_k, row_later = row;
+                    } else {
+                        const u32 other_rows = any_number(), more = any_number();
+                        mma_bf16(Ch_sum, row, other_rows, row_later, more, Ch_k, Ch_later);
+                        mma_bf16(dv_sum, row, other_rows, row_later, more, dv_k, dv_later);
+                        mma_bf16(eA2_sum, row, other_rows, row_later, more, eA2_k, eA2_later);
+                    }
 #else
+                    float dB_k[STATES], dC_k[STATES];
 #pragma unroll
                     for (int j = 0; j < STATES; j++) {
                         dB_k[j] = dh[0][j] * v[0] + dh[1][j] * v[1];
@@ -653,55 +752,73 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                             dC_k[j] += __shfl_xor_sync(ALL, dC_k[j], lanes);
                         }
                     }
+                    if (q == 0) {
+                        store_row(terms + k8 * 2 * N + STATES * p, dB_k);
+                        store_row(terms + k8 * 2 * N + N + STATES * p, dC_k);
+                    }
 #pragma unroll
-                    for (int i = 0; i < 2; i++) {
+                    for (int i = 0; i < 2; i++)
 #pragma unroll
                         for (int lanes = 4; lanes < 32; lanes *= 2) {
                             Ch[i] += __shfl_xor_sync(ALL, Ch[i], lanes);
                             dv[i] += __shfl_xor_sync(ALL, dv[i], lanes);
                             eA2[i] += __shfl_xor_sync(ALL, eA2[i], lanes);
                         }
-                        if (p == k8) {
-                            shared.sums[0][k8][2 * q + i] = Ch[i];
-                            shared.sums[1][k8][2 * q + i] = dv[i];
-                            shared.sums[2][k8][2 * q + i] = eA2[i];
-                        }
+                    if (p == k8) {
+                        shared.sums[0][k8][q] = make_float2(Ch[0], Ch[1]);
+                        shared.sums[1][k8][q] = make_float2(dv[0], dv[1]);
+                        shared.sums[2][k8][q] = make_float2(eA2[0], eA2[1]);
                     }
 #endif
-                    if (q == 0) {
-                        store_row(terms + k8 * 2 * N + STATES * p, dB_k);
-                        store_row(terms + k8 * 2 * N + N + STATES * p, dC_k);
-                    }
                 }
             }
             // ---- of 8 steps: du, ddelta and dz
-            io_t *du_at = du + (own * D_INNER + c_own), *ddelta_at = ddelta + (own * D_INNER + c_own);
-            io_t *dz_at = dz + (own * DZ_STEP + c_own);
             __syncwarp();
+            {
+                const int k = 8 * block + p;
+                const bool first = inside[0] && k < length, second = inside[1] && k < length;
 #if FAST
-            const float Ch_own[2] = {Ch_dv[0], Ch_dv[1]}, dv_own[2] = {Ch_dv[2], Ch_dv[3]};
-            const float deA2_own[2] = {deA2[0], deA2[2]};
-#endif
-#pragma unroll
-            for (int s = 0; s < 2; s++) {
-                const int k = 8 * block + 2 * q + s;
-                if (!inside_own || k >= length) continue;
-#if FAST
-                const float Ch = Ch_own[s], dv = dv_own[s], eA2 = deA2_own[s];
+                const float2 Ch = make_float2(Ch_sum[0], Ch_sum[1]), dv = make_float2(dv_sum[0], dv_sum[1]);
+                const float2 eA2 = make_float2(eA2_sum[0], eA2_sum[1]);
 #else
-                const float Ch = shared.sums[0][2 * q + s][p], dv = shared.sums[1][2 * q + s][p];
-                const float eA2 = shared.sums[2][2 * q + s][p];
+                const float2 Ch = shared.sums[0][p][q], dv = shared.sums[1][p][q], eA2 = shared.sums[2][p][q];
 #endif
-                const float3 own_k = shared.own[2 * q + s][p];
-                const float ddelta_k = (own_k.x * dv + LN2 * eA2) * own_k.z;  // A = A2 ln 2
-                dbias += ddelta_k;
-                const float du_k = (&shared.dt_v[k][p / 2].x)[p % 2] * dv + skip * shared.do_[2 * q + s][p];
-                store(du_at + s * D_INNER, du_k);
-                store(ddelta_at + s * D_INNER, ddelta_k);
-                store(dz_at + s * DZ_STEP, own_k.y * (Ch + skip * own_k.x));
+                const float2 u_t = shared.u[p][q], dz_t = shared.dz[p][q], slope = shared.slope[p][q];
+                const float2 do_t = shared.do_[p][q];
+                const float4 dt_v = shared.dt_v[k][q];
+                const float ddelta_0 = (u_t.x * dv.x + LN2 * eA2.x) * slope.x;  // A = A2 ln 2
+                const float ddelta_1 = (u_t.y * dv.y + LN2 * eA2.y) * slope.y;
+                if (first) dbias[0] += ddelta_0;
+                if (second) dbias[1] += ddelta_1;
+                store_pair(first, second, du + own * D_INNER, dt_v.x * dv.x + skip[0] * do_t.x,
+                           dt_v.y * dv.y + skip[1] * do_t.y);
+                store_pair(first, second, ddelta + own * D_INNER, ddelta_0, ddelta_1);
+                store_pair(first, second, dz + own * DZ_STEP, dz_t.x * (Ch.x + skip[0] * u_t.x),
+                           dz_t.y * (Ch.y + skip[1] * u_t.y));
             }
             // ---- dB and dC: the sum over this block's channels
             __syncthreads();
+#if FAST
+            constexpr int WORDS = STATES >= 4 ? 2 : 1;  // pairs that a thread takes at once
+#pragma unroll
+            for (int start = 0; start < 8 * N; start += 32 * WARPS * WORDS) {
+                const int i = start + threadIdx.x * WORDS, k = i / N, lane_p = i % N / STATES, j = i % STATES;
+                if (8 * N % (32 * WARPS * WORDS) && k >= 8) break;
+                float x[2 * WORDS] = {};
+#pragma unroll
+                for (int w = 0; w < WARPS; w++)
+#pragma unroll
+                    for (int word = 0; word < WORDS; word++) {
+                        const float2 term = numbers(block_shared.dBC[buffer][w][k][lane_p][j + word]);
+                        x[2 * word] += term.x, x[2 * word + 1] += term.y;
+                    }
+                if (8 * block + k >= length) continue;
+                const int n = STATES * lane_p + j % (STATES / 2) * 2;
+                state_t *to = dBC + (first_step + k) * (u32)(2 * N_STATE) + (j < STATES / 2 ? 0 : N_STATE);
+                store_states(to, n, x);
+            }
+            buffer ^= 1;
+#else
 #pragma unroll
             for (int start = 0; start < 8 * N; start += 32 * WARPS) {
                 const int i = start + threadIdx.x, k = i / N, n = i % N * 2;  // n: of dB, then of dC
@@ -713,35 +830,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                     x += term.x, y += term.y;
                 }
                 if (8 * block + k >= length) continue;
-                state_t *to = dBC + (first + k) * (u32)(2 * N_STATE);
-                if constexpr (N == N_STATE) {
-#if FAST
-                    *(u32 *)(to + n) = pack_bf16(x, y);
-#else
-                    *(float2 *)(to + n) = make_float2(x, y);
-#endif
-                } else {
-                    const int n_own = n % N;
-                    to += n / N * N_STATE + n_own;
-                    if (n_own < N_STATE) store(to, x);
-                    if (n_own + 1 < N_STATE) store(to + 1, y);
-                }
+                const int n_own = n % N;
+                state_t *to = dBC + (first_step + k) * (u32)(2 * N_STATE) + n / N * N_STATE + n_own;
+                if (n_own < N_STATE) store(to, x);
+                if (n_own + 1 < N_STATE) store(to + 1, y);
             }
+#endif
         }
     }
     // ---- the sums over time of this sequence and split: dA, then dD, then the gradient of delta_bias
     float *sums = a.sums + split_row * (N_STATE + 2);
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (inside[i]) store_states(sums + (first_channel + 2 * q + i) * N_STATE, STATES * p, dA[i]);
+    for (int i = 0; i < 2; i++) {
+        if (inside[i]) store_states(sums + (own_channel + i) * N_STATE, STATES * p, dA[i]);
 #pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) {
-        dD += __shfl_xor_sync(ALL, dD, lanes);
-        dbias += __shfl_xor_sync(ALL, dbias, lanes);
-    }
-    if (q == 0 && inside_own) {
-        sums[D_INNER * N_STATE + c_own] = dD;
-        sums[D_INNER * (N_STATE + 1) + c_own] = dbias;
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+            dD[i] += __shfl_xor_sync(ALL, dD[i], lanes);
+            dbias[i] += __shfl_xor_sync(ALL, dbias[i], lanes);
+        }
+        if (p == 0 && inside[i]) {
+            sums[D_INNER * N_STATE + own_channel + i] = dD[i];
+            sums[D_INNER * (N_STATE + 1) + own_channel + i] = dbias[i];
+        }
     }
 }
 

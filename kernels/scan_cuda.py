@@ -142,10 +142,18 @@ def _kernels(backward, A, sizes, u, delta, z, B, C, dy=None, dz=None):
     steps = {"U": u, "DELTA": delta, "Z": z, "B": B, "C": C, "DY": dy, "DZ": dz}
     return load_kernels(u.device, (
         ("BACKWARD", int(backward)), ("D_INNER", d_inner), ("N_STATE", n_state), ("IO", DTYPES[u.dtype]),
+        ("ALIGNED", int(_aligned((u, delta, z, dy, dz), 2) and _aligned((B, C), 8) and _padded(n_state) == n_state)),
         ("CHUNK", sizes.chunk), ("BACKWARD_STEPS", BACKWARD_STEPS), ("BACKWARD_WARPS", sizes.warps),
         ("BACKWARD_BLOCKS", sizes.blocks),
         *((f"{name}_STEP", 0 if tensor is None else tensor.stride(1)) for name, tensor in steps.items()),
     ))  # fmt: skip
+
+
+def _aligned(tensors, count):
+    """Whether `count` neighbouring channels of the tensors can be loaded at once, wherever they start."""
+    return all(number % count == 0 for tensor in tensors if tensor is not None
+               for number in (*tensor.shape[2:], *tensor.stride()[:2], tensor.storage_offset(),
+                              tensor.data_ptr() // tensor.element_size()))  # fmt: skip
 
 
 def _split_time(batch, time, d_inner, channels, chunk, device):

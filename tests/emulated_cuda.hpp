@@ -24,10 +24,12 @@ using std::min;
 struct float2 { float x, y; };
 struct float3 { float x, y, z; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 static inline float __uint_as_float(uint32_t x) { float y; memcpy(&y, &x, 4); return y; }
 static inline uint32_t __float_as_uint(float x) { uint32_t y; memcpy(&y, &x, 4); return y; }
@@ -90,16 +92,18 @@ static void mma_tf32(float (&d)[4], float a0, float a1, float a2, float a3, floa
         }
     });
 }
-static void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-    const uint32_t given[3] = {a0, a1, b};
+static void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    const uint32_t given[6] = {a0, a1, a2, a3, b0, b1};
     exchange(given, [&](uint32_t(*all)[6], int lane) {
         for (int i = 0; i < 4; i++) {
             const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
-            for (int k = 0; k < 8; k++)
-                d[i] += half_of(all[4 * row + k / 2][i / 2], k % 2) * half_of(all[4 * column + k / 2][2], k % 2);
+            for (int k = 0; k < 16; k++)
+                d[i] += half_of(all[4 * row + k % 8 / 2][i / 2 + k / 8 * 2], k % 2)
+                        * half_of(all[4 * column + k % 8 / 2][4 + k / 8], k % 2);
         }
     });
 }
+static uint32_t any_number() { return 0x7fff7fff; }  // NaN
 static uint32_t transposed(uint32_t x) {
     const uint32_t given[1] = {x};
     exchange(given, [&](uint32_t(*all)[6], int lane) {
