@@ -306,7 +306,7 @@ def block_gemms(batch, time, d_model, d_inner, d_state):
 
 
 def kernel_limits(limits, batch, time, d_inner, d_state):
-    """The least seconds of each kernel of the back end triton for bfloat16 inputs: {kernel: seconds}.
+    """The least seconds of each kernel of the back end cuda for bfloat16 inputs: {kernel: seconds}.
 
     Either the bytes that it reads and writes, once each, over the bandwidth, or its exps over their rate, whichever
     takes longer. There is one exp per state update, and two per channel and step for the softplus and the gate.
@@ -738,7 +738,7 @@ def measure_epoch(bench):
         model = training.build_model(args, series.feature_dim).to(device)
         # On a CPU the peer has our blocks too: there this row is about the loop around them.
         peers, notes = find_peers(device) if cuda else ({}, [])
-        blocks = next(iter(peers), f"our {'triton' if cuda else 'cpu'}")
+        blocks = next(iter(peers), f"our {'cuda' if cuda else 'cpu'}")
         if peers:
             model = with_blocks_of(peers[blocks], model)
         found = interleaved({"ours": lambda: train_by_script(folder, flags, device, epochs),

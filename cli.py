@@ -45,6 +45,10 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 # Flags of training that say how to compute, or that name files: two runs that differ in them alone differ in nothing.
 WITHOUT_EFFECT = ("checkpoint", "resume", "eval", "device", "scan", "num_workers", "no_compile", "no_train_eval",
                   "log_dir", "format", "style")
+# The back ends of the selective scan, as --scan names them (kernels/selective_scan.py has them), and what they were
+# called formerly: old commands and checkpoints hold such names.
+BACKENDS = ("auto", "cuda", "mamba-ssm", "cpu", "reference")
+FORMER_BACKENDS = {"triton": "cuda"}
 SIGNALS = ("delta", "B", "C", "z")  # what a Mamba block computes from its input at every step: see mamba_model.py
 # What goes on beside what a progress line says, such as "compiling kernels"; the first entry is shown behind it.
 DOING = []
@@ -361,8 +365,13 @@ def add_device(group):
 
 
 def add_scan(group):
-    group.add_argument("--scan", default="auto", choices=["auto", "triton", "mamba-ssm", "cpu", "reference"],
-                       help="back end of the selective scan; auto: triton on a GPU, cpu elsewhere")
+    group.add_argument("--scan", default="auto", choices=BACKENDS, type=backend_name,
+                       help="back end of the selective scan; auto: cuda on a GPU, cpu elsewhere")
+
+
+def backend_name(name):
+    """The name that a back end of the scan has today."""
+    return FORMER_BACKENDS.get(name, name)
 
 
 def add_computing(parser):

@@ -153,6 +153,7 @@ import run_files
 import terminal
 import unseen
 from kernels.cuda_graph import captured
+from kernels.selective_scan import check_bfloat16
 from mamba_model import (
     CausalTimeSeriesMamba,
     at_least_float32,
@@ -556,6 +557,8 @@ def prepare(args, files, ranks):
     state = open_state(args, saved, files["last"], series, plan, ranks.device, scaling)
     if saved is not None:
         run_files.check_resumed(plan, state.step, int(saved["args"].get("epochs", args.epochs)))
+    if not args.no_amp:
+        check_bfloat16(state.model.backend_for(ranks.device), ranks.device)
     state.origin["record"] = run_files.record_of_start(args, ranks, state, files["record"], saved)
     ranks.divide_totals(state.totals)
     return args, series, windows, plan, state

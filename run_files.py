@@ -29,6 +29,7 @@ import learned
 import level_tables
 import terminal
 import unseen
+from kernels.selective_scan import check_bfloat16
 from mamba_model import open_model, read_checkpoint, save_checkpoint, stem, trained_on, validation_errors
 from optimal_filter import error_rows, error_table, excess_nats, excess_percent, process_or_none, window_floors
 
@@ -518,6 +519,9 @@ def print_evaluation(path, args, parse_args, alone=True):
     data_dir = args.data_dir if "data_dir" in args.flags_given else None
     model, saved, series = open_model(path, data_dir, device, args.scan)
     checkpoint = read_checkpoint(path)
+    amp = not (args.no_amp or "scaling" in checkpoint)  # data far from 0 need float32
+    if amp:
+        check_bfloat16(model.backend_for(device), device)
     if alone:
         print_record(files_of(path)["record"], checkpoint.get("record"))
     # The windows of training, unless a flag says otherwise
@@ -536,7 +540,7 @@ def print_evaluation(path, args, parse_args, alone=True):
                                                     held_back)
     windows = dataset.Windows(series.X, seq_len, device)
     errors = validation_errors(model, windows, torch.from_numpy(val_starts).to(windows.starts_device), batch_size,
-                               not (args.no_amp or "scaling" in checkpoint))  # data far from 0 need float32
+                               amp)
     floor = floors(series, val_starts, seq_len, model)
     print(f"{path}: epoch {checkpoint.get('epoch')}, {sum(p.numel() for p in model.parameters()):,} parameters")
     print(error_table(error_rows(model.errors_by_horizon(errors), floor)))

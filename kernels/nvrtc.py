@@ -4,8 +4,11 @@ NVRTC, NVIDIA's run-time compiler, comes with torch (the package nvidia-cuda-nvr
 are called through ctypes. There is neither a CUDA toolkit nor a C compiler involved, and a launch takes less of the
 host's time than one through Triton: kernels take a single argument, a structure of all that they need.
 
-A compiled file is kept in memory by process and GPU, and on disk, in the user's own cache folder, by everything that it
-depends on. A damaged or missing file on disk only means to compile once more, which takes about a second.
+What is compiled is kept in memory by process and GPU, and on disk by everything that it depends on: in the user's cache
+folder or, where nothing can be written there, in a folder of the temporary directory that only this user can read or
+write, since what lies in it is executed. Where that can't be had either, every process compiles anew, which takes about
+a second. A file whose checksum is wrong counts as missing. Several processes may compile at once: each writes a file of
+its own, which then takes the place of the others' as a whole.
 """
 
 import contextlib
@@ -15,6 +18,7 @@ import hashlib
 import importlib.util
 import os
 import pathlib
+import tempfile
 import zlib
 
 import torch
@@ -23,12 +27,15 @@ import cli
 
 CHECKSUM_BYTES = 4
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_PER_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 @functools.cache
-def _libraries():
-    """(NVRTC, the driver) as ctypes libraries."""
+def libraries():
+    """(NVRTC, the driver) as ctypes libraries. None where there is no NVRTC of torch's CUDA version, or no driver."""
+    if torch.version.cuda is None:
+        return None
     major = torch.version.cuda.split(".")[0]
     names = []
     package = importlib.util.find_spec("nvidia")  # the namespace of NVIDIA's packages, of which torch requires some
@@ -43,51 +50,60 @@ def _libraries():
     for name in (*names, f"libnvrtc.so.{major}", "libnvrtc.so"):
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name), ctypes.CDLL("libcuda.so.1")
-    raise cli.UserError("NVRTC, which torch's CUDA builds bring along, was not found; pip install nvidia-cuda-nvrtc, "
-                        "or choose --scan reference, which is slow")  # fmt: skip
+    return None
 
 
-def _check_nvrtc(code, program=None):
-    nvrtc, _ = _libraries()
+def _check_nvrtc(code):
     if code == 0:
         return
+    nvrtc, _ = libraries()
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-    log = b""
-    if program is not None:
-        size = ctypes.c_size_t()
-        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetProgramLog(program, log)
-        log = log.value
-    raise RuntimeError(f"NVRTC: {nvrtc.nvrtcGetErrorString(code).decode()}\n{log.decode()}")
+    raise RuntimeError(f"NVRTC: {nvrtc.nvrtcGetErrorString(code).decode()}")
 
 
 def _check_driver(code):
     if code == 0:
         return
     text = ctypes.c_char_p()
-    _libraries()[1].cuGetErrorString(code, ctypes.byref(text))
+    libraries()[1].cuGetErrorString(code, ctypes.byref(text))
     raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}")
 
 
 def _enter_context():
     """Make the context of the current GPU that of this thread. A thread of autograd's may begin without one: torch only
     enters it when it calls CUDA there itself."""
-    _, driver = _libraries()
+    _, driver = libraries()
     context = ctypes.c_void_p()
     _check_driver(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()))
     _check_driver(driver.cuCtxSetCurrent(context))
 
 
+def shared_per_block(device_index):
+    """The bytes of shared memory that a block may have on a GPU."""
+    _, driver = libraries()
+    device, number = ctypes.c_int(), ctypes.c_int()
+    _check_driver(driver.cuDeviceGet(ctypes.byref(device), device_index))
+    _check_driver(driver.cuDeviceGetAttribute(ctypes.byref(number), SHARED_PER_BLOCK, device))
+    return number.value
+
+
 def compiled(source, options):
-    """The machine code of a CUDA C++ source, bytes. options: a list of NVRTC's, among them the architecture."""
-    nvrtc, _ = _libraries()
+    """The machine code of a CUDA C++ source, bytes. options: a list of NVRTC's, among them the architecture.
+
+    Raises RuntimeError, with the first error that the compiler found.
+    """
+    nvrtc, _ = libraries()
     program = ctypes.c_void_p()
     _check_nvrtc(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"scan.cu", 0, None, None))
     try:
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        _check_nvrtc(nvrtc.nvrtcCompileProgram(program, len(options), words), program)
         size = ctypes.c_size_t()
+        if nvrtc.nvrtcCompileProgram(program, len(options), words) != 0:
+            _check_nvrtc(nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
+            log = ctypes.create_string_buffer(size.value)
+            _check_nvrtc(nvrtc.nvrtcGetProgramLog(program, log))
+            lines = log.value.decode(errors="replace").split("\n")
+            raise RuntimeError(next((line.strip() for line in lines if "error" in line), "NVRTC gives no reason"))
         _check_nvrtc(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
         binary = ctypes.create_string_buffer(size.value)
         _check_nvrtc(nvrtc.nvrtcGetCUBIN(program, binary))
@@ -96,54 +112,93 @@ def compiled(source, options):
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _cache_folder():
-    """Where compiled files are kept: the user's cache folder or, without a home, the folder in the temporary directory
-    that only this user can write to (what lies in it is executed). None where that can't be had either."""
+# ---- on disk ---------------------------------------------------------------------------------------------------
+
+
+def _cache_folders():
+    """Where compiled files may lie, one after the other: the user's cache folder, unless there is no home; the user's
+    own folder in the temporary directory, unless it can't be had."""
     home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if os.path.isabs(home):
-        return pathlib.Path(home, "mambasynth")
+        yield pathlib.Path(home, "mambasynth")
     with contextlib.suppress(OSError):
-        return pathlib.Path(cli.private_folder(), "nvrtc")
+        yield pathlib.Path(cli.private_folder(), "nvrtc")
+
+
+def _read(path):
+    """The machine code in a file, or None where it is missing or damaged."""
+    with contextlib.suppress(OSError):
+        data = path.read_bytes()
+        binary, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+        if binary and zlib.crc32(binary).to_bytes(CHECKSUM_BYTES, "little") == checksum:
+            return binary
     return None
+
+
+def _write(path, binary):
+    """Write machine code to a file, which appears whole or not at all. Returns whether it could be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, beside = tempfile.mkstemp(dir=path.parent)
+    except OSError:
+        return False
+    try:
+        with os.fdopen(number, "wb") as file:
+            file.write(binary + zlib.crc32(binary).to_bytes(CHECKSUM_BYTES, "little"))
+        os.replace(beside, path)
+        return True
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        return False
 
 
 def _cached(source, options):
     """`compiled`, from the disk where it was compiled before."""
-    nvrtc, _ = _libraries()
+    nvrtc, _ = libraries()
     version = (ctypes.c_int(), ctypes.c_int())
     _check_nvrtc(nvrtc.nvrtcVersion(*(ctypes.byref(number) for number in version)))
     key = repr((source, options, [number.value for number in version]))
-    folder = _cache_folder()
-    if folder is None:
-        return compiled(source, options)
-    path = folder / (hashlib.sha256(key.encode()).hexdigest() + ".cubin")
-    with contextlib.suppress(OSError):
-        data = path.read_bytes()
-        if zlib.crc32(data[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little") == data[-CHECKSUM_BYTES:]:
-            return data[:-CHECKSUM_BYTES]
-    binary = compiled(source, options)
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_bytes(binary + zlib.crc32(binary).to_bytes(CHECKSUM_BYTES, "little"))
-        beside.replace(path)
+    paths = [folder / (hashlib.sha256(key.encode()).hexdigest() + ".cubin") for folder in _cache_folders()]
+    binary = next((found for found in map(_read, paths) if found is not None), None)
+    if binary is None:
+        with _told("compiling kernels, once" if paths else "compiling kernels"):
+            binary = compiled(source, options)
+        any(_write(path, binary) for path in paths)  # in the first place where that can be done
     return binary
+
+
+@contextlib.contextmanager
+def _told(words):
+    """Lets progress lines (terminal.py) say what is going on beside."""
+    cli.DOING.append(words)
+    try:
+        yield
+    finally:
+        cli.DOING.remove(words)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def kernels(path, defines, device_index):
     """The kernels of a CUDA C++ file for one GPU: a function kernel(name) of which see `_Kernel`.
 
-    defines: a tuple of (name, value) pairs, macros. The GPU must be the current one.
+    defines: a tuple of (name, value) pairs, macros. The GPU must be the current one. Raises UserError where the file
+    can't be compiled for this GPU, or the driver doesn't take the result.
     """
-    major, minor = torch.cuda.get_device_capability(device_index)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", "--use_fast_math",
+    architecture = "sm_{}{}".format(*torch.cuda.get_device_capability(device_index))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--use_fast_math",
                *(f"-D{name}={value}" for name, value in defines)]  # fmt: skip
-    binary = _cached(pathlib.Path(path).read_text(), options)
-    _, driver = _libraries()
-    _enter_context()
     module = ctypes.c_void_p()
-    _check_driver(driver.cuModuleLoadData(ctypes.byref(module), binary))
+    try:
+        binary = _cached(pathlib.Path(path).read_text(), options)
+        _enter_context()
+        _check_driver(libraries()[1].cuModuleLoadData(ctypes.byref(module), binary))
+    except RuntimeError as error:
+        raise cli.UserError(f"the kernels of {pathlib.Path(path).name} can't be compiled for this GPU, {architecture} "
+                            f"({error}); choose --scan mamba-ssm, or --scan reference, which is slow") from None
     return functools.cache(lambda name: _Kernel(module, name))
 
 
@@ -152,7 +207,7 @@ class _Kernel:
     stream of the current GPU."""
 
     def __init__(self, module, name):
-        _, driver = _libraries()
+        _, driver = libraries()
         self.function = ctypes.c_void_p()
         _check_driver(driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()))
         self.launch = driver.cuLaunchKernel
@@ -160,7 +215,7 @@ class _Kernel:
 
     def __call__(self, blocks, threads, arguments, shared=0):
         if shared > self.shared:
-            _check_driver(_libraries()[1].cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared))
+            _check_driver(libraries()[1].cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared))
             self.shared = shared
         stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))

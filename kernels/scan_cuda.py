@@ -25,6 +25,7 @@ import torch
 
 import cli
 from kernels import nvrtc
+from kernels.selective_scan import check_bfloat16
 
 # Steps between saved states: the longer, the less memory they take, but time can only be split between them. The
 # shorter is taken where the GPU needs that, and for more than 32 states, for want of shared memory.
@@ -69,31 +70,32 @@ def _pointer(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(*tensors):
+def check_inputs(*tensors):
     """Raise UserError for tensors that the kernels would compute wrongly: another dtype, strided channels."""
     for tensor in tensors:
         if tensor.dtype not in DTYPES:
-            raise cli.UserError(f"the CUDA scan takes float32, bfloat16 or float16, not {tensor.dtype}; "
-                                "use the reference back end")  # fmt: skip
+            raise cli.UserError(f"scan back end cuda takes float32, bfloat16 or float16, not {tensor.dtype}; "
+                                "give --scan reference, which is slow")  # fmt: skip
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise cli.UserError("the CUDA scan needs contiguous channels; pass (batch, time, channels) tensors")
+            raise cli.UserError("scan back end cuda needs contiguous channels; pass (batch, time, channels) tensors")
 
 
-def _on(tensor):
+def on_device_of(tensor):
     """A context in which the tensor's device is the current one, on which kernels are launched."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
-def _ceil_div(a, b):
+def ceil_div(a, b):
     return -(-a // b)
 
 
 def _padded(n_state):
     """The states per channel that scan.cu reckons with: a power of two."""
     if n_state > MAX_STATE:
-        raise cli.UserError(f"the CUDA scan takes d_state up to {MAX_STATE}, not {n_state}")
+        raise cli.UserError(f"scan back end cuda takes d_state up to {MAX_STATE}, not {n_state}; give --scan "
+                            "mamba-ssm, or --scan reference, which is slow")  # fmt: skip
     return max(16, 1 << (n_state - 1).bit_length())
 
 
@@ -103,19 +105,34 @@ def _processors(device):
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-class _Sizes:
-    """How the kernels divide their work, for N padded states per channel, inputs of a dtype and chunks of steps."""
+@functools.cache
+def _shared_limit(device):
+    """The bytes of shared memory that a block may have on a GPU; on a CPU those of an H100."""
+    return nvrtc.shared_per_block(device.index) if device.type == "cuda" else 227 * 1024
 
-    def __init__(self, n_state, dtype, chunk):
+
+class _Sizes:
+    """How the kernels divide their work, for N padded states per channel, inputs of a dtype, chunks of steps, and GPUs
+    whose blocks may have `limit` bytes of shared memory."""
+
+    def __init__(self, n_state, dtype, chunk, limit):
         N, fast = _padded(n_state), dtype == torch.bfloat16
         self.chunk = chunk
         self.forward_channels = FORWARD_WARPS * (16 if N <= 32 else 8)
-        self.warps = min(BACKWARD_WARPS, max(1, BACKWARD_WARPS * 32 // N))
-        self.channels = 8 * self.warps
         self.blocks = 3 if fast and N <= 32 else 1  # of the backward pass, that a multiprocessor should hold at once
         states = N // 8 * (4 if fast else 8)  # bytes of a lane's states
         warp = chunk * 64 + 8 * 8 * 16 + (chunk // BACKWARD_STEPS - 1) * 32 * states + (0 if fast else 3 * 64 * 4)
-        self.shared = 4 * (2 * chunk * N + self.warps * 8 * 2 * N) + self.warps * warp
+        self.warps = min(BACKWARD_WARPS, max(1, BACKWARD_WARPS * 32 // N))
+        while True:  # fewer warps per block where shared memory is scarce
+            self.channels = 8 * self.warps
+            self.shared = 4 * (2 * chunk * N + self.warps * 8 * 2 * N) + self.warps * warp
+            if self.shared <= limit or self.warps == 1:
+                break
+            self.warps //= 2
+        if self.shared > limit:
+            raise cli.UserError(f"scan back end cuda needs {self.shared // 1024} KiB of shared memory per block for "
+                                f"d_state {n_state}, and this GPU has {limit // 1024}; give --scan mamba-ssm, or "
+                                "--scan reference, which is slow")  # fmt: skip
 
 
 _sizes = functools.cache(_Sizes)
@@ -123,15 +140,14 @@ _sizes = functools.cache(_Sizes)
 
 @functools.cache
 def _chunk(batch, d_inner, n_state):
-    return CHUNK if n_state <= 32 and batch * _ceil_div(d_inner, 8) >= WARPS_FOR_CHUNK else SHORT_CHUNK
+    return CHUNK if n_state <= 32 and batch * ceil_div(d_inner, 8) >= WARPS_FOR_CHUNK else SHORT_CHUNK
 
 
 @functools.cache
 def load_kernels(device, defines):
     """The kernels of scan.cu for a GPU; the tests put their emulation in this function's place."""
-    if ("IO", DTYPES[torch.bfloat16]) in defines and torch.cuda.get_device_capability(device) < (8, 0):
-        raise cli.UserError("the CUDA scan takes bfloat16 on GPUs from compute capability 8.0 on; "
-                            "train with --no-amp here")  # fmt: skip
+    if ("IO", DTYPES[torch.bfloat16]) in defines:
+        check_bfloat16("cuda", device)
     return nvrtc.kernels(SOURCE, defines, device.index)
 
 
@@ -159,11 +175,11 @@ def _aligned(tensors, count):
 def _split_time(batch, time, d_inner, channels, chunk, device):
     """(groups of channels, splits of time, steps per split: whole chunks). Time is only split where too few warps would
     be busy."""
-    groups = _ceil_div(d_inner, channels)
-    wanted = _ceil_div(WARPS_TO_FILL * _processors(device), batch * _ceil_div(d_inner, 8))
-    chunks = _ceil_div(time, chunk)
-    chunks_each = _ceil_div(chunks, min(wanted, MAX_SPLITS, chunks))
-    return groups, _ceil_div(chunks, chunks_each), chunks_each * chunk
+    groups = ceil_div(d_inner, channels)
+    wanted = ceil_div(WARPS_TO_FILL * _processors(device), batch * ceil_div(d_inner, 8))
+    chunks = ceil_div(time, chunk)
+    chunks_each = ceil_div(chunks, min(wanted, MAX_SPLITS, chunks))
+    return groups, ceil_div(chunks, chunks_each), chunks_each * chunk
 
 
 def _split_starts(kernels, name, forward, cut, A, h0):
@@ -181,7 +197,7 @@ def _split_starts(kernels, name, forward, cut, A, h0):
     arguments = forward.arguments(starts=None, h_last=ends, dt_sums=dt_sums)
     kernels(name)(groups * splits * batch, 32 * FORWARD_WARPS, arguments)
     carry = CarryArgs(*map(_pointer, (ends, dt_sums, A, h0, starts)), batch, splits, name == "split_ends_reversed")
-    kernels("carry_over_splits")(_ceil_div(batch * A.numel(), THREADS), THREADS, carry)
+    kernels("carry_over_splits")(ceil_div(batch * A.numel(), THREADS), THREADS, carry)
     return starts
 
 
@@ -200,7 +216,7 @@ class _Forward:
 
 def chunk_states_shape(batch, time, d_inner, n_state):
     """Shape of the states that `scan_forward` keeps for `scan_backward`."""
-    return batch, _ceil_div(time, _chunk(batch, d_inner, n_state)), d_inner, n_state
+    return batch, ceil_div(time, _chunk(batch, d_inner, n_state)), d_inner, n_state
 
 
 def chunk_states_dtype(dtype):
@@ -217,15 +233,15 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
     h0 (batch, d_inner, N), float32, is the state before the first step, zero if it is None, as the model has it: only
     the tests give another. h_last is the last state, alike. chunk_states: the states before each chunk.
     """
-    _check(u, delta, z, B, C)
+    check_inputs(u, delta, z, B, C)
     batch, time, d_inner = u.shape
-    sizes = _sizes(A.shape[1], u.dtype, _chunk(batch, *A.shape))
+    sizes = _sizes(A.shape[1], u.dtype, _chunk(batch, *A.shape), _shared_limit(u.device))
     cut = groups, splits, _ = _split_time(batch, time, d_inner, sizes.forward_channels, sizes.chunk, u.device)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     shape = chunk_states_shape(batch, time, *A.shape)
     states = torch.empty(shape, dtype=chunk_states_dtype(u.dtype), device=u.device)
     h_last = torch.empty((batch, *A.shape), dtype=torch.float32, device=u.device)
-    with _on(u):
+    with on_device_of(u):
         kernels = _kernels(False, A, sizes, u, delta, z, B, C)
         forward = _Forward(u, delta, z, B, C, A, D, delta_bias, cut)
         starts = _split_starts(kernels, "split_ends", forward, cut, A, h0)
@@ -234,35 +250,35 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
     return y, states, h_last
 
 
-def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, ddelta=None):
+def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC):
     """The gradients of `scan_forward`'s inputs from dy, that of its y, and the chunk_states that it returned.
 
-    Writes dz, dB and dC into the views given, and ddelta where that is given: it may be delta itself, if contiguous.
+    Writes dz, dB and dC into the views given, and ddelta over delta, which must be contiguous and isn't needed again.
     Returns (du, ddelta, dA, dD, ddelta_bias): du, ddelta in u's dtype, the others in float32.
     """
-    _check(dy, u, delta, z, B, C, dz, dB, dC)
+    check_inputs(dy, u, delta, z, B, C, dz, dB, dC)
     batch, time, d_inner = u.shape
     n_state = A.shape[1]
-    sizes = _sizes(n_state, u.dtype, _chunk(batch, *A.shape))
+    sizes = _sizes(n_state, u.dtype, _chunk(batch, *A.shape), _shared_limit(u.device))
     groups, splits, split_len = _split_time(batch, time, d_inner, sizes.channels, sizes.chunk, u.device)
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    ddelta = torch.empty_like(du) if ddelta is None else ddelta
+    assert delta.is_contiguous(), "its gradient takes the place of delta"
     dBC = torch.empty((groups, batch, time, 2 * n_state), dtype=chunk_states_dtype(u.dtype), device=u.device)
     sums = torch.empty((batch * splits, d_inner * (n_state + 2)), dtype=torch.float32, device=u.device)
     dA, dD, ddelta_bias = (torch.empty(shape, dtype=torch.float32, device=u.device)
                            for shape in (A.shape, (d_inner,), (d_inner,)))  # fmt: skip
-    with _on(u):
+    with on_device_of(u):
         kernels = _kernels(True, A, sizes, u, delta, z, B, C, dy, dz)
-        ends_cut = _ceil_div(d_inner, sizes.forward_channels), splits, split_len
+        ends_cut = ceil_div(d_inner, sizes.forward_channels), splits, split_len
         reversed_forward = _Forward(dy, delta, z, C, None, A, D, delta_bias, ends_cut)
         starts = _split_starts(kernels, "split_ends_reversed", reversed_forward, ends_cut, A, None)
-        tensors = dy, u, delta, z, B, C, A, D, delta_bias, chunk_states, starts, du, ddelta, dz, dBC, sums
+        tensors = dy, u, delta, z, B, C, A, D, delta_bias, chunk_states, starts, du, delta, dz, dBC, sums
         strides = (tensor.stride(0) for tensor in (dy, u, delta, z, B, C, dz))
         arguments = BackwardArgs(*map(_pointer, tensors), *strides, batch, time, groups, splits, split_len)
         kernels("scan_backward")(groups * splits * batch, 32 * sizes.warps, arguments, sizes.shared)
-        kernels("sum_groups")(_ceil_div(batch * time * n_state, THREADS), THREADS, GroupSumArgs(
+        kernels("sum_groups")(ceil_div(batch * time * n_state, THREADS), THREADS, GroupSumArgs(
             *map(_pointer, (dBC, dB, dC)), dB.stride(0), dB.stride(1), dC.stride(0), dC.stride(1), batch * time, time,
             groups))  # fmt: skip
-        kernels("sum_rows")(_ceil_div(sums.shape[1], 32), THREADS, RowSumArgs(
+        kernels("sum_rows")(ceil_div(sums.shape[1], 32), THREADS, RowSumArgs(
             *map(_pointer, (sums, dA, dD, ddelta_bias)), len(sums), dA.numel(), d_inner, d_inner))
-    return du, ddelta, dA, dD, ddelta_bias
+    return du, delta, dA, dD, ddelta_bias

@@ -3,10 +3,10 @@
 `mamba_inner` is everything in a Mamba block between in_proj and out_proj (Gu & Dao 2023, arXiv 2312.00752, algorithm 2
 and figure 3): causal convolution, the projections that make the recurrence depend on its input, the scan and the gate.
 
-Back ends (`choose_backend`): "cpu" (scan_cpu.py, Numba), "triton" (scan_triton.py and, for the scan itself, CUDA C++:
-scan_cuda.py), "mamba-ssm" (the package of the paper's authors, CUDA) and "reference" (a loop over time in plain torch,
-any device: slow, and what the others are tested against). Numba, Triton and mamba-ssm are imported when their back end
-first runs, not before.
+Back ends (`choose_backend`): "cpu" (scan_cpu.py, Numba), "cuda" (scan_cuda.py, CUDA C++, with the convolution before it
+in conv_triton.py, Triton), "mamba-ssm" (the package of the paper's authors, CUDA) and "reference" (a loop over time in
+plain torch, any device: slow, and what the others are tested against). Numba, Triton and mamba-ssm are imported when
+their back end first runs, not before.
 
 The equations, with the names that both backward kernels use for the same quantities
 ------------------------------------------------------------------------------------
@@ -63,12 +63,14 @@ import sysconfig
 import torch
 import torch.nn.functional as F
 
-from cli import UserError
+from cli import BACKENDS, UserError, backend_name
 
-BACKENDS = ("auto", "triton", "mamba-ssm", "cpu", "reference")
 NO_SECOND_DERIVATIVE = ("the kernels of the selective scan have no second derivative; give --scan reference, or "
                         "model.use_scan(\"reference\", device), which is slow")
-KERNEL_MODULES = {"cpu": "kernels.scan_cpu", "triton": "kernels.scan_triton"}
+# Of the back ends with kernels of their own: the module of the convolution and that of the scan.
+KERNEL_MODULES = {"cpu": ("kernels.scan_cpu", "kernels.scan_cpu"), "cuda": ("kernels.conv_triton", "kernels.scan_cuda")}
+# The least compute capability of a GPU for the back end cuda, and for bfloat16 inputs, which take its tensor cores.
+LEAST_CAPABILITY, BFLOAT16_CAPABILITY = (7, 5), (8, 0)
 
 
 # ---- reference -------------------------------------------------------------------------------------------------
@@ -127,48 +129,63 @@ def conv_step(conv_state, x, weight, bias):
 def choose_backend(requested, device):
     """The back end for tensors on `device`. It is printed once per process.
 
-    `requested` is one of BACKENDS; "auto" means cpu on a CPU, and on CUDA triton or, where that isn't installed,
-    mamba-ssm. Raises UserError where the request can't be met: no other back end is taken in its place.
+    `requested` is one of BACKENDS; "auto" means cpu on a CPU, and on CUDA cuda or, where Triton isn't installed or the
+    GPU is too old for it, mamba-ssm if that is installed. Raises UserError where the request can't be met: no other
+    back end is taken in its place.
     """
-    device_type = torch.device(device).type
+    device, requested = torch.device(device), backend_name(requested)
     if requested not in BACKENDS:
         raise UserError(f"unknown scan back end {requested!r}; choose from {', '.join(BACKENDS)}")
-    if device_type not in ("cpu", "cuda"):
-        raise UserError(f"no scan back end for device {device_type}; use a CPU or a CUDA device")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"no scan back end for device {device.type}; use a CPU or a CUDA device")
     backend = requested
     if requested == "auto":
-        fitting = ("cpu",) if device_type == "cpu" else ("triton", "mamba-ssm")
-        backend = next((name for name in fitting if _installed(name)), None)
-        if backend is None:
-            wanted = "numba" if device_type == "cpu" else "triton (comes with torch for CUDA) or mamba-ssm"
-            raise UserError(f"no scan back end for {device_type}: {wanted} is not installed; pip install it, or ask "
-                            "for the slow back end named reference")
-    if backend in ("triton", "mamba-ssm") and device_type == "cpu":
+        fitting = ("cpu",) if device.type == "cpu" else ("cuda", "mamba-ssm")
+        backend = next((name for name in fitting if _unfit(name, device) is None), fitting[0])
+    if backend in ("cuda", "mamba-ssm") and device.type == "cpu":
         raise UserError(f"scan back end {backend} needs a CUDA device; use cpu or reference on a CPU")
-    if backend == "cpu" and device_type == "cuda":
-        raise UserError("scan back end cpu does not run on a CUDA device; use triton, mamba-ssm or reference there")
-    if not _installed(backend):
-        package = {"cpu": "numba"}.get(backend, backend)
-        raise UserError(f"scan back end {backend} needs the package {package}, which is not installed; "
-                        f"pip install {package}")
-    if backend == "triton":
-        missing = missing_for_triton()
-        if missing:
-            raise UserError(f"scan back end triton needs {missing}; or choose --scan reference, which is slow")
+    if backend == "cpu" and device.type == "cuda":
+        raise UserError("scan back end cpu does not run on a CUDA device; use cuda, mamba-ssm or reference there")
+    missing = _unfit(backend, device) or (missing_for_cuda() if backend == "cuda" else None)
+    if missing:
+        others = "--scan mamba-ssm, or --scan reference" if backend == "cuda" else "--scan reference"
+        raise UserError(f"scan back end {backend} needs {missing}; or choose {others}, which is slow")
     _announce(f"cpu (numba, {torch.get_num_threads()} threads)" if backend == "cpu" else backend)
     return backend
 
 
-def _installed(backend):
-    modules = {"cpu": "numba", "triton": "triton", "mamba-ssm": "mamba_ssm"}
-    return backend not in modules or importlib.util.find_spec(modules[backend]) is not None
+def _unfit(backend, device):
+    """What a back end needs and hasn't here, in words: its package, or a newer GPU. None where it has both."""
+    module = {"cpu": "numba", "cuda": "triton", "mamba-ssm": "mamba_ssm"}.get(backend)
+    if module is not None and importlib.util.find_spec(module) is None:
+        package = module.replace("_", "-")
+        return f"the package {package}, which is not installed: pip install {package}"
+    if backend == "cuda" and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
+        return f"{_capability_words(LEAST_CAPABILITY)}, and {_gpu_words(device)}"
+    return None
 
 
-def missing_for_triton():
-    """What this machine lacks to compile Triton's launcher, in words that say what to install, or None.
+def _capability_words(least):
+    return "a GPU of compute capability {}.{} or above".format(*least)
 
-    Triton builds a small C file per process and kernel, with the compiler that CC names, else gcc or clang, against
-    Python's headers. The usual runtime containers have neither.
+
+def _gpu_words(device):
+    return "{} has {}.{}".format(device, *torch.cuda.get_device_capability(device))
+
+
+def check_bfloat16(backend, device):
+    """Raise UserError where a back end can't take the bfloat16 inputs that autocast makes on this torch.device."""
+    if backend == "cuda" and torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
+        raise UserError(f"scan back end cuda needs {_capability_words(BFLOAT16_CAPABILITY)} for bfloat16, and "
+                        f"{_gpu_words(device)}; give --no-amp, or --scan reference, which is slow")
+
+
+def missing_for_cuda():
+    """What this machine lacks for the back end cuda, in words that say what to install, or None.
+
+    The scan is compiled by NVRTC. Beside it Triton, for the convolution, builds a small C file per process and kernel,
+    with the compiler that CC names, else gcc or clang, against Python's headers. The usual runtime containers have
+    neither compiler nor headers.
     """
     compiler = os.environ.get("CC")
     if compiler is None and not (shutil.which("gcc") or shutil.which("clang")):
@@ -179,6 +196,10 @@ def missing_for_triton():
     if os.name == "posix" and not os.path.exists(headers):
         version = "{}.{}".format(*sys.version_info)
         return f"Python's headers, and there is no {headers}; install them (apt-get install python{version}-dev)"
+    from kernels import nvrtc
+
+    if nvrtc.libraries() is None:
+        return "NVRTC, which torch's CUDA builds bring along, and which was not found: pip install nvidia-cuda-nvrtc"
     return None
 
 
@@ -198,8 +219,8 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     with one more column, a bias; dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not
     positive; D (d_inner,); backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
 
-    For the backward pass "cpu" and "triton" keep xz, x_proj's output and one state per chunk of steps, never one per
-    step; "cpu" also keeps the convolved half of xz, which "triton" computes again. Where xz is bfloat16 or float16, the
+    For the backward pass "cpu" and "cuda" keep xz, x_proj's output and one state per chunk of steps, never one per
+    step; "cpu" also keeps the convolved half of xz, which "cuda" computes again. Where xz is bfloat16 or float16, the
     projections are computed in that type and the recurrence in float32; the gradients of the weights have the weights'
     dtype.
     """
@@ -274,22 +295,22 @@ def _scan_mamba_ssm(u, delta, A, B, C, D, z, delta_bias):
 
 
 def _kernels(backend):
-    """The module of a back end that has kernels; imported when it is first asked for."""
-    return importlib.import_module(KERNEL_MODULES[backend])
+    """The modules of a back end that has kernels, (convolution, scan); imported when they are first asked for."""
+    return [importlib.import_module(module) for module in KERNEL_MODULES[backend]]
 
 
 def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
     """(y, last state, what the backward pass needs). The third is a tuple: xc, the convolved input, or nothing where
     the backward pass computes it again; x_dbl (batch, time, dt_rank + 2 d_state), x_proj's output; the states at chunk
     boundaries."""
-    kernels = _kernels(backend)
+    conv, scan = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
-    xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
+    xc = conv.conv_silu_forward(x, conv_weight, conv_bias)
     x_dbl = linear_of(xc, x_proj_weight)
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
     delta = F.linear(low_rank, dt_proj_weight.to(xz.dtype))
-    y, chunk_states, h = kernels.scan_forward(xc, delta, A, B, C, D, z, dt_proj_bias)
-    if kernels.CONVOLVES_AGAIN:
+    y, chunk_states, h = scan.scan_forward(xc, delta, A, B, C, D, z, dt_proj_bias)
+    if conv.CONVOLVES_AGAIN:
         xc = xc.new_empty(0)
     return y, h, (xc, x_dbl, chunk_states)
 
@@ -304,19 +325,19 @@ def _inner_backward(
     xc, x_dbl, chunk_states, backend,
 ):
     """The gradients of xz and the parameters, from that of y."""
-    kernels = _kernels(backend)
+    conv, scan = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
     dt_weight = dt_proj_weight.to(xz.dtype)
-    if kernels.CONVOLVES_AGAIN:
-        xc = kernels.conv_silu_forward(x, conv_weight, conv_bias)
+    if conv.CONVOLVES_AGAIN:
+        xc = conv.conv_silu_forward(x, conv_weight, conv_bias)
     delta = F.linear(low_rank, dt_weight)  # as large as xc but far cheaper to compute: again here, rather than kept
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx_dbl = torch.empty_like(x_dbl)
     dx, dz = dxz.chunk(2, dim=-1)
     d_low_rank, dB, dC = _split(dx_dbl, dt_proj_weight, A)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum is one number, expanded with stride 0
-    dxc, d_delta, dA, dD, d_dt_bias = kernels.scan_backward(
+    dxc, d_delta, dA, dD, d_dt_bias = scan.scan_backward(
         dy, xc, delta, A, B, C, D, z, dt_proj_bias, chunk_states, dz, dB, dC
     )
     d_delta = d_delta.flatten(0, 1)
@@ -327,7 +348,7 @@ def _inner_backward(
     if x_proj_bias is not None:
         d_x_proj_weight = torch.cat([d_x_proj_weight, dx_dbl.sum((0, 1))[:, None]], dim=1)
     dxc.flatten(0, 1).addmm_(dx_dbl.flatten(0, 1), x_proj_matrix.to(xz.dtype))
-    d_conv_weight, d_conv_bias = kernels.conv_silu_backward(x, conv_weight, conv_bias, dxc, dx)
+    d_conv_weight, d_conv_bias = conv.conv_silu_backward(x, conv_weight, conv_bias, dxc, dx)
     return (dxz, d_conv_weight.to(conv_weight.dtype), d_conv_bias.to(conv_bias.dtype),
             d_x_proj_weight.to(x_proj_weight.dtype), d_dt_weight.to(dt_proj_weight.dtype),
             d_dt_bias.to(dt_proj_bias.dtype), dA.to(A.dtype), dD.to(D.dtype))
@@ -382,10 +403,10 @@ def _inner_op(
 @_inner_op.register_fake
 def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, backend):
     batch, time, _ = xz.shape
-    kernels = _kernels(backend)
-    states = xz.new_empty(kernels.chunk_states_shape(batch, time, *A.shape), dtype=kernels.chunk_states_dtype(xz.dtype))
+    conv, scan = _kernels(backend)
+    states = xz.new_empty(scan.chunk_states_shape(batch, time, *A.shape), dtype=scan.chunk_states_dtype(xz.dtype))
     y = xz.new_empty(batch, time, A.shape[0])
-    xc = xz.new_empty(0) if kernels.CONVOLVES_AGAIN else torch.empty_like(y)
+    xc = xz.new_empty(0) if conv.CONVOLVES_AGAIN else torch.empty_like(y)
     return y, xc, xz.new_empty(batch, time, x_proj_weight.shape[0]), states
 
 

@@ -498,8 +498,8 @@ def test_open_model(tmp_path, shared_data, tiny_checkpoint, monkeypatch):
     other = save(tmp_path / "other.pt", tiny(torch.float32).state_dict())
     with pytest.raises(cli.UserError, match=r"other\.pt predicts 3 features but the data have 6; give the --data-dir"):
         mamba_model.open_model(other, None, "cpu", "auto", series)
-    with pytest.raises(cli.UserError, match="scan back end triton needs a CUDA device"):
-        mamba_model.open_model(tiny_checkpoint, None, "cpu", "triton", series)
+    with pytest.raises(cli.UserError, match="scan back end cuda needs a CUDA device"):
+        mamba_model.open_model(tiny_checkpoint, None, "cpu", "cuda", series)
 
 
 def test_stem():

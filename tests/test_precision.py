@@ -27,7 +27,7 @@ HALF = (torch.float16, torch.bfloat16)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 # The CPU's kernel knows no half precision: there the loop shows what half precision itself costs.
 CASES = [("cpu", "cpu", torch.float32), *(("cpu", "reference", dtype) for dtype in HALF),
-         *(pytest.param("cuda", "triton", dtype, marks=on_gpu) for dtype in (torch.float32, *HALF))]
+         *(pytest.param("cuda", "cuda", dtype, marks=on_gpu) for dtype in (torch.float32, *HALF))]
 
 
 def model_and_windows():

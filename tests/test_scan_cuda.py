@@ -7,6 +7,8 @@ With a CUDA GPU they run on it. Without one, the same source is compiled as C++ 
 import ctypes
 import shutil
 import subprocess
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ SHAPES = {
     # batch, time, d_inner, N, input dtype, initial state?, warps wanted per multiprocessor (more: time is split), chunk
     "bfloat16, tensor cores, whole states": (1, 150, 36, 32, torch.bfloat16, True, 1, 64),
     "uneven in everything, split": (2, 75, 18, 5, torch.float32, True, 12, 32),
+    "float16, many states, fewer warps per block": (1, 37, 20, 64, torch.float16, False, 1, 32),
 }
 
 
@@ -73,8 +76,8 @@ def reference_scan(u, delta, A, B, C, D, z, delta_bias, h0):
 
 def scan_inputs(batch, time, d_inner, n_state, dtype, seed=0):
     """u, delta, A, B, C, D, z, delta_bias as the Mamba block passes them: z, B and C are slices of wider tensors. For
-    bfloat16 these slices start where 16 bytes can be loaded at once; otherwise they don't."""
-    first = 8 if dtype == torch.bfloat16 else 3
+    bfloat16 and for 64 states these start where 16 bytes can be loaded at once; otherwise they don't."""
+    first = 8 if dtype == torch.bfloat16 or n_state == 64 else 3
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -111,10 +114,10 @@ def check_scan(batch, time, d_inner, n_state, dtype, with_h0, gradient_tolerance
     first = inputs[3].storage_offset()
     dx_dbl = torch.full((batch, time, first + 2 * n_state), 7.0, device=DEVICE, dtype=dtype)
     dz, dB, dC = dxz[..., d_inner:], dx_dbl[..., first : first + n_state], dx_dbl[..., first + n_state :]
-    delta = inputs[1]  # overwritten by its gradient, as in the block
-    du, ddelta, dA, dD, ddelta_bias = scan_cuda.scan_backward(dy, *inputs, chunk_states, dz, dB, dC, ddelta=delta)
+    delta = inputs[1]
+    du, ddelta, dA, dD, ddelta_bias = scan_cuda.scan_backward(dy, *inputs, chunk_states, dz, dB, dC)
 
-    assert ddelta.data_ptr() == delta.data_ptr()
+    assert ddelta.data_ptr() == delta.data_ptr()  # overwritten by its gradient
     assert (dxz[..., :d_inner] == 7).all() and (dx_dbl[..., :first] == 7).all()  # nothing beside the views is touched
     assert y.dtype == du.dtype == ddelta.dtype == dtype
     assert h_last.dtype == dA.dtype == dD.dtype == ddelta_bias.dtype == torch.float32
@@ -173,36 +176,139 @@ def test_long_chunks_where_no_splitting_is_needed():
     assert scan_cuda.chunk_states_shape(128, 1024, 256, 32) == (128, 16, 256, 32)
     assert scan_cuda.chunk_states_shape(8, 1024, 256, 32) == (8, 32, 256, 32)
     assert scan_cuda.chunk_states_shape(128, 1025, 256, 64) == (128, 33, 256, 64)
+
+
+@pytest.mark.parametrize(("limit", "states"), [(227, 256), (163, 256), (99, 128), (64, 64)])
+def test_a_block_fits_into_the_shared_memory_of_a_gpu(limit, states):
+    """H100, A100, the GeForces since, Turing, in KiB; up to so many states per channel. More are refused."""
     for n_state in (1, 16, 32, 64, 128, 256):
-        for dtype in TOLERANCE:
+        for dtype in [torch.float32, torch.float16, *([torch.bfloat16] if limit > 64 else [])]:  # Turing has none
             for batch in (1, 1024):
-                sizes = scan_cuda._Sizes(n_state, dtype, scan_cuda._chunk(batch, 256, n_state))
-                assert sizes.shared <= 227 * 1024 // sizes.blocks - 1024
+                arguments = n_state, dtype, scan_cuda._chunk(batch, 256, n_state), limit * 1024
+                if n_state > states:
+                    with pytest.raises(cli.UserError, match=f"for d_state {n_state}, and this GPU has {limit}; give"):
+                        scan_cuda._Sizes(*arguments)
+                    continue
+                sizes = scan_cuda._Sizes(*arguments)
+                assert sizes.shared <= limit * 1024 and sizes.warps in (1, 2, 4)
+                assert limit < 227 or sizes.shared <= 227 * 1024 // sizes.blocks - 1024
+    if limit == 99:  # where a block has room for fewer warps
+        assert [scan_cuda._Sizes(32, torch.float32, 64, kib * 1024).warps for kib in (227, 99)] == [4, 2]
 
 
-def test_compiled_code_is_kept_on_disk(monkeypatch, tmp_path):
-    """What is damaged on disk is compiled again, and so is another source; without a place everything is."""
-    calls = []
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """In the place of NVRTC and the driver; `calls` holds the sources that were compiled. The home is in tmp_path."""
+    calls, kept = [], []
 
     def compiled(source, options):
         calls.append(source)
+        kept.append(list(cli.DOING))
         return b"code of " + source.encode()
 
-    def version(*numbers):
-        return 0
+    class Libraries:
+        def __getattr__(self, name):
+            return lambda *args: 0
 
     monkeypatch.setattr(nvrtc, "compiled", compiled)
-    monkeypatch.setattr(nvrtc, "_libraries", lambda: (type("nvrtc", (), {"nvrtcVersion": staticmethod(version)}), None))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    assert [nvrtc._cached("a", ["-x"]) for _ in range(2)] == [b"code of a"] * 2 and calls == ["a"]
+    monkeypatch.setattr(nvrtc, "libraries", lambda: (Libraries(), Libraries()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cli, "private_folder", lambda: str(tmp_path / "private"))
+    return SimpleNamespace(calls=calls, told=kept, home=tmp_path / "home" / "mambasynth",
+                           private=tmp_path / "private" / "nvrtc")  # fmt: skip
+
+
+def test_compiled_code_is_kept_on_disk(compiler):
+    """What is damaged on disk is compiled again, and so is another source, or the same with other options."""
+    assert [nvrtc._cached("a", ["-x"]) for _ in range(2)] == [b"code of a"] * 2 and compiler.calls == ["a"]
+    assert compiler.told == [["compiling kernels, once"]] and not cli.DOING
     assert nvrtc._cached("b", ["-x"]) == b"code of b" and nvrtc._cached("a", ["-y"]) == b"code of a"
-    assert calls == ["a", "b", "a"]
-    for file in (tmp_path / "new" / "mambasynth").iterdir():
-        file.write_bytes(b"damaged" + file.read_bytes()[7:])
-    assert nvrtc._cached("b", ["-x"]) == b"code of b" and calls == ["a", "b", "a", "b"]
-    assert nvrtc._cached("b", ["-x"]) == b"code of b" and calls == ["a", "b", "a", "b"]
-    monkeypatch.setattr(nvrtc, "_cache_folder", lambda: None)
-    assert nvrtc._cached("b", ["-x"]) == b"code of b" and calls == ["a", "b", "a", "b", "b"]
+    assert compiler.calls == ["a", "b", "a"] and len(list(compiler.home.iterdir())) == 3
+    for change in (lambda data: b"damaged" + data[7:], lambda data: data[:9], lambda data: b"", lambda data: bytes(4)):
+        for file in compiler.home.iterdir():
+            file.write_bytes(change(file.read_bytes()))
+        compiler.calls.clear()
+        assert [nvrtc._cached("b", ["-x"]) for _ in range(2)] == [b"code of b"] * 2 and compiler.calls == ["b"]
+
+
+def test_compiled_code_is_kept_in_the_temporary_directory_where_the_home_cannot_be_written_to(compiler, monkeypatch):
+    compiler.home.parent.touch()  # no folder: nothing can be made in it, not even by root
+    assert [nvrtc._cached("a", []) for _ in range(2)] == [b"code of a"] * 2 and compiler.calls == ["a"]
+    (file,) = compiler.private.iterdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")  # as `~` is, without a home
+    assert nvrtc._cached("a", []) == b"code of a" and compiler.calls == ["a"]
+    # The disk is full: nothing is left behind. No folder at all: compiled anew each time.
+    file.unlink()
+    with monkeypatch.context() as full:
+        full.setattr(nvrtc.os, "replace", raising(OSError("disk full")))
+        assert nvrtc._cached("a", []) == b"code of a" and not list(compiler.private.iterdir())
+    monkeypatch.setattr(cli, "private_folder", raising(PermissionError("somebody else's")))
+    assert [nvrtc._cached("a", []) for _ in range(2)] == [b"code of a"] * 2 and compiler.calls == ["a"] * 4
+    assert compiler.told[-1] == ["compiling kernels"]
+
+
+def raising(error):
+    def function(*args):
+        raise error
+
+    return function
+
+
+def test_processes_may_compile_at_the_same_time(compiler):
+    """Threads here, which share the name of the process, too. No file of theirs is ever seen in part, or left over."""
+    barrier, found = threading.Barrier(4), []
+
+    def go(source):
+        barrier.wait()
+        found.extend(nvrtc._cached(source, []) == b"code of " + source.encode() for _ in range(20))
+
+    threads = [threading.Thread(target=go, args=(source,)) for source in ("a" * 10**5, "b" * 10**5) * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 80 and len(list(compiler.home.iterdir())) == 2
+
+
+def test_what_cannot_be_compiled_is_one_line(compiler, monkeypatch):
+    """A GPU that NVRTC doesn't know, a file that it refuses, a driver that doesn't take the result."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def message():
+        nvrtc.kernels.cache_clear()
+        with pytest.raises(cli.UserError) as caught:
+            nvrtc.kernels(scan_cuda.SOURCE, (("IO", 1),), 0)
+        assert "\n" not in str(caught.value) and "scan.cu can't be compiled for this GPU, sm_90" in str(caught.value)
+        assert "choose --scan mamba-ssm, or --scan reference" in str(caught.value)
+        return str(caught.value)
+
+    nvrtc.kernels.cache_clear()
+    assert callable(nvrtc.kernels(scan_cuda.SOURCE, (("IO", 1),), 0))
+    monkeypatch.setattr(nvrtc, "_check_driver", raising(RuntimeError("CUDA: device kernel image is invalid")))
+    assert "image is invalid" in message()
+    monkeypatch.undo()
+    compiler_log = b"scan.cu(3): warning #1\nscan.cu(7): error: no such thing\n\n1 error detected\n"
+
+    class Refusing:
+        def nvrtcCompileProgram(self, *args):
+            return 6
+
+        def nvrtcGetProgramLogSize(self, program, size):
+            size._obj.value = len(compiler_log) + 1
+            return 0
+
+        def nvrtcGetProgramLog(self, program, log):
+            log.value = compiler_log
+            return 0
+
+        def __getattr__(self, name):
+            return lambda *args: 0
+
+    monkeypatch.setattr(nvrtc, "libraries", lambda: (Refusing(), None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(nvrtc, "_cache_folders", lambda: ())
+    assert "(scan.cu(7): error: no such thing)" in message()
 
 
 def test_a_kernel_is_launched_from_a_thread_without_a_context(monkeypatch):
@@ -218,7 +324,7 @@ def test_a_kernel_is_launched_from_a_thread_without_a_context(monkeypatch):
 
             return call
 
-    monkeypatch.setattr(nvrtc, "_libraries", lambda: (None, Driver()))
+    monkeypatch.setattr(nvrtc, "libraries", lambda: (None, Driver()))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     kernel = nvrtc._Kernel(None, "scan_forward")
@@ -247,6 +353,7 @@ def test_scan_on_gpu(batch, time, d_inner, n_state, dtype):
 
 def everything(inputs, dy):
     """All results of both passes."""
+    inputs = inputs[0], inputs[1].clone(), *inputs[2:]  # delta is overwritten
     y, states, h = scan_cuda.scan_forward(*inputs)
     dz, dB, dC = (torch.empty_like(inputs[i]) for i in (6, 3, 4))
     return [y, states, h, dz, dB, dC, *scan_cuda.scan_backward(dy, *inputs, states, dz, dB, dC)]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import UserError
-from kernels import scan_cpu, selective_scan
+from kernels import nvrtc, scan_cpu, selective_scan
 from kernels.selective_scan import (
     causal_conv_reference,
     choose_backend,
@@ -348,7 +348,7 @@ def test_inner_values_and_gradients(shape, dtype):
 
 
 def test_gradient_of_a_plain_sum(monkeypatch):
-    """Its gradient is a single 1 expanded with stride 0, which the Triton kernels don't take."""
+    """Its gradient is a single 1 expanded with stride 0, which a GPU's kernels don't take."""
     scan_backward = scan_cpu.scan_backward
 
     def checked(dy, *more):
@@ -571,8 +571,10 @@ def test_prefill_and_steps_equal_the_whole_sequence(backend, length):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Decides which packages seem installed."""
+    """Decides which packages seem installed. GPUs seem to be there, with all that the back end cuda needs."""
     present = {"numba", "triton", "mamba_ssm"}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(nvrtc, "libraries", lambda: ("NVRTC", "the driver"))
     monkeypatch.setattr(selective_scan.importlib.util, "find_spec", lambda name: object() if name in present else None)
     return present
 
@@ -581,7 +583,9 @@ def installed(monkeypatch):
     ("requested", "device", "missing", "expected"),
     [
         ("auto", "cpu", (), "cpu"),
-        ("auto", "cuda", (), "triton"),
+        ("auto", "cuda", (), "cuda"),
+        ("cuda", "cuda:1", (), "cuda"),
+        ("triton", "cuda", (), "cuda"),  # its former name
         ("auto", "cuda:1", ("triton",), "mamba-ssm"),
         ("mamba-ssm", "cuda", (), "mamba-ssm"),
         ("reference", "cpu", ("numba",), "reference"),
@@ -589,7 +593,7 @@ def installed(monkeypatch):
     ],
 )
 def test_backend_choice(monkeypatch, installed, requested, device, missing, expected):
-    monkeypatch.setattr(selective_scan, "missing_for_triton", lambda: None)
+    monkeypatch.setattr(selective_scan, "missing_for_cuda", lambda: None)
     installed.difference_update(missing)
     assert choose_backend(requested, device) == expected
     assert choose_backend(requested, torch.device(device)) == expected
@@ -598,14 +602,15 @@ def test_backend_choice(monkeypatch, installed, requested, device, missing, expe
 @pytest.mark.parametrize(
     ("requested", "device", "missing", "message"),
     [
-        ("triton", "cpu", (), "CUDA"),
+        ("cuda", "cpu", (), "CUDA"),
+        ("triton", "cpu", (), "back end cuda needs a CUDA device"),
         ("mamba-ssm", "cpu", (), "CUDA"),
         ("cpu", "cuda", (), "does not run on a CUDA device"),
         ("fast", "cpu", (), "choose from"),
         ("auto", "meta", (), "meta"),
-        ("auto", "cuda", ("triton", "mamba_ssm"), "not installed"),
-        ("auto", "cpu", ("numba",), "numba is not installed"),
-        ("triton", "cuda", ("triton",), "pip install triton"),
+        ("auto", "cuda", ("triton", "mamba_ssm"), "triton, which is not installed: pip install triton; .*mamba"),
+        ("auto", "cpu", ("numba",), "numba, which is not installed"),
+        ("cuda", "cuda", ("triton",), "pip install triton"),
         ("mamba-ssm", "cuda", ("mamba_ssm",), "pip install mamba-ssm"),
         ("cpu", "cpu", ("numba",), "pip install numba"),
     ],
@@ -620,7 +625,7 @@ def test_backend_errors(installed, requested, device, missing, message):
     ((), None, True, "install gcc"), (("cc",), None, True, "install gcc"), (("gcc",), None, False, "-dev"),
     (("gcc",), "icc", True, "icc"), (("clang",), None, True, None), (("gcc",), None, True, None),
     (("icc",), "icc", True, None)])
-def test_what_triton_needs_is_said_before_it_runs(monkeypatch, tmp_path, installed, here, cc, headers, message):
+def test_what_cuda_needs_is_said_before_it_runs(monkeypatch, tmp_path, installed, here, cc, headers, message):
     monkeypatch.setattr(selective_scan.shutil, "which", lambda name: name if name in here else None)
     monkeypatch.setattr(selective_scan.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     monkeypatch.delenv("CC", raising=False)
@@ -629,13 +634,34 @@ def test_what_triton_needs_is_said_before_it_runs(monkeypatch, tmp_path, install
     if headers:
         (tmp_path / "Python.h").touch()
     if message is None:
-        assert choose_backend("auto", "cuda") == "triton"
-        return
-    for requested in ("auto", "triton"):
+        assert choose_backend("auto", "cuda") == "cuda"
+        monkeypatch.setattr(nvrtc, "libraries", lambda: None)
+        message = "NVRTC.*pip install nvidia-cuda-nvrtc"
+    for requested in ("auto", "cuda"):
         with pytest.raises(UserError, match=message):
             choose_backend(requested, "cuda")
     assert choose_backend("reference", "cuda") == "reference" and choose_backend("mamba-ssm", "cuda") == "mamba-ssm"
     assert choose_backend("auto", "cpu") == "cpu"
+
+
+def test_a_gpu_that_is_too_old_is_named_before_it_runs(monkeypatch, installed):
+    """Below compute capability 7.5 auto is mamba-ssm, where that is installed."""
+    monkeypatch.setattr(selective_scan, "missing_for_cuda", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
+    assert choose_backend("auto", "cuda:1") == "mamba-ssm" and choose_backend("reference", "cuda:1") == "reference"
+    message = "capability 7.5 or above, and cuda:1 has 7.0; or choose --scan mamba-ssm, or --scan reference"
+    with pytest.raises(UserError, match=message):
+        choose_backend("cuda", "cuda:1")
+    installed.discard("mamba_ssm")
+    with pytest.raises(UserError, match=message):
+        choose_backend("auto", "cuda:1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert choose_backend("auto", "cuda:1") == "cuda"
+    with pytest.raises(UserError, match=r"8\.0 or above for bfloat16, and cuda:1 has 7\.5; give --no-amp"):
+        selective_scan.check_bfloat16("cuda", torch.device("cuda:1"))
+    selective_scan.check_bfloat16("mamba-ssm", torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    selective_scan.check_bfloat16("cuda", torch.device("cuda:1"))
 
 
 def run_python(code, **environment):

@@ -571,11 +571,27 @@ def test_a_warm_up_longer_than_the_run_is_said(script, shared_data, tmp_path):
     (["--epochs", "0"], "above 0"), (["--d-model", "-1"], "above 0"), (["--lr", "nan"], "above 0"),
     (["--dropout", "1"], "from 0 up to"), (["--val-fraction", "1"], "between 0 and 1"), (["--no-such-flag"], "--help"),
     (["--epoch", "3"], "--help"), (["--device", "tpu"], "is no device"), (["--checkpoint", "a.txt"], "must end in .pt"),
-    (["--scan", "triton"], "CUDA"), (["--checkpoint", "/dev/null/a.pt"], "can't write"),
+    (["--scan", "cuda"], "CUDA"), (["--checkpoint", "/dev/null/a.pt"], "can't write"),
     (["--checkpoint", "a_last.pt"], "choose another")])
 def test_bad_flags(refused, shared_data, tmp_path, more, message):
     assert message in refused("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt"), *more)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_without_bfloat16(refused, script, shared_data, tmp_path, monkeypatch):
+    """It is refused before anything is written, unless --no-amp is given."""
+    def refuse(backend, device):
+        raise cli.UserError(f"back end {backend}, device {device}: give --no-amp")
+
+    for module in (training, run_files):
+        monkeypatch.setattr(module, "check_bfloat16", refuse)
+    argv = flags(shared_data, tmp_path / "a.pt", "--epochs", "1", "--warmup-epochs", "0")
+    assert "back end cpu, device cpu: give --no-amp" in refused("masked_model_gpu_mamba_next", *argv)
+    assert list(tmp_path.iterdir()) == []
+    assert script("masked_model_gpu_mamba_next", *argv, "--no-amp").code == 0
+    evaluate = "--eval", tmp_path / "a.pt", "--device", "cpu", "--test-steps", "0"
+    assert "give --no-amp" in refused("masked_model_gpu_mamba_next", *evaluate)
+    assert script("masked_model_gpu_mamba_next", *evaluate, "--no-amp").code == 0
 
 
 def test_cuda_without_a_gpu(refused, shared_data, tmp_path):

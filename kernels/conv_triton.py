@@ -1,5 +1,5 @@
-"""The causal convolution before the selective scan as Triton kernels, and the scan of scan_cuda.py beside it: what the
-back end "triton" consists of, for CUDA GPUs.
+"""The causal convolution before the selective scan as Triton kernels, for CUDA GPUs: half of the back end "cuda", whose
+scan is in scan_cuda.py.
 
 Arithmetic is float32. Inputs are float32, bfloat16 or float16; float64 is refused, use another back end. Views that are
 strided in batch and time are taken as they are; the last dimension must be contiguous.
@@ -11,11 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels import scan_cuda
-from kernels.scan_cuda import _ceil_div, _check, _on, chunk_states_dtype, chunk_states_shape, scan_forward
+from kernels.scan_cuda import ceil_div, check_inputs, on_device_of
 from kernels.triton_math import sigmoid
 
-__all__ = ["chunk_states_dtype", "chunk_states_shape", "scan_forward"]  # beside the functions of this module
 CONVOLVES_AGAIN = True  # the backward pass computes the convolution again: it takes 2 % of the step, and no memory
 
 
@@ -42,11 +40,11 @@ def _inside(first, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sum_rows_kernel(
-    rows, first, second, third, n_rows,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    rows, first, second, n_rows,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum of n_rows rows of FIRST + SECOND + THIRD numbers, cut into tensors of these sizes."""
-    SIZE: tl.constexpr = FIRST + SECOND + THIRD
+    """The sum of n_rows rows of FIRST + SECOND numbers, cut into tensors of these sizes."""
+    SIZE: tl.constexpr = FIRST + SECOND
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for row in range(0, n_rows, ROWS):
@@ -55,9 +53,7 @@ def _sum_rows_kernel(
         total += tl.load(rows + tl.cast(r, tl.int64)[:, None] * SIZE + i[None, :], mask=mask, other=0.0)
     x = tl.sum(total, 0)
     tl.store(first + i, x, mask=i < FIRST)
-    tl.store(second + i - FIRST, x, mask=(i >= FIRST) & (i < FIRST + SECOND))
-    if THIRD > 0:
-        tl.store(third + i - (FIRST + SECOND), x, mask=(i >= FIRST + SECOND) & (i < SIZE))
+    tl.store(second + i - FIRST, x, mask=(i >= FIRST) & (i < SIZE))
 
 
 # ---- convolution ---------------------------------------------------------------------------------------------
@@ -141,29 +137,23 @@ def _conv_backward_kernel(
 
 
 def _sum_rows(rows, *shapes):
-    """The sum over n of rows (n, sizes of the two or three shapes together), cut into tensors of these shapes."""
-    outs = [torch.empty(shape, dtype=rows.dtype, device=rows.device) for shape in shapes]
-    sizes = [*(out.numel() for out in outs), 0][:3]
+    """The sum over n of rows (n, sizes of the two shapes together), cut into two tensors of these shapes."""
+    first, second = outs = [torch.empty(shape, dtype=rows.dtype, device=rows.device) for shape in shapes]
     block = 32 if len(rows) <= 512 else 8  # columns per program: fewer, so more programs, where columns are long
-    _sum_rows_kernel[(_ceil_div(rows.shape[1], block),)](
-        rows, *[*outs, outs[0]][:3], len(rows), *sizes, ROWS=1024 // block, BLOCK=block
+    _sum_rows_kernel[(ceil_div(rows.shape[1], block),)](
+        rows, first, second, len(rows), first.numel(), second.numel(), ROWS=1024 // block, BLOCK=block
     )
     return outs
 
 
-def scan_backward(dy, u, delta, *args):
-    """scan_cuda.scan_backward, writing the gradient of delta over delta."""
-    return scan_cuda.scan_backward(dy, u, delta, *args, ddelta=delta)
-
-
 def conv_silu_forward(x, weight, bias, tile=CONV_FORWARD):
     """silu(causal depthwise convolution of x): x (batch, time, d_inner), weight (d_inner, width), bias (d_inner,)."""
-    _check(x)
+    check_inputs(x)
     batch, time, d_inner = x.shape
     xc = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    groups = _ceil_div(d_inner, tile.channels)
-    with _on(x):
-        _conv_forward_kernel[(groups * _ceil_div(time, tile.steps), batch)](
+    groups = ceil_div(d_inner, tile.channels)
+    with on_device_of(x):
+        _conv_forward_kernel[(groups * ceil_div(time, tile.steps), batch)](
             x, weight, bias, xc, x.stride(0), time, groups, X_STEP=x.stride(1), D_INNER=d_inner,
             WIDTH=weight.shape[1], CH=tile.channels, STEPS=tile.steps, num_warps=tile.warps,
         )  # fmt: skip
@@ -175,13 +165,13 @@ def conv_silu_backward(x, weight, bias, dxc, dx, tile=CONV_BACKWARD):
 
     The convolution before the SiLU is computed again rather than kept.
     """
-    _check(x, dxc, dx)
+    check_inputs(x, dxc, dx)
     batch, time, d_inner = x.shape
     width = weight.shape[1]
-    groups = _ceil_div(d_inner, tile.channels)
-    segments = _ceil_div(time, tile.steps * CONV_BLOCKS)
+    groups = ceil_div(d_inner, tile.channels)
+    segments = ceil_div(time, tile.steps * CONV_BLOCKS)
     sums = torch.empty((batch * segments, d_inner * (width + 1)), dtype=torch.float32, device=x.device)
-    with _on(x):
+    with on_device_of(x):
         _conv_backward_kernel[(groups * segments, batch)](
             x, weight, bias, dxc, dx, sums, x.stride(0), dxc.stride(0), dx.stride(0), time, groups, segments,
             X_STEP=x.stride(1), DXC_STEP=dxc.stride(1), DX_STEP=dx.stride(1), D_INNER=d_inner,

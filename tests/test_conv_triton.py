@@ -36,7 +36,7 @@ if INTERPRETED:
     interpreter._patch_lang_tensor = patch_tensor_for_numpy_2_4
 
 import cli  # noqa: E402
-from kernels import scan_triton  # noqa: E402
+from kernels import conv_triton  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2}
 
@@ -76,8 +76,8 @@ def test_conv(time, d_inner, width, dtype):
     xc_exact = reference_conv(*exact)
     gradients = torch.autograd.grad(xc_exact, exact, dxc.double())
     dxz = torch.full_like(xz, 7.0)
-    xc = scan_triton.conv_silu_forward(x, weight, bias)
-    dweight, dbias = scan_triton.conv_silu_backward(x, weight, bias, dxc, dxz[..., :d_inner])
+    xc = conv_triton.conv_silu_forward(x, weight, bias)
+    dweight, dbias = conv_triton.conv_silu_backward(x, weight, bias, dxc, dxz[..., :d_inner])
     assert (dxz[..., d_inner:] == 7).all()
     assert_close(["xc"], [xc], [xc_exact], TOLERANCE[dtype])
     assert_close(["dx", "dweight", "dbias"], [dxz[..., :d_inner], dweight, dbias], gradients, TOLERANCE[dtype])
@@ -87,6 +87,6 @@ def test_conv(time, d_inner, width, dtype):
 def test_what_it_does_not_compute_is_refused():
     x, weight, bias = (torch.zeros(shape, device=DEVICE) for shape in ((1, 4, 4), (4, 4), (4,)))
     with pytest.raises(cli.UserError, match="float64"):
-        scan_triton.conv_silu_forward(x.double(), weight, bias)
+        conv_triton.conv_silu_forward(x.double(), weight, bias)
     with pytest.raises(cli.UserError, match="contiguous"):
-        scan_triton.conv_silu_forward(x.transpose(1, 2), weight, bias)
+        conv_triton.conv_silu_forward(x.transpose(1, 2), weight, bias)
