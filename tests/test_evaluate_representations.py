@@ -25,6 +25,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score, silhouette_score
 
+import baselines
 import cli
 import dataset
 import evaluate_representations as ev
@@ -161,6 +162,46 @@ def test_errors_are_measured_without_reduced_precision(monkeypatch):
     series = dataset.Series(np.zeros((400, 6), np.float32))
     ev.prediction_errors(tiny_model(), series, (40, 25, 0.3), NoFilter())
     assert asked == [False]
+
+
+class Measuring:
+    """What a Measurer is asked for, with the widths of the levels in place of measures; two test windows."""
+
+    def __init__(self, n_features=6, length=20):
+        rng = np.random.default_rng(3)
+        X, windows = (rng.standard_normal(shape).astype(np.float32) for shape in ((50, 6), (2, length, n_features)))
+        self.series, self.args = dataset.Series(X), SimpleNamespace(velocity=False)
+        self.windows = torch.from_numpy(windows)
+        self.optimum = SimpleNamespace(tested=lambda seq_len: SimpleNamespace(windows=self.windows))
+
+    def probes(self, values, in_test, window_settings):
+        return {"width": values.shape[1], "in_test": in_test.shape}
+
+    def level(self, *given, umap=True):
+        return self.probes(*given), None
+
+
+def test_errors_in_the_test_windows_pair_a_prediction_with_the_next_step():
+    model, measuring, steps = tiny_model(), Measuring(), []
+    loaded = SimpleNamespace(model=model, name="m", window_settings=(20, 10, 0.1), depths=[1])
+    levels, embeddings, errors = ev.measure_levels(loaded, measuring, SimpleNamespace(update=lambda: steps.append(1)))
+    assert [level["level"] for level in levels] == ["layer 1"] and not embeddings and len(steps) == 1
+    with torch.no_grad():
+        predicted = model(measuring.windows)["1"].numpy()
+    windows = measuring.windows.numpy()
+    for i, t in itertools.product(range(2), range(19)):
+        assert errors[i, t] == pytest.approx(np.mean((predicted[i, t] - windows[i, t + 1])**2), rel=1e-4)
+
+
+@pytest.mark.parametrize("flags, seed", [({"seed": 7}, 7), ({"seed": 3}, 3), ({}, 0), ({"seed": None}, 0)])
+def test_the_untrained_model_has_the_seed_of_the_run(monkeypatch, flags, seed):
+    asked, untrained_like = [], baselines.untrained_like
+    monkeypatch.setattr(baselines, "untrained_like", lambda *given: asked.append(given) or untrained_like(*given))
+    model = tiny_model()
+    loaded = SimpleNamespace(model=model, trained_with=flags, window_settings=(20, 10, 0.1), depths=[0, 3])
+    levels = ev.Baselines(Measuring()).untrained_levels(loaded)
+    assert asked == [(model, seed)]
+    assert [level["level"] for level in levels] == ["untrained layer 2"] and levels[0]["in_test"] == (2, 20, 16)
 
 
 class NoFilter:

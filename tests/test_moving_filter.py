@@ -135,6 +135,17 @@ def test_matches_every_path_written_out(initial, first_step):
     np.testing.assert_allclose(found["circle_posterior"], smoothed, atol=1e-5)
 
 
+def test_distances_are_from_the_circles_around_their_centre():
+    """A song around a centre that has walked far is as near to its circles as one around the origin."""
+    series, process = make_process(2, seed=1, dwell=(6.0, 1.5))
+    X = simulate(series, walking(process, 0.8), 60)[0] + 5
+    found = optimal_filter.smooth(walking(process, 0.8), X)
+    around = [point(series, i, angle) for i in range(2) for angle in np.linspace(0, 2 * np.pi, 2001)]
+    brute = [np.linalg.norm(center + around - x, axis=1).min() for center, x in zip(found["center"], X, strict=True)]
+    np.testing.assert_allclose(found["distance"], brute, atol=3e-3)
+    assert np.abs(found["center"]).max() > 2
+
+
 @pytest.mark.parametrize("initial", ["visit start", "stationary"])
 def test_a_centre_that_stands_still_gives_the_exact_filter(initial):
     series, process = make_process(3, seed=3, dwell=(6.0, 1.5))

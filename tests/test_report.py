@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -87,6 +88,19 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.tables[-1][-1].append(self.cell)
             self.cell = None
+
+
+def test_metrics_are_those_of_the_run_itself_or_else_the_newest(folder):
+    plots = folder / "plots"
+    for age, name in enumerate(["a_pca3", "a_velocity", "a", "a_old", "other"]):  # each older than the one before
+        path = plots / f"{name}_metrics.json"
+        path.write_text(json.dumps({"name": name, "levels": []}))
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert report.read_metrics(folder / "a.pt", plots)["name"] == "a"
+    (plots / "a_metrics.json").unlink()
+    assert report.read_metrics(folder / "a.pt", plots)["name"] == "a_pca3"
+    os.utime(plots / "a_old_metrics.json")
+    assert report.read_metrics(folder / "a.pt", plots)["name"] == "a_old"
 
 
 def test_one_run_is_told_with_everything_that_exists(script, folder):
