@@ -147,8 +147,7 @@ def check_describes(process, series):
         stretch = predict(process, series.X[start:start + n], (), "stationary", False, start)
         return float(stretch["log_likelihood"].mean())
 
-    with ThreadPoolExecutor(cli.n_cores()) as pool:  # the kernels release the interpreter lock
-        values = list(pool.map(value_at, starts))
+    values = on_all_cores(value_at, starts)
     for value, weight in ((np.mean(values), len(values)), (min(values), 1), (max(values), 1)):
         # Six standard deviations of the mean of so many draws of the noise, and room for what is nearly right; of
         # circles that move there is more to know, and their filter is an approximation
@@ -767,7 +766,9 @@ def predictions_of(process, maps, phasor, flux, center, ahead=0.0):
 def on_all_cores(function, jobs):
     """[function(job) for job in jobs], as many at a time as there are cores: the kernels release the interpreter lock.
 
-    Each job makes its matrix products by itself; several threads for each of them as well would get in their way.
+    Each job makes its matrix products by itself; several threads for each of them as well would get in their way. A job
+    may call this again, but no two threads may begin it side by side: each would set the number of threads for BLAS
+    back to what it found, which might be the other one's.
     """
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(cli.n_cores()) as pool:
         return list(pool.map(function, jobs))

@@ -15,6 +15,7 @@ from conftest import arrays_of, only
 from figure_checks import check_circle_legend, check_heatmap, check_strip, colour_bars, lines
 from scipy.special import logsumexp
 from scipy.stats import norm
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import circle_process
 import cli
@@ -408,6 +409,21 @@ def test_excess_percent_and_the_table_of_errors():
     assert re.split(r" {2,}", lines[0])[4:] == ["NLL (nats)", "optimal NLL", "above optimal"]
     assert lines[2].split()[5:] == ["9.2500", "9.5000", "-0.2500", "nats"]
     assert lines[3].split()[5:] == ["11.0000", "–", "–"]
+
+
+def test_the_threads_of_blas_are_as_many_after_the_filter_as_before(monkeypatch):
+    def threads():
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    series, _ = make_process(3)
+    simulate(series, 3000)
+    predict, seen = optimal_filter.predict, []
+    monkeypatch.setattr(optimal_filter, "predict", lambda *given: seen.append(threads()) or predict(*given))
+    with threadpool_limits(3, user_api="blas"):
+        before = threads()
+        optimal_filter.process_from_series(series)
+        assert threads() == before
+    assert seen and all(there == {1} for there in seen)  # one limit around all that run side by side
 
 
 def test_process_or_none_says_what_there_is_not_and_why(capsys):
