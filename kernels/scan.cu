@@ -1,18 +1,38 @@
-// The selective scan of Mamba-1 forward and backward, for CUDA GPUs. The equations, and the names used here for their
-// quantities, are in selective_scan.py; scan_cuda.py compiles this file at run time and launches its kernels.
+// The selective scan of Mamba-1 forward and backward, for NVIDIA GPUs. The equations, and the names of their
+// quantities, are in selective_scan.py; scan_cuda.py compiles this file at run time and launches its kernels. Inputs
+// and outputs are float32, bfloat16 or float16; all arithmetic is float32.
 //
-// Given by the compiler's command line: D_INNER (channels), N_STATE (states per channel), IO (the dtype of u, delta, z,
-// B, C, y and their gradients: 0 float32, 1 bfloat16, 2 float16), ALIGNED (1 where two neighbouring channels, and eight
-// numbers of B and C, can be loaded at once), CHUNK (steps between saved states), BACKWARD_WARPS
-// (per block) and, for each of these tensors, how many numbers one step lies behind the other (U_STEP, ...). All
-// arithmetic is float32.
+// Macros, which scan_cuda.py gives to the compiler:
+//   D_INNER, N_STATE     channels, and states per channel
+//   IO                   dtype of u, delta, z, B, C, y and their gradients: 0 float32, 1 bfloat16, 2 float16
+//   ALIGNED              1 where two neighbouring channels, and eight numbers of B and C, can be loaded at once
+//   U_STEP, ...          for each of these tensors, how many numbers one step lies behind the other
+//   BACKWARD             0: the kernels of the forward pass; 1: those of the backward pass
+//   CHUNK                steps between two states that the forward pass saves for the backward pass
+//   BACKWARD_STEPS       steps of which the backward pass holds states and decays in registers
+//   BACKWARD_WARPS       warps per block of the backward pass; BACKWARD_BLOCKS: its blocks per multiprocessor
 //
-// Where time goes is one exponential and a dozen multiply-adds per state and step, so what counts is how few other
-// instructions there are beside these: above all for the sums over states (C . h, dh . B, de . A2) and over channels
-// (dB, dC). A warp holds channels x states, the state h in registers. With bfloat16 inputs (FAST) all these sums are
-// taken by the tensor cores, whose operands happen to lie in registers exactly as a scan needs them: lane 4 p + q holds
-// row p and column q of a tile. The products are then of numbers with 11 bits (tf32), or 8 bits where partial sums are
-// exchanged as bfloat16, and the sums are float32. With other inputs the sums are exact float32, by shuffles.
+// Who holds what, and words for it:
+//   block   one sequence, one split of it, and neighbouring channels. Its warps share B and C of a chunk of steps, in
+//           shared memory. The backward pass also adds up dB and dC over its channels.
+//   split   a part of the sequence's time, whole chunks. There is only one unless the batch is small.
+//   warp    8 or, forward with up to 32 states, 16 of the block's channels.
+//   lane    4 p + q, with p from 0 to 7 and q from 0 to 3. Forward it holds channel p, or p and p + 8, and of each the
+//           F_STATES states from F_STATES q on; backward the channels 2 q and 2 q + 1, and of each the STATES states
+//           from STATES p on. States never leave the registers of their lane, but at the ends of chunks.
+//   octet   8 steps. What depends on step and channel only (dt, v, silu(z), y, ...) is computed for 8 steps at a time,
+//           so that each lane has two of the 8 x 8 or 8 x 16 pairs, or four: `own` is what belongs to this lane.
+//   piece   BACKWARD_STEPS steps.
+//   A2      A log2(e), so that the decay a is 2^(dt A2)
+//   Ch, dv, eA2   the sums over states C . h, dh . B and de . A2; do_ is do, which C++ doesn't allow as a name
+//   dBC     terms of dB and dC side by side
+//
+// Time goes into one exponential and a dozen multiply-adds per state and step, so what counts is how few other
+// instructions there are beside these: above all for the sums over states (Ch, dv, eA2) and over channels (dB, dC).
+// With bfloat16 inputs (FAST) all these are taken by the tensor cores, which need compute capability 8.0 and whose
+// operands happen to lie in registers exactly as a scan needs them: lane 4 p + q holds row p and column q of a tile.
+// The products are then of numbers with 11 bits (tf32), or 8 bits where partial sums are exchanged as bfloat16, and the
+// sums are float32. With other inputs the sums are exact float32, by shuffles.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -35,7 +55,7 @@ typedef float state_t;
 #endif
 DEVICE constexpr int power_of_2(int n, int p) { return p >= n ? p : power_of_2(n, 2 * p); }
 constexpr int N = power_of_2(N_STATE, 16);  // states per channel, padded
-constexpr u32 ALL = 0xffffffffu;
+constexpr u32 ALL = 0xffffffffu;  // lanes of a warp
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 // ---- conversions, elementary functions and tensor cores --------------------------------------------------------
@@ -240,10 +260,10 @@ template <int THREADS, int STEP, int ROWS> DEVICE void stage_rows(float *to, con
             to[k * N + column] = load_if(first + own + k < end && n + column < N_STATE, from + k * STEP + column);
 }
 
+// A block's group of channels, split, its first step and its end, and sequence.
 struct Place { int group, split, start, end; i64 batch; };
 
-// This block's sequence, split of time, group of channels, first step and end. Neighbouring blocks have neighbouring
-// groups, because these share rows of B and C, and cache lines of u, delta and z.
+// Neighbouring blocks have neighbouring groups, because these share rows of B and C, and cache lines of u, delta and z.
 DEVICE Place place(int groups, int splits, int split_len, int time) {
     Place x;
     int b = blockIdx.x;
@@ -254,10 +274,6 @@ DEVICE Place place(int groups, int splits, int split_len, int time) {
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------
-//
-// A warp holds 8 ROWS channels, of which lane 4 p + q has p and, with ROWS = 2, p + 8, and of each the STATES states
-// from STATES q on. What depends on step and channel only is computed for 8 steps at a time: lane 4 p + q for its own
-// channels and the steps 2 q and 2 q + 1.
 
 struct ForwardArgs {
     const io_t *u, *delta, *z, *B, *C;
@@ -269,54 +285,180 @@ struct ForwardArgs {
     int time, groups, splits, split_len;
 };
 
-enum { FORWARD, ENDS, ENDS_REVERSED };
+// What a pass in the order of the forward pass is for. FORWARD: the outputs y and the states before each chunk.
+// SPLIT_ENDS: the state at the end of each split as if it had started from zero, in h_last, and the sum of its dt,
+// which gives its decay. SPLIT_ENDS_REVERSED: the same for the carry, from the split's last step to its first; u is dy
+// and B is C then.
+enum { FORWARD, SPLIT_ENDS, SPLIT_ENDS_REVERSED };
 
 constexpr int F_ROWS = N <= 32 ? 2 : 1, F_STATES = N / 4, F_WARPS = 4, F_CHANNELS = F_WARPS * 8 * F_ROWS;
 constexpr int F_STAGED = N <= 64 ? CHUNK : 8;  // steps of which B and C lie in shared memory
 
-// FORWARD: the outputs y and the states before each chunk. ENDS: the state at the end of each split as if it had
-// started from zero, in h_last, and the sum of its dt, which gives its decay. ENDS_REVERSED: the same for the carry,
-// from the split's last step to its first; u is dy and B is C then.
+// What a lane holds all the time: of its F_ROWS channels and F_STATES states of each.
+struct ForwardLane {
+    float A2[F_ROWS][F_STATES], h[F_ROWS][F_STATES], skip[F_ROWS], bias[F_ROWS], dt_sum[F_ROWS];
+    int channel[F_ROWS];
+    bool inside[F_ROWS];  // whether the channel exists
+};
+// What it holds for 8 steps: of its channels and its own two of these steps.
+struct ForwardSteps { float u[F_ROWS][2], silu_z[F_ROWS][2], Ch[F_ROWS][2]; };
+
+// What a lane starts from.
+template <int MODE> DEVICE void begin(ForwardLane &own, const ForwardArgs &a, int first_channel, i64 split_row, int q) {
+#pragma unroll
+    for (int i = 0; i < F_ROWS; i++) {
+        own.channel[i] = first_channel + 8 * i;
+        own.inside[i] = own.channel[i] < D_INNER;
+        load_states(own.A2[i], a.A + own.channel[i] * N_STATE, q * F_STATES, own.inside[i]);
+        load_states(own.h[i], a.starts + (split_row + own.channel[i]) * N_STATE, q * F_STATES,
+                    own.inside[i] && a.starts != 0);
+#pragma unroll
+        for (int j = 0; j < F_STATES; j++) own.A2[i][j] *= LOG2E;
+        own.skip[i] = own.inside[i] && MODE == FORWARD ? a.D[own.channel[i]] : 0.0f;
+        own.bias[i] = own.inside[i] ? a.delta_bias[own.channel[i]] : 0.0f;
+        own.dt_sum[i] = 0.0f;
+    }
+}
+
+// dt and v of 8 steps, into the warp's shared memory, and what this lane needs of them again.
+template <int MODE> DEVICE void step_sizes(ForwardLane &own, ForwardSteps &steps, float2 (&dt_v)[8][8 * F_ROWS],
+                                           const io_t *u, const io_t *delta, const io_t *z, u32 first, int end, int p,
+                                           int q) {
+    constexpr int X_STEP = MODE == SPLIT_ENDS_REVERSED ? DY_STEP : U_STEP;
+#pragma unroll
+    for (int i = 0; i < F_ROWS; i++)
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+            const bool valid = own.inside[i] && first + s < end;
+            float slope;
+            steps.u[i][s] = load_if(valid, u + s * X_STEP + 8 * i);
+            float dt = load_if(valid, delta + s * DELTA_STEP + 8 * i);
+            dt = valid ? softplus(dt + own.bias[i], slope) : 0.0f;
+            if (MODE != SPLIT_ENDS) {
+                float z_own = load_if(valid, z + s * Z_STEP + 8 * i);
+                steps.silu_z[i][s] = z_own * sigmoid(z_own);
+            }
+            const float v = steps.u[i][s] * (MODE == SPLIT_ENDS_REVERSED ? steps.silu_z[i][s] : dt);
+            own.dt_sum[i] += dt;
+            dt_v[2 * q + s][p + 8 * i] = make_float2(dt, v);
+        }
+}
+
+// C . h of this lane's channels, over the states of the four lanes that share them.
+DEVICE void output_sums(float (&Ch)[F_ROWS], const float (&h)[F_ROWS][F_STATES], const float *C) {
+    float C_k[F_STATES];
+    load_row(C_k, C);
+    if (FAST) {
+        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int j = 0; j < F_STATES; j += 2)
+            mma_tf32(d, h[0][j], F_ROWS == 2 ? h[F_ROWS - 1][j] : 0.0f, h[0][j + 1],
+                     F_ROWS == 2 ? h[F_ROWS - 1][j + 1] : 0.0f, C_k[j], C_k[j + 1]);
+#pragma unroll
+        for (int i = 0; i < F_ROWS; i++) Ch[i] = d[2 * i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < F_ROWS; i++) {
+            Ch[i] = 0.0f;
+#pragma unroll
+            for (int j = 0; j < F_STATES; j++) Ch[i] += h[i][j] * C_k[j];
+            Ch[i] += __shfl_xor_sync(ALL, Ch[i], 1);
+            Ch[i] += __shfl_xor_sync(ALL, Ch[i], 2);
+        }
+    }
+}
+
+// Eight steps of the recurrence h = a h + v B; with FORWARD, C . h is kept by the lane whose steps these are.
+template <int MODE> DEVICE void eight_steps(ForwardLane &own, ForwardSteps &steps,
+                                            const float2 (&dt_v)[8][8 * F_ROWS], const float *B, const float *C,
+                                            int p, int q) {
+#pragma unroll
+    for (int k8 = 0; k8 < 8; k8++) {
+        const int k = MODE == SPLIT_ENDS_REVERSED ? 7 - k8 : k8;
+        float dt[F_ROWS], v[F_ROWS], B_k[F_STATES];
+#pragma unroll
+        for (int i = 0; i < F_ROWS; i++) {
+            float2 x = dt_v[k][p + 8 * i];
+            dt[i] = x.x, v[i] = x.y;
+        }
+        load_row(B_k, B + k * N);
+#pragma unroll
+        for (int i = 0; i < F_ROWS; i++)
+#pragma unroll
+            for (int j = 0; j < F_STATES; j++) {
+                float decay = exp2_(dt[i] * own.A2[i][j]);
+                if (MODE == SPLIT_ENDS_REVERSED) own.h[i][j] = (own.h[i][j] + v[i] * B_k[j]) * decay;
+                else own.h[i][j] = decay * own.h[i][j] + v[i] * B_k[j];
+            }
+        if (MODE == FORWARD) {
+            float Ch[F_ROWS];
+            output_sums(Ch, own.h, C + k * N);
+#pragma unroll
+            for (int i = 0; i < F_ROWS; i++)
+                if (k8 < 2 || q == k8 / 2) steps.Ch[i][k8 % 2] = Ch[i];
+        }
+    }
+}
+
+// The states at the end, and the sums of dt over the split.
+template <int MODE> DEVICE void finish(ForwardLane &own, const ForwardArgs &a, const Place &at, i64 split_row, int q) {
+    const bool has_end = MODE != FORWARD || at.split == a.splits - 1;
+    const i64 row = MODE == FORWARD ? at.batch * D_INNER : split_row;
+#pragma unroll
+    for (int i = 0; i < F_ROWS; i++) {
+        if (has_end && own.inside[i])
+            store_states(a.h_last + (row + own.channel[i]) * N_STATE, q * F_STATES, own.h[i]);
+        if (MODE != FORWARD) {
+            own.dt_sum[i] += __shfl_xor_sync(ALL, own.dt_sum[i], 1);
+            own.dt_sum[i] += __shfl_xor_sync(ALL, own.dt_sum[i], 2);
+            if (q == 0 && own.inside[i]) a.dt_sums[split_row + own.channel[i]] = own.dt_sum[i];
+        }
+    }
+}
+
+// The states before a chunk, for the backward pass.
+DEVICE void keep_states(const ForwardLane &own, const ForwardArgs &a, const Place &at, int chunk_start, int q) {
+#pragma unroll
+    for (int i = 0; i < F_ROWS; i++)
+        if (own.inside[i]) {
+            const i64 saved = at.batch * ((a.time + CHUNK - 1) / CHUNK) + chunk_start / CHUNK;
+            store_states(a.states + (saved * D_INNER + own.channel[i]) * N_STATE, q * F_STATES, own.h[i]);
+        }
+}
+
+// y = (C . h + D u) silu(z) of this lane's channels and steps, t and t + 1.
+DEVICE void outputs(io_t *y, const ForwardLane &own, const ForwardSteps &steps, int t, int end) {
+#pragma unroll
+    for (int i = 0; i < F_ROWS; i++)
+#pragma unroll
+        for (int s = 0; s < 2; s++)
+            if (own.inside[i] && t + s < end)
+                store(y + s * D_INNER + 8 * i,
+                      (steps.Ch[i][s] + own.skip[i] * steps.u[i][s]) * steps.silu_z[i][s]);
+}
+
 template <int MODE> DEVICE void forward_pass(const ForwardArgs &a) {
-    constexpr int X_STEP = MODE == ENDS_REVERSED ? DY_STEP : U_STEP, ROW_STEP = MODE == ENDS_REVERSED ? C_STEP : B_STEP;
+    constexpr int X_STEP = MODE == SPLIT_ENDS_REVERSED ? DY_STEP : U_STEP;
+    constexpr int ROW_STEP = MODE == SPLIT_ENDS_REVERSED ? C_STEP : B_STEP;
     __shared__ __align__(16) float sB[F_STAGED * N], sC[MODE == FORWARD ? F_STAGED * N : 4];
-    __shared__ __align__(16) float2 s_dt_v[F_WARPS][8][8 * F_ROWS];
+    __shared__ __align__(16) float2 dt_v[F_WARPS][8][8 * F_ROWS];
     const Place at = place(a.groups, a.splits, a.split_len, a.time);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, p = lane / 4, q = lane % 4;
-    const int first_channel = at.group * F_CHANNELS + warp * 8 * F_ROWS;
-    const int corner = first_channel + p;  // this lane's first channel
+    const int first_channel = at.group * F_CHANNELS + warp * 8 * F_ROWS + p;  // this lane's
     const io_t *u = a.u + at.batch * a.u_batch, *delta = a.delta + at.batch * a.delta_batch;
     const io_t *z = a.z + at.batch * a.z_batch, *B = a.B + at.batch * a.B_batch;
     const io_t *C = MODE == FORWARD ? a.C + at.batch * a.C_batch : 0;
     io_t *y = MODE == FORWARD ? a.y + at.batch * a.time * D_INNER : 0;
     const i64 split_row = (at.batch * a.splits + at.split) * D_INNER;
 
-    float A2[F_ROWS][F_STATES], h[F_ROWS][F_STATES], skip[F_ROWS], bias[F_ROWS], dt_sum[F_ROWS];
-    int channel[F_ROWS];
-    bool inside[F_ROWS];
-#pragma unroll
-    for (int i = 0; i < F_ROWS; i++) {
-        channel[i] = corner + 8 * i;
-        inside[i] = channel[i] < D_INNER;
-        load_states(A2[i], a.A + channel[i] * N_STATE, q * F_STATES, inside[i]);
-        load_states(h[i], a.starts + (split_row + channel[i]) * N_STATE, q * F_STATES, inside[i] && a.starts != 0);
-#pragma unroll
-        for (int j = 0; j < F_STATES; j++) A2[i][j] *= LOG2E;
-        skip[i] = inside[i] && MODE == FORWARD ? a.D[channel[i]] : 0.0f;
-        bias[i] = inside[i] ? a.delta_bias[channel[i]] : 0.0f;
-        dt_sum[i] = 0.0f;
-    }
+    ForwardLane own;
+    begin<MODE>(own, a, first_channel, split_row, q);
     const int chunks = (at.end - at.start + CHUNK - 1) / CHUNK;
     for (int m = 0; m < chunks; m++) {
-        const int chunk_start = at.start + (MODE == ENDS_REVERSED ? chunks - 1 - m : m) * CHUNK;
+        const int chunk_start = at.start + (MODE == SPLIT_ENDS_REVERSED ? chunks - 1 - m : m) * CHUNK;
         if (MODE == FORWARD) {
-            // Save the states for the backward pass, and bring the inputs of the next chunk into the L2 cache.
-#pragma unroll
-            for (int i = 0; i < F_ROWS; i++)
-                if (inside[i]) {
-                    i64 row = (at.batch * ((a.time + CHUNK - 1) / CHUNK) + chunk_start / CHUNK) * D_INNER + channel[i];
-                    store_states(a.states + row * N_STATE, q * F_STATES, h[i]);
-                }
+            // ---- the states for the backward pass; the inputs of the next chunk on their way into the L2 cache
+            keep_states(own, a, at, chunk_start, q);
             for (i64 t = chunk_start + CHUNK + lane; t < min(chunk_start + 2 * CHUNK, at.end); t += 32) {
                 const int c = at.group * F_CHANNELS;
                 if (warp == 0) prefetch(u + t * U_STEP + c);
@@ -325,117 +467,43 @@ template <int MODE> DEVICE void forward_pass(const ForwardArgs &a) {
                 if (warp == 3) prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
             }
         }
-        const int blocks = (min(CHUNK, at.end - chunk_start) + 7) / 8;
-        for (int m8 = 0; m8 < blocks; m8++) {
-            const int block = MODE == ENDS_REVERSED ? blocks - 1 - m8 : m8, first = chunk_start + 8 * block;
-            const int staged = F_STAGED == CHUNK ? 8 * block : 0;  // where this block lies in sB and sC
+        const int octets = (min(CHUNK, at.end - chunk_start) + 7) / 8;
+        for (int m8 = 0; m8 < octets; m8++) {
+            const int octet = MODE == SPLIT_ENDS_REVERSED ? octets - 1 - m8 : m8, first = chunk_start + 8 * octet;
+            const int staged = F_STAGED == CHUNK ? 8 * octet : 0;  // where these steps lie in sB and sC
+            // ---- B and C
             if (m8 == 0 || F_STAGED < CHUNK) {
                 __syncthreads();
                 stage_rows<32 * F_WARPS, ROW_STEP, F_STAGED>(sB, B, first - staged, at.end);
                 if (MODE == FORWARD) stage_rows<32 * F_WARPS, C_STEP, F_STAGED>(sC, C, first - staged, at.end);
                 __syncthreads();
             }
-            const u32 own = first + 2 * q;  // this lane's first step
-            const io_t *u_at = u + (own * X_STEP + corner), *delta_at = delta + (own * DELTA_STEP + corner);
-            const io_t *z_at = z + (own * Z_STEP + corner);
-            float u_own[F_ROWS][2], gated[F_ROWS][2];  // of this lane's channels and steps: u, silu(z)
-#pragma unroll
-            for (int i = 0; i < F_ROWS; i++)
-#pragma unroll
-                for (int s = 0; s < 2; s++) {
-                    const bool valid = inside[i] && own + s < at.end;
-                    float slope;
-                    u_own[i][s] = load_if(valid, u_at + s * X_STEP + 8 * i);
-                    float dt = load_if(valid, delta_at + s * DELTA_STEP + 8 * i);
-                    dt = valid ? softplus(dt + bias[i], slope) : 0.0f;
-                    if (MODE != ENDS) {
-                        float z_own = load_if(valid, z_at + s * Z_STEP + 8 * i);
-                        gated[i][s] = z_own * sigmoid(z_own);
-                    }
-                    const float x = u_own[i][s] * (MODE == ENDS_REVERSED ? gated[i][s] : dt);
-                    dt_sum[i] += dt;
-                    s_dt_v[warp][2 * q + s][p + 8 * i] = make_float2(dt, x);
-                }
+            // ---- dt, v and silu(z); the recurrence; y
+            const u32 t = first + 2 * q;  // this lane's first step
+            ForwardSteps steps;
+            step_sizes<MODE>(own, steps, dt_v[warp], u + (t * X_STEP + first_channel),
+                             delta + (t * DELTA_STEP + first_channel), z + (t * Z_STEP + first_channel),
+                             t, at.end, p, q);
             __syncwarp();
-            float Ch_own[F_ROWS][2];  // C . h of this lane's channels and steps
-#pragma unroll
-            for (int k8 = 0; k8 < 8; k8++) {
-                const int k = MODE == ENDS_REVERSED ? 7 - k8 : k8;
-                float dt[F_ROWS], v[F_ROWS], B_k[F_STATES];
-#pragma unroll
-                for (int i = 0; i < F_ROWS; i++) {
-                    float2 x = s_dt_v[warp][k][p + 8 * i];
-                    dt[i] = x.x, v[i] = x.y;
-                }
-                load_row(B_k, sB + (staged + k) * N + q * F_STATES);
-#pragma unroll
-                for (int i = 0; i < F_ROWS; i++)
-#pragma unroll
-                    for (int j = 0; j < F_STATES; j++) {
-                        float decay = exp2_(dt[i] * A2[i][j]);
-                        if (MODE == ENDS_REVERSED) h[i][j] = (h[i][j] + v[i] * B_k[j]) * decay;
-                        else h[i][j] = decay * h[i][j] + v[i] * B_k[j];
-                    }
-                if (MODE == FORWARD) {
-                    float C_k[F_STATES], Ch[F_ROWS];
-                    load_row(C_k, sC + (staged + k) * N + q * F_STATES);
-                    if (FAST) {
-                        float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-                        for (int j = 0; j < F_STATES; j += 2)
-                            mma_tf32(d, h[0][j], F_ROWS == 2 ? h[F_ROWS - 1][j] : 0.0f, h[0][j + 1],
-                                     F_ROWS == 2 ? h[F_ROWS - 1][j + 1] : 0.0f, C_k[j], C_k[j + 1]);
-#pragma unroll
-                        for (int i = 0; i < F_ROWS; i++) Ch[i] = d[2 * i];
-                    } else {
-#pragma unroll
-                        for (int i = 0; i < F_ROWS; i++) {
-                            Ch[i] = 0.0f;
-#pragma unroll
-                            for (int j = 0; j < F_STATES; j++) Ch[i] += h[i][j] * C_k[j];
-                            Ch[i] += __shfl_xor_sync(ALL, Ch[i], 1);
-                            Ch[i] += __shfl_xor_sync(ALL, Ch[i], 2);
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < F_ROWS; i++)
-                        if (k8 < 2 || q == k8 / 2) Ch_own[i][k8 % 2] = Ch[i];
-                }
-            }
+            const float *B_own = sB + staged * N + q * F_STATES, *C_own = sC + staged * N + q * F_STATES;
+            eight_steps<MODE>(own, steps, dt_v[warp], B_own, C_own, p, q);
             __syncwarp();
-            if (MODE == FORWARD) {
-                io_t *y_at = y + (own * D_INNER + corner);
-#pragma unroll
-                for (int i = 0; i < F_ROWS; i++)
-#pragma unroll
-                    for (int s = 0; s < 2; s++)
-                        if (inside[i] && own + s < at.end)
-                            store(y_at + s * D_INNER + 8 * i,
-                                  (Ch_own[i][s] + skip[i] * u_own[i][s]) * gated[i][s]);
-            }
+            if (MODE == FORWARD) outputs(y + (t * D_INNER + first_channel), own, steps, t, at.end);
         }
     }
-    const bool has_end = MODE != FORWARD || at.split == a.splits - 1;
-    const i64 row = MODE == FORWARD ? at.batch * D_INNER : split_row;
-#pragma unroll
-    for (int i = 0; i < F_ROWS; i++) {
-        if (has_end && inside[i]) store_states(a.h_last + (row + channel[i]) * N_STATE, q * F_STATES, h[i]);
-        if (MODE != FORWARD) {
-            dt_sum[i] += __shfl_xor_sync(ALL, dt_sum[i], 1);
-            dt_sum[i] += __shfl_xor_sync(ALL, dt_sum[i], 2);
-            if (q == 0 && inside[i]) a.dt_sums[split_row + channel[i]] = dt_sum[i];
-        }
-    }
+    finish<MODE>(own, a, at, split_row, q);
 }
 
 #if !BACKWARD
 extern "C" __global__ void __launch_bounds__(32 * F_WARPS, 4) scan_forward(const ForwardArgs a) {
     forward_pass<FORWARD>(a);
 }
-extern "C" __global__ void __launch_bounds__(32 * F_WARPS) split_ends(const ForwardArgs a) { forward_pass<ENDS>(a); }
+extern "C" __global__ void __launch_bounds__(32 * F_WARPS) split_ends(const ForwardArgs a) {
+    forward_pass<SPLIT_ENDS>(a);
+}
 #else
 extern "C" __global__ void __launch_bounds__(32 * F_WARPS) split_ends_reversed(const ForwardArgs a) {
-    forward_pass<ENDS_REVERSED>(a);
+    forward_pass<SPLIT_ENDS_REVERSED>(a);
 }
 #endif
 
@@ -463,12 +531,10 @@ extern "C" __global__ void carry_over_splits(const CarryArgs a) {
 
 // ---- backward --------------------------------------------------------------------------------------------------
 //
-// A warp holds 8 channels, of which lane 4 p + q has 2 q and 2 q + 1, and of each the STATES states from STATES p on.
-// Chunks of CHUNK steps are worked through from the last to the first, in three levels: from the state that the forward
-// pass saved before the chunk, the states before every STEPS-th step are computed again and kept in shared memory; from
-// these, backwards, the states and decays within STEPS steps, in registers; and through these the gradient runs back.
-// What depends on step and channel only is computed for 8 steps at a time: lane 4 p + q for its two channels and the
-// step p, which is also where the tensor cores leave their sums over the states.
+// Chunks are worked through from the last to the first, in three levels: from the state that the forward pass saved
+// before the chunk, the states before every STEPS-th step are computed again and kept in shared memory; from these,
+// backwards, the states and decays within STEPS steps, in registers; and through these the gradient runs back. In an
+// octet lane 4 p + q has step p, which is also where the tensor cores leave their sums over the states.
 
 struct BackwardArgs {
     const io_t *dy, *u, *delta, *z, *B, *C;
@@ -510,6 +576,7 @@ struct BlockShared {
     WarpShared warps[WARPS];
 };
 
+// The terms of dB and dC of one lane and step.
 DEVICE void store_words(u32 *to, const u32 (&x)[STATES]) {
     if constexpr (STATES % 4 == 0) {
 #pragma unroll
@@ -519,6 +586,7 @@ DEVICE void store_words(u32 *to, const u32 (&x)[STATES]) {
         for (int j = 0; j < STATES; j += 2) *(uint2 *)(to + j) = make_uint2(x[j], x[j + 1]);
     }
 }
+// States to and from shared memory.
 DEVICE void keep(u32 *to, const float (&h)[2][STATES]) {
 #pragma unroll
     for (int j = 0; j < STATES; j++) to[j] = pack_bf16(h[0][j], h[1][j]);
@@ -550,6 +618,65 @@ DEVICE void step(float (&h)[2][STATES], const float (&h_before)[2][STATES], floa
         a[1][j] = exp2_(dt_v.y * A2[1][j]);
         h[0][j] = a[0][j] * h_before[0][j] + dt_v.z * B_k[j];
         h[1][j] = a[1][j] * h_before[1][j] + dt_v.w * B_k[j];
+    }
+}
+
+// dB and dC of 8 steps, of which `left` exist, as sums over the warps' terms; dBC: from the first of these steps on.
+DEVICE void add_dBC(state_t *dBC, const BlockShared &shared, int buffer, int left) {
+#if FAST
+    constexpr int WORDS = STATES >= 4 ? 2 : 1;  // pairs that a thread takes at once
+#pragma unroll
+    for (int start = 0; start < 8 * N; start += 32 * WARPS * WORDS) {
+        const int i = start + threadIdx.x * WORDS, k = i / N, lane_p = i % N / STATES, j = i % STATES;
+        if (8 * N % (32 * WARPS * WORDS) && k >= 8) break;
+        float x[2 * WORDS] = {};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+#pragma unroll
+            for (int word = 0; word < WORDS; word++) {
+                const float2 term = numbers(shared.dBC[buffer][w][k][lane_p][j + word]);
+                x[2 * word] += term.x, x[2 * word + 1] += term.y;
+            }
+        if (k >= left) continue;
+        const int n = STATES * lane_p + j % (STATES / 2) * 2;
+        state_t *to = dBC + k * (u32)(2 * N_STATE) + (j < STATES / 2 ? 0 : N_STATE);
+        store_states(to, n, x);
+    }
+#else
+#pragma unroll
+    for (int start = 0; start < 8 * N; start += 32 * WARPS) {
+        const int i = start + threadIdx.x, k = i / N, n = i % N * 2;  // n: of dB, then of dC
+        if (8 * N % (32 * WARPS) && k >= 8) break;
+        float x = 0.0f, y = 0.0f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float2 term = *(const float2 *)&shared.dBC[w][k * 2 * N + n];
+            x += term.x, y += term.y;
+        }
+        if (k >= left) continue;
+        const int n_own = n % N;
+        state_t *to = dBC + k * (u32)(2 * N_STATE) + n / N * N_STATE + n_own;
+        if (n_own < N_STATE) store(to, x);
+        if (n_own + 1 < N_STATE) store(to + 1, y);
+    }
+#endif
+}
+
+// The sums over the time of one sequence and split: dA, then dD, then the gradient of delta_bias.
+DEVICE void sums_over_time(float *sums, int own_channel, int p, const bool (&inside)[2], const float (&dA)[2][STATES],
+                           float (&dD)[2], float (&dbias)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (inside[i]) store_states(sums + (own_channel + i) * N_STATE, STATES * p, dA[i]);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+            dD[i] += __shfl_xor_sync(ALL, dD[i], lanes);
+            dbias[i] += __shfl_xor_sync(ALL, dbias[i], lanes);
+        }
+        if (p == 0 && inside[i]) {
+            sums[D_INNER * N_STATE + own_channel + i] = dD[i];
+            sums[D_INNER * (N_STATE + 1) + own_channel + i] = dbias[i];
+        }
     }
 }
 
@@ -641,9 +768,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
             }
             keep(shared.before[piece][lane], h);
         }
-        for (int block = (length + 7) / 8 - 1; block >= 0; block--) {
+        for (int octet = (length + 7) / 8 - 1; octet >= 0; octet--) {
             // ---- of 8 steps: do, u, dy silu'(z) and the slope of the softplus
-            const u32 first_step = chunk_start + 8 * block, own = first_step + p;  // own: of this lane
+            const u32 first_step = chunk_start + 8 * octet, own = first_step + p;  // own: of this lane
             {
                 const float2 u_t = numbers(u_next), z_t = numbers(z_next), dy_t = numbers(dy_next);
                 const float2 delta_t = numbers(delta_next);
@@ -665,7 +792,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
 #endif
             __syncwarp();
             for (int half = 8 / STEPS - 1; half >= 0; half--) {
-                const int piece = block * (8 / STEPS) + half;
+                const int piece = octet * (8 / STEPS) + half;
 #if FAST
                 if (piece >= pieces) {  // no step of these exists
 #pragma unroll
@@ -775,7 +902,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
             // ---- of 8 steps: du, ddelta and dz
             __syncwarp();
             {
-                const int k = 8 * block + p;
+                const int k = 8 * octet + p;
                 const bool first = inside[0] && k < length, second = inside[1] && k < length;
 #if FAST
                 const float2 Ch = make_float2(Ch_sum[0], Ch_sum[1]), dv = make_float2(dv_sum[0], dv_sum[1]);
@@ -798,61 +925,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
             }
             // ---- dB and dC: the sum over this block's channels
             __syncthreads();
-#if FAST
-            constexpr int WORDS = STATES >= 4 ? 2 : 1;  // pairs that a thread takes at once
-#pragma unroll
-            for (int start = 0; start < 8 * N; start += 32 * WARPS * WORDS) {
-                const int i = start + threadIdx.x * WORDS, k = i / N, lane_p = i % N / STATES, j = i % STATES;
-                if (8 * N % (32 * WARPS * WORDS) && k >= 8) break;
-                float x[2 * WORDS] = {};
-#pragma unroll
-                for (int w = 0; w < WARPS; w++)
-#pragma unroll
-                    for (int word = 0; word < WORDS; word++) {
-                        const float2 term = numbers(block_shared.dBC[buffer][w][k][lane_p][j + word]);
-                        x[2 * word] += term.x, x[2 * word + 1] += term.y;
-                    }
-                if (8 * block + k >= length) continue;
-                const int n = STATES * lane_p + j % (STATES / 2) * 2;
-                state_t *to = dBC + (first_step + k) * (u32)(2 * N_STATE) + (j < STATES / 2 ? 0 : N_STATE);
-                store_states(to, n, x);
-            }
+            add_dBC(dBC + first_step * (u32)(2 * N_STATE), block_shared, buffer, length - 8 * octet);
             buffer ^= 1;
-#else
-#pragma unroll
-            for (int start = 0; start < 8 * N; start += 32 * WARPS) {
-                const int i = start + threadIdx.x, k = i / N, n = i % N * 2;  // n: of dB, then of dC
-                if (8 * N % (32 * WARPS) && k >= 8) break;
-                float x = 0.0f, y = 0.0f;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) {
-                    const float2 term = *(const float2 *)&block_shared.dBC[w][k * 2 * N + n];
-                    x += term.x, y += term.y;
-                }
-                if (8 * block + k >= length) continue;
-                const int n_own = n % N;
-                state_t *to = dBC + (first_step + k) * (u32)(2 * N_STATE) + n / N * N_STATE + n_own;
-                if (n_own < N_STATE) store(to, x);
-                if (n_own + 1 < N_STATE) store(to + 1, y);
-            }
-#endif
         }
     }
-    // ---- the sums over time of this sequence and split: dA, then dD, then the gradient of delta_bias
-    float *sums = a.sums + split_row * (N_STATE + 2);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (inside[i]) store_states(sums + (own_channel + i) * N_STATE, STATES * p, dA[i]);
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2) {
-            dD[i] += __shfl_xor_sync(ALL, dD[i], lanes);
-            dbias[i] += __shfl_xor_sync(ALL, dbias[i], lanes);
-        }
-        if (p == 0 && inside[i]) {
-            sums[D_INNER * N_STATE + own_channel + i] = dD[i];
-            sums[D_INNER * (N_STATE + 1) + own_channel + i] = dbias[i];
-        }
-    }
+    sums_over_time(a.sums + split_row * (N_STATE + 2), own_channel, p, inside, dA, dD, dbias);
 }
 
 // ---- sums ------------------------------------------------------------------------------------------------------
