@@ -120,6 +120,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 import baselines
 import dataset
@@ -683,6 +684,8 @@ def main(args):
     # ---- one model after the other, while other processes embed the levels that are ready
     n_embeddings = 0 if args.no_umap else sum(len(loaded.depths) for loaded in models) + (not args.no_baselines)
     pool = umap_pool(n_embeddings, min(args.umap_points, len(rows)))
+    # Threads of BLAS that wait for work would take turns with these processes.
+    threads = threadpool_limits(None if pool is None else 1, user_api="blas")
     try:
         if series.states is None:
             print("these data have no labels: no probes, clusters and silhouette; UMAPs are coloured by time")
@@ -706,6 +709,7 @@ def main(args):
         raise cli.UserError("a process that computed a UMAP was ended, probably for lack of memory; "
                             "use fewer --umap-points") from None
     finally:
+        threads.restore_original_limits()
         if pool is not None:
             pool.shutdown(wait=False, cancel_futures=True)
 
