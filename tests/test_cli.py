@@ -155,6 +155,7 @@ def test_the_shared_flags_and_their_defaults():
                                "--save-dir", "s"])
     assert vars(given) == {"seed": 7, "device": "cuda:1", "scan": "reference", "data_dir": Path("d"),
                            "save_dir": Path("s")}
+    assert parser.parse_args(["--scan", "triton"]).scan == "cuda"  # its former name
     group, = (group for group in parser._action_groups if group.title == "computing")
     assert [action.dest for action in group._group_actions] == ["seed", "device", "scan"]
     assert cli.WINDOW_DEFAULTS == {"seq_len": 1024, "stride": 256, "val_fraction": 0.1}
