@@ -29,10 +29,10 @@ DIMENSION_POINTS = 10_000  # time steps drawn for it
 DIMENSION_K = 30  # the one of them in titles and in comparisons
 
 
-def one_thread_for_blas():
-    """A region in which BLAS computes with one thread. An iterative fit makes thousands of small matrix products, and
-    threads that wait for each other at each of them take ten times as long as one alone."""
-    return threadpool_limits(1, user_api="blas")
+def one_thread():
+    """A region in which BLAS and OpenMP compute with one thread. An iterative fit is thousands of small steps, at each
+    of which threads wait for each other; beside other processes that takes ten times as long as one thread alone."""
+    return threadpool_limits(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def circle_probe(train, train_states, test, test_states):
 
     if len(np.unique(train_states)) < 2 or train.shape[1] == 0:
         return None
-    with one_thread_for_blas():
+    with one_thread():
         probe = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit(train, train_states)
     return float((probe.predict(test) == test_states).mean())
 
@@ -409,7 +409,7 @@ def fit_kmeans(points, n_clusters, seed):
     """A fitted sklearn KMeans of points (n, width), with at most n clusters."""
     from sklearn.cluster import KMeans
 
-    with warnings.catch_warnings(), one_thread_for_blas():
+    with warnings.catch_warnings(), one_thread():
         # A level may have collapsed to fewer distinct points than there are circles; its low scores show that.
         warnings.filterwarnings("ignore", message="Number of distinct clusters")
         return KMeans(min(n_clusters, len(points)), n_init=KMEANS_RESTARTS, random_state=seed).fit(points)
