@@ -391,14 +391,18 @@ def test_older_names_load(tmp_path):
 def bad_state_dicts():
     good = tiny(torch.float32).state_dict()
     nan = {**good, "layers.0.mamba.D": good["layers.0.mamba.D"] * float("nan")}
+    one_nan, one_infinity = good["layers.1.mamba.D"].clone(), good["input_proj.bias"].clone()
+    one_nan[3], one_infinity[-1] = float("nan"), float("inf")
     missing = {key: value for key, value in good.items() if key != "final_norm.weight"}
     narrow = {**good, "layers.1.norm.weight": torch.ones(5)}
     # Two small tensors that together ask for a matrix of terabytes, and one that claims more than it stores.
     huge = {**good, "layers.0.mamba.A_log": torch.zeros(3 * 10**5, 1), "input_proj.weight": torch.zeros(10**5, 3)}
     claimed = {**good, "layers.0.mamba.A_log": torch.zeros(1).expand(10**9, 4)}
     integer = {**good, "layers.0.mamba.D": torch.ones(32, dtype=torch.int64)}
-    return {"nan": nan, "missing": missing, "narrow": narrow, "huge": huge, "claimed": claimed, "integer": integer,
-            "empty": {}, "not tensors": {**good, "layers.0.mamba.D": 3}}
+    return {"nan": nan, "one nan": {**good, "layers.1.mamba.D": one_nan},
+            "one infinity": {**good, "input_proj.bias": one_infinity}, "missing": missing, "narrow": narrow,
+            "huge": huge, "claimed": claimed, "integer": integer, "empty": {},
+            "not tensors": {**good, "layers.0.mamba.D": 3}}
 
 
 @pytest.mark.parametrize("name", bad_state_dicts())

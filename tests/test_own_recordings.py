@@ -227,6 +227,9 @@ def test_a_window_longer_than_every_recording_is_refused():
 def test_seeds_are_moved_into_recordings():
     starts = dataset.into_recordings(np.array([0, 45, 52, 125, 195]), 10, RECORDINGS)
     assert starts.tolist() == [0, 40, 40, 120, 190]
+    for length in (1, 10, 30):  # where a recording of so many steps begins, its first window begins
+        begins = [begin for begin, end in RECORDINGS.tolist() if end - begin >= length]
+        assert dataset.into_recordings(np.array(begins), length, RECORDINGS).tolist() == begins
     with pytest.raises(cli.UserError, match="no recording has 73 steps; the longest has 72"):
         dataset.into_recordings(np.array([0]), 73, RECORDINGS)
 
@@ -484,10 +487,11 @@ def test_what_begins_late_is_seen(shared_data):
 
 def test_of_other_recordings_nothing_counts_as_held_back(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, n in (("a", 700), ("b", 420)):
+    for name, n in (("a", 1000), ("b", 420)):  # of a 50 steps are held back; b's validation part has 42 in all
         np.savetxt(f"{name}.csv", np.random.default_rng(n).normal(size=(n, 2)), delimiter=",")
     flags = ["--d-model", 8, "--n-layers", 1, "--d-state", 2, "--seq-len", 40, "--stride", 20, "--epochs", 1]
-    assert script("masked_model_gpu_mamba_next", "--data", "a.csv", "--checkpoint", "a.pt", *flags).code == 0
+    done = script("masked_model_gpu_mamba_next", "--data", "a.csv", "--checkpoint", "a.pt", *flags)
+    assert done.code == 0 and "the last 50 steps are left to the test" in done.out, done
     done = script("masked_model_gpu_mamba_next", "--eval", "a.pt", "--data", "b.csv")
     assert done.code == 0 and "was trained on other data" in done.out, done
     done = script("evaluate_representations", "--checkpoint", "a.pt", "--data", "b.csv", "--no-umap", "--no-lb")
