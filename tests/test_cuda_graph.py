@@ -24,7 +24,8 @@ def fake_cuda(monkeypatch):
             self.function()
 
     @contextlib.contextmanager
-    def graph(captured_graph):
+    def graph(captured_graph, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # other threads may call CUDA during the capture
         phase[0] = "capture"
         yield
 
