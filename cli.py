@@ -15,6 +15,7 @@ import re
 import signal
 import stat
 import sys
+import zlib
 from pathlib import Path
 
 # While a script of this folder imports, which takes seconds, Ctrl-C ends it as it ends a program in C. `run` makes
@@ -49,6 +50,7 @@ WITHOUT_EFFECT = ("checkpoint", "resume", "eval", "device", "scan", "num_workers
 # called formerly: old commands and checkpoints hold such names.
 BACKENDS = ("auto", "cuda", "mamba-ssm", "cpu", "reference")
 FORMER_BACKENDS = {"triton": "cuda"}
+CHECKSUM_BYTES = 4  # behind the data in the files of `with_checksum`
 SIGNALS = ("delta", "B", "C", "z")  # what a Mamba block computes from its input at every step: see mamba_model.py
 # What goes on beside what a progress line says, such as "compiling kernels"; the first entry is shown behind it.
 DOING = []
@@ -108,6 +110,17 @@ def private_folder():
     if hasattr(os, "getuid") and (found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077):
         raise PermissionError(f"{folder} belongs to somebody else or can be changed by others")
     return folder
+
+
+def with_checksum(data):
+    """Bytes for a file of such a cache: damaged machine code would be executed, so its checksum stands behind it."""
+    return data + zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def without_checksum(data):
+    """The bytes that `with_checksum` was given, or None where they or their checksum are damaged."""
+    data, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+    return data if zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little") == checksum else None
 
 
 def run(main, args):

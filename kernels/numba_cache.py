@@ -16,7 +16,6 @@ Progress lines (terminal.py) say when a function is being compiled.
 
 import contextlib
 import os
-import zlib
 
 from numba import njit
 from numba.core import caching, dispatcher, event
@@ -25,7 +24,6 @@ from numba.np.ufunc import ufuncbuilder
 import cli
 
 __all__ = ["install", "njit"]  # whoever takes njit from here decorates after the installation
-CHECKSUM_BYTES = 4
 
 
 class _UserWideLocator(caching.UserWideCacheLocator):
@@ -57,14 +55,12 @@ class _Files(caching.IndexDataCacheFile):
     """
 
     def _dump(self, obj):
-        data = super()._dump(obj)
-        return data + zlib.crc32(data).to_bytes(CHECKSUM_BYTES, "little")
+        return cli.with_checksum(super()._dump(obj))
 
     def _load_data(self, name):
         with open(self._data_path(name), "rb") as file:
-            data = file.read()
-        if zlib.crc32(data[:-CHECKSUM_BYTES]).to_bytes(CHECKSUM_BYTES, "little") != data[-CHECKSUM_BYTES:]:
-            return None
+            if cli.without_checksum(file.read()) is None:
+                return None
         return super()._load_data(name)
 
 

@@ -19,13 +19,11 @@ import importlib.util
 import os
 import pathlib
 import tempfile
-import zlib
 
 import torch
 
 import cli
 
-CHECKSUM_BYTES = 4
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 SHARED_PER_BLOCK = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
@@ -128,10 +126,7 @@ def _cache_folders():
 def _read(path):
     """The machine code in a file, or None where it is missing or damaged."""
     with contextlib.suppress(OSError):
-        data = path.read_bytes()
-        binary, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
-        if binary and zlib.crc32(binary).to_bytes(CHECKSUM_BYTES, "little") == checksum:
-            return binary
+        return cli.without_checksum(path.read_bytes()) or None
     return None
 
 
@@ -144,7 +139,7 @@ def _write(path, binary):
         return False
     try:
         with os.fdopen(number, "wb") as file:
-            file.write(binary + zlib.crc32(binary).to_bytes(CHECKSUM_BYTES, "little"))
+            file.write(cli.with_checksum(binary))
         os.replace(beside, path)
         return True
     except OSError:
