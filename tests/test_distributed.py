@@ -114,8 +114,8 @@ def assert_same_state(path, other, tolerance):
     assert saved["step"] == expected["step"]
     for name, value in expected["model_state_dict"].items():
         assert torch.allclose(saved["model_state_dict"][name], value, rtol=0, atol=tolerance), name
-    assert saved["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-6)
-    assert saved["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-6)
+    for loss in ("val_loss", "train_loss"):
+        assert saved[loss] == pytest.approx(expected[loss], rel=max(tolerance / 10, 1e-7)), loss
 
 
 def assert_same_log(path, other, tolerance):
