@@ -51,7 +51,7 @@ def untrained_like(model, seed):
         untrained = mamba_model.CausalTimeSeriesMamba(
             model.feature_dim, model.d_model, model.n_layers, block.d_state, block.d_conv,
             block.d_inner // model.d_model, model.output_heads["1"][0].out_features, max_horizon=model.horizons[-1],
-            mixture=model.mixture, constant=block.constant)
+            mixture=model.mixture, constant=block.constant, relative=model.relative is not None)
     untrained.backends = dict(model.backends)
     return untrained.to(next(model.parameters()).device).eval()
 

@@ -225,8 +225,12 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, t
         outputs, states = model.prefill(torch.as_tensor(series, dtype=weight.dtype, device=weight.device))
         return outputs["1"], states
 
+    def origin_of(series):
+        """What the recurrence counts from: (n, 1, feature_dim), or 0."""
+        return 0 if model.relative is None else series[:, :1]
+
     sampling = Sampling(max(temperature, LEAST_TEMPERATURE) if temperature else 0.0)
-    advance, start = choose_stepper(model)(model, n, sampling), start_from(seed)
+    advance, start, origin = choose_stepper(model)(model, n, sampling), start_from(seed), origin_of(seed)
     edges = block_edges(n_steps, None if memory is None else RENEWAL * memory)
     past = seed[:, -memory:] if memory else seed
 
@@ -238,9 +242,9 @@ def generate(model, seed, n_steps, noise_std=0.0, bursts=None, random_seed=42, t
     with terminal.Bar(n_steps, desc="generating") as bar:
         for block in itertools.starmap(slice, itertools.pairwise(edges)):
             if memory and block.start and block.start % (RENEWAL * memory) == 0:
-                start = start_from(past)
+                start, origin = start_from(past), origin_of(past)
             draws = draw_noise(model, streams, in_burst[block], own_std, bursts, dtype)
-            predictions[:, block], generated[:, block] = advance(draws, start)
+            predictions[:, block], generated[:, block] = (values + origin for values in advance(draws, start))
             start = None
             if memory:
                 past = np.concatenate([past, generated[:, block] + draws.observation], axis=1)[:, -memory:]

@@ -31,7 +31,7 @@ def signal_means(model, X, seq_len, last):
     per_batch = max(1, representations.STEPS_IN_BATCH[device.type] // seq_len)
     for first in range(0, len(starts), per_batch):
         batch = starts[first:first + per_batch]
-        h = model.input_proj(dataset.gather(X, batch, seq_len).to(device))
+        h = model.embed(dataset.gather(X, batch, seq_len).to(device))
         for total, layer in zip(sums, model.layers, strict=True):
             signals = layer.mamba.signals(layer.norm(h))
             for name in total:

@@ -7,6 +7,7 @@ depth, and with the model's errors and settings.
 import csv
 import io
 import json
+import re
 
 import numpy as np
 
@@ -202,20 +203,31 @@ def comparison_table(rows):
 
 
 def seed_groups(reports):
-    """Reports of models that were trained with the same flags but for the seed: {name of the first one: list of them}.
+    """Reports of models that were trained with the same flags but for the seed: {name of the group: list of them}.
 
-    Flags that don't change the result don't count either. A model without such siblings is left out.
+    Flags that don't change the result don't count either. A model without such siblings is left out. Where the names
+    differ in the seed alone, that of the group is what they share, as full of full_42 and full_43; otherwise, or where
+    two groups share it, it is the name of the first model.
     """
     groups = {}
     for report in reports:
         flags = {key: value for key, value in report["trained_with"].items()
                  if key not in ("seed", *cli.WITHOUT_EFFECT)}
         groups.setdefault(json.dumps(flags, sort_keys=True, default=str), []).append(report)
-    return {group[0]["name"]: group for group in groups.values() if len(group) > 1}
+    groups = [group for group in groups.values() if len(group) > 1]
+    shared = [{without_seed(report) for report in group} for group in groups]
+    return {next(iter(names)) if len(names) == 1 and shared.count(names) == 1 else group[0]["name"]: group
+            for names, group in zip(shared, groups, strict=True)}
+
+
+def without_seed(report):
+    """The name of a report's model without its seed: full of full_42, model_next_lr0.1 of model_next_lr0.1_seed2."""
+    seed = re.escape(str(report["trained_with"].get("seed")))
+    return re.sub(rf"_(seed)?{seed}(?=_|$)", "", report["name"])
 
 
 def test_settings(reports):
-    """The errors on the test series by setting, as `unseen.compared` takes them: {name of the first report of those
+    """The errors on the test series by setting, as `unseen.compared` takes them: {name, as from `seed_groups`, of those
     with the same flags but for the seed: list of their "test"}."""
     groups = seed_groups(reports)
     in_a_group = {report["name"]: name for name, group in groups.items() for report in group}

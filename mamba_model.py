@@ -238,10 +238,14 @@ class CausalTimeSeriesMamba(nn.Module):
     mixture: 0, or the number of Gaussians per prediction (see mixture_head). Then `distribution(x)` gives the whole
     predicted distribution, and a prediction is its mean.
     constant: the names, out of SIGNALS, of the signals that are learned constants in every block (see MambaBlock).
+    relative: the model sees each window as what it differs from its own first step, so that where the series has
+    wandered to makes no difference (reversible instance normalisation, Kim et al. 2022, by one step in place of the
+    mean, which later steps would give away). Windows come and predictions leave in data units all the same; only the
+    recurrence is in these differences, from `prefill` on.
     """
 
     def __init__(self, feature_dim=20, d_model=128, n_layers=7, d_state=32, d_conv=4, expand=2, d_ff=512,
-                 dropout=0.1, max_horizon=1, mixture=0, constant=()):
+                 dropout=0.1, max_horizon=1, mixture=0, constant=(), relative=False):
         super().__init__()
         self.feature_dim, self.d_model, self.n_layers = feature_dim, d_model, n_layers
         self.horizons, self.mixture = horizons_up_to(max_horizon), mixture
@@ -254,6 +258,8 @@ class CausalTimeSeriesMamba(nn.Module):
         self.output_heads = nn.ModuleDict({
             str(k): nn.Sequential(nn.Linear(d_model, d_ff), nn.GELU(), nn.Linear(d_ff, n_outputs))
             for k in self.horizons})
+        # A tensor, so that it stands in a checkpoint.
+        self.register_buffer("relative", torch.ones(()) if relative else None)
         self.backends = {}
         self.scaling = None
 
@@ -287,6 +293,8 @@ class CausalTimeSeriesMamba(nn.Module):
         features. Returns the model itself.
         """
         mean, std = (torch.as_tensor(values, dtype=torch.float64) for values in scaling)
+        if self.relative is not None:
+            mean = torch.zeros_like(mean)  # a difference has lost it
         first = self.input_proj
         weight = first.weight.double() / std
         first.bias.copy_(first.bias.double() - weight @ mean)
@@ -314,22 +322,37 @@ class CausalTimeSeriesMamba(nn.Module):
             self.use_scan("auto", device)
         return self.backends[device.type]
 
+    def embed(self, x):
+        """What the first layer sees of windows x (batch, time, feature_dim): (batch, time, d_model)."""
+        return self.input_proj(x if self.relative is None else x - x[:, :1])
+
+    def from_differences(self, values, x):
+        """Predictions (batch, time, feature_dim) in data units, from what the heads give for windows x."""
+        return values if self.relative is None else at_least_float32(values) + x[:, :1]
+
     def layer_outputs(self, x):
         """The outputs of all layers, a list of (batch, time, d_model)."""
         backend = self.backend_for(x.device)
-        h, outputs = self.dropout(self.input_proj(x)), []         # h (batch, time, d_model)
+        h, outputs = self.dropout(self.embed(x)), []              # h (batch, time, d_model)
         for layer in self.layers:
             h = layer(h, backend)
             outputs.append(h)
         return outputs
 
-    def heads(self, h):
+    def heads(self, h, x=None):
         """The outputs of the heads, {str(k): (…, n_outputs)}, for the last layer's output h (…, d_model).
 
         Those of a point head are the predictions; those of a mixture describe a distribution: see `mixture_of`.
+        x: the windows that h is of, for outputs in data units; None leaves those of a relative model as differences.
         """
         h = self.final_norm(h)
-        return {k: head(h) for k, head in self.output_heads.items()}
+        outputs = {k: head(h) for k, head in self.output_heads.items()}
+        if x is None or self.relative is None:
+            return outputs
+        K = self.mixture  # whose logits and log scales stay what they are
+        return {k: torch.cat([output[..., :2 * K].float(), self.from_differences(
+            output[..., 2 * K:].unflatten(-1, (-1, self.feature_dim)), x.unsqueeze(-2)).flatten(-2)], dim=-1)
+            for k, output in outputs.items()}
 
     def mixture_of(self, k, outputs):
         """(logits, log_scales, means) of the mixture that the outputs of the head for horizon k (a str) describe."""
@@ -349,7 +372,7 @@ class CausalTimeSeriesMamba(nn.Module):
         (batch, time, d_model)).
         """
         layers = self.layer_outputs(x)
-        outputs = self.heads(layers[-1])
+        outputs = self.heads(layers[-1], x)
         return (outputs, layers) if with_layers else self.predictions(outputs)
 
     def distribution(self, x):
@@ -363,8 +386,7 @@ class CausalTimeSeriesMamba(nn.Module):
     def encode(self, x):
         """The outputs of the layers in order, each (batch, time, d_model), then the horizon-1 prediction."""
         layers = self.layer_outputs(x)
-        output = self.output_heads["1"](self.final_norm(layers[-1]))
-        return [*layers, self.predictions({"1": output})["1"]]
+        return [*layers, self.predictions(self.heads(layers[-1], x))["1"]]
 
     def init_state(self, batch, device=None, dtype=None):
         """The recurrent state before the first step: a list of one (conv_state, h) per layer."""
@@ -375,10 +397,11 @@ class CausalTimeSeriesMamba(nn.Module):
         """Run all time steps of x (batch, time, feature_dim) at once.
 
         Returns the head outputs after the last step, {str(k): (batch, n_outputs)} as `step` does, and the states from
-        which `step` goes on.
+        which `step` goes on. Those of a relative model, and all that `step` takes and gives afterwards, are differences
+        from x[:, 0].
         """
         backend = self.backend_for(x.device)
-        h, states = self.dropout(self.input_proj(x)), []
+        h, states = self.dropout(self.embed(x)), []
         for layer in self.layers:
             h, state = layer.prefill(h, backend)
             states.append(state)
@@ -511,7 +534,7 @@ def model_from_state_dict(state_dict, dropout=0.1):
     # On the meta device the model takes no memory until it takes over the file's tensors.
     with torch.device("meta"):
         model = CausalTimeSeriesMamba(feature_dim, d_model, n_layers, d_state, d_conv, d_inner // d_model, d_ff,
-                                      dropout, max_horizon, mixture, constant)
+                                      dropout, max_horizon, mixture, constant, relative="relative" in state_dict)
     model.load_state_dict(state_dict, assign=True)
     return model.requires_grad_()
 

@@ -42,6 +42,8 @@ def build_parser():
                       help="train each epoch on a newly drawn series of the same process and length")
     data.add_argument("--normalise", action="store_true", help="train on features of mean 0 and std 1 over the "
                       "training part (with --mixture: one std for all); errors and predictions stay in data units")
+    data.add_argument("--relative", action="store_true", help="show the model each window relative to its first step, "
+                      "for series that wander away")
     data.add_argument("--num-workers", type=cli.non_negative_int, default=0, metavar="N",
                       help="loader processes for a series that is read from its file or does not fit on the device")
     model = parser.add_argument_group("model")
@@ -253,13 +255,17 @@ def make_loss(args):
 # ---- What learns, and how fast --------------------------------------------------------------------------------
 
 def build_model(args, feature_dim, X=None):
-    """A new model; X (n_steps, feature_dim): training steps from whose mean and scale a mixture's components start."""
+    """A new model; X (n_steps, feature_dim): training steps from whose mean and scale a mixture's components start.
+
+    Those of a relative model start from the differences over half a window.
+    """
     torch.manual_seed(args.seed)  # the same initial weights on every device: they are drawn on the CPU
     model = CausalTimeSeriesMamba(feature_dim, args.d_model, args.n_layers, args.d_state, args.d_conv, args.expand,
                                   args.d_ff, args.dropout, args.max_horizon, args.mixture,
-                                  (args.constant or "").split(","))
+                                  (args.constant or "").split(","), args.relative)
     if args.mixture and X is not None:
-        mixture_head.start_at_data(model.output_heads.values(), X)
+        half = args.seq_len // 2
+        mixture_head.start_at_data(model.output_heads.values(), X[half:] - X[:-half] if args.relative else X)
     return model
 
 

@@ -77,9 +77,11 @@ def of_windows(model, windows, depths):
     if max(depths) == 0:
         return
     steps = [*(lambda x, layer=layer: layer(x, backend) for layer in model.layers), prediction]
-    h = [in_batches(model.input_proj, some, device) for some in windows]
+    h = [in_batches(model.embed, some, device) for some in windows]
     for depth, step in enumerate(steps[:max(depths)], 1):
         h = [in_batches(step, some, device) for some in h]
+        if step is prediction:
+            h = [model.from_differences(some, x) for some, x in zip(h, windows, strict=True)]
         if depth in depths:
             yield depth, h
 

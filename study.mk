@@ -18,6 +18,8 @@ DATA_default   :=
 DATA_subspace2 := --subspace-dim 2
 DATA_subspace4 := --subspace-dim 4
 DATA_walk      := --center-walk-std 0.1
+# Where the centre has walked to says nothing of what comes next; a model that sees it learns next to nothing.
+PART_walk      := --relative
 # Finite data of the default process. Training sees all steps but the last 10,000, which are validation.
 STUDY_SIZES    := 90k 1M 10M
 DATA_90k       := --n-steps 100000
@@ -66,16 +68,17 @@ endef
 checkpoints = $(foreach setting,$(2),$(STUDY_SEEDS:%=$(STUDY)/$(1)/$(setting)_%.pt))
 figure_of   = $(1:%.pt=%_prediction_2.png)
 
-# The comparison of a part: part, its checkpoints, the data of the exact filter.
+# The comparison of a part: part, its checkpoints, the data of the exact filter. Models of longer data validated on a
+# smaller part, which on these would be shorter than a window.
 define study_comparison_rule
 $(STUDY)/$(1)/comparison.txt: $(call figure_of,$(2))
-	$$(ON_A_GPU) $(TRAINING) --data-dir $(STUDY)/$(3)/data $(STUDY_TEST) --eval $(2) > $$@.part $$(END)
+	$$(ON_A_GPU) $(TRAINING) --data-dir $(STUDY)/$(3)/data --val-fraction 0.1 $(STUDY_TEST) --eval $(2) > $$@.part $$(END)
 	mv $$@.part $$@
 	@tail -n $(shell echo $$(( $(words $(2)) + 5 ))) $$@
 endef
 
 $(foreach part,$(STUDY_PARTS),$(foreach setting,$(STUDY_SETTINGS),$(foreach seed,$(STUDY_SEEDS),\
-    $(eval $(call study_run_rule,$(part),$(setting),$(seed),$(part),11,--fresh $(FLAGS_$(setting)))))))
+    $(eval $(call study_run_rule,$(part),$(setting),$(seed),$(part),11,$(strip --fresh $(PART_$(part)) $(FLAGS_$(setting))))))))
 $(foreach part,$(STUDY_PARTS),\
     $(eval $(call study_comparison_rule,$(part),$(call checkpoints,$(part),$(STUDY_SETTINGS)),$(part))))
 

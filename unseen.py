@@ -350,6 +350,10 @@ def draw_compared(rows):
         ax.set(xlabel=f"{labels[key]}\nmean ± standard error", yticks=range(len(rows)), yticklabels=names,
                ylim=(len(rows) - 0.5, -0.5))
         ax.grid(axis="x", color="0.9")
+        shown = [row[key] for row in rows if key in row]
+        if key.startswith("excess") and 0 < 5 * min(shown) < max(shown):
+            ax.set_xscale("log")
+            figures.log_ticks(ax.xaxis, (1, 2, 5))
     return fig
 
 

@@ -119,7 +119,7 @@ def block_signals(model, x):
     A list with one dict per layer: delta (after softplus), z (before SiLU) and conv (after SiLU), each (batch, time,
     d_inner), B and C (batch, time, d_state); names as in Gu & Dao 2023, algorithm 2.
     """
-    inputs = [model.input_proj(x), *model.layer_outputs(x)[:-1]]
+    inputs = [model.embed(x), *model.layer_outputs(x)[:-1]]
     return [layer.mamba.signals(layer.norm(h)) for layer, h in zip(model.layers, inputs, strict=True)]
 
 

@@ -551,6 +551,20 @@ def test_models_are_of_one_group_when_only_the_seed_and_names_differ():
                                                                                     "c": ["c", "g"]}
 
 
+def test_a_group_has_the_name_that_its_models_share_but_for_the_seed():
+    def groups(*models):
+        reports = [{"name": name, "trained_with": {"seed": seed, "lr": lr}} for name, seed, lr in models]
+        return {name: [report["name"] for report in group] for name, group in level_tables.seed_groups(reports).items()}
+
+    full = ("full_42", 42, 0.1), ("full_43", 43, 0.1)
+    assert groups(*full, ("z_42", 42, 0.2), ("z_43_data-ab", 43, 0.2)) == {
+        "full": ["full_42", "full_43"], "z_42": ["z_42", "z_43_data-ab"]}
+    assert groups(("a_seed2_b", 2, 1), ("a_seed3_b", 3, 1), ("c4", 4, 2), ("c5", 5, 2)) == {
+        "a_b": ["a_seed2_b", "a_seed3_b"], "c4": ["c4", "c5"]}
+    assert groups(*full, ("full_44", 44, 0.2), ("full_45", 45, 0.2)) == {
+        "full_42": ["full_42", "full_43"], "full_44": ["full_44", "full_45"]}
+
+
 def test_every_cell_of_the_spread_over_seeds():
     reports = [made_report(f"r{i}", shift=shift) for i, shift in enumerate((0.0, 0.05, 0.31))]
     other = [made_report(f"o{i}", shift=shift, errors=[]) for i, shift in enumerate((0.1, 0.2))]

@@ -218,6 +218,10 @@ def test_the_study_runs_the_flags_that_the_results_name():
     study = dry_run("study-subspace2", "STUDY=fresh_study").replace("\\\n", "")
     on_new_data = re.findall(r"--fresh ?(.*?) \$\(test", study)
     assert len(on_new_data) == 8 * 3 and len(set(on_new_data)) == 8
+    walk = dry_run("study-walk", "STUDY=fresh_study").replace("\\\n", "")
+    assert re.findall(r"--fresh ?(.*?) \$\(test", walk) == [f"--relative {flags}".rstrip() for flags in on_new_data]
+    scaling = dry_run("study-scaling", "STUDY=fresh_study").replace("\\\n", "")
+    assert re.search(r"fresh_study/default/data --val-fraction 0.1 .*--eval( fresh_study/\S+){24}", scaling)
     assert len(table) == 7 + 7
     assert {*table, f"{common} {full}", f"{common} {small}"} <= {*started, *on_new_data}
 
