@@ -231,8 +231,14 @@ def test_settings_are_compared_on_the_same_blocks():
                 "weights": weights.tolist(),
                 "floors": {"mse": {"1": floor.tolist()}, "nll": {"1": (floor + 50).tolist()}} if floors else {}}
 
-    first, second, other = unseen.compared({"full": [report(0), report(1)], "lti": [report(2), report(3), report(4)],
-                                            "else": [report(0, False)]})
+    elsewhere = report(0)
+    elsewhere["floors"]["mse"]["1"] = (1.001 * floor).tolist()
+    rounded = report(1)
+    rounded["floors"]["mse"]["1"] = (floor * (1 + 1e-15)).tolist()  # as the filter of more horizons gives it
+    first, second, other, moved, horizons = unseen.compared({
+        "full": [report(0), report(1)], "lti": [report(2), report(3), report(4)], "else": [report(0, False)],
+        "elsewhere": [elsewhere], "horizons": [rounded]})
+    assert (moved["compared_with"], horizons["compared_with"]) == (None, "full")
     scale = 100 / floor.mean()
     assert (first["setting"], first["seeds"], first["compared_with"]) == ("full", 2, None)
     assert "difference_percent" not in first and "excess_percent" not in other and other["compared_with"] is None
