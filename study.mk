@@ -68,10 +68,10 @@ endef
 checkpoints = $(foreach setting,$(2),$(STUDY_SEEDS:%=$(STUDY)/$(1)/$(setting)_%.pt))
 figure_of   = $(1:%.pt=%_prediction_2.png)
 
-# The comparison of a part: part, its checkpoints, the data of the exact filter. Models of longer data validated on a
+# A comparison: its file, the checkpoints, the data of the exact filter. Models of longer data validated on a
 # smaller part, which on these would be shorter than a window.
 define study_comparison_rule
-$(STUDY)/$(1)/comparison.txt: $(call figure_of,$(2))
+$(STUDY)/$(1).txt: $(call figure_of,$(2))
 	$$(ON_A_GPU) $(TRAINING) --data-dir $(STUDY)/$(3)/data --val-fraction 0.1 $(STUDY_TEST) --eval $(2) > $$@.part $$(END)
 	mv $$@.part $$@
 	@tail -n $(shell echo $$(( $(words $(2)) + 5 ))) $$@
@@ -80,13 +80,17 @@ endef
 $(foreach part,$(STUDY_PARTS),$(foreach setting,$(STUDY_SETTINGS),$(foreach seed,$(STUDY_SEEDS),\
     $(eval $(call study_run_rule,$(part),$(setting),$(seed),$(part),11,$(strip --fresh $(PART_$(part)) $(FLAGS_$(setting))))))))
 $(foreach part,$(STUDY_PARTS),\
-    $(eval $(call study_comparison_rule,$(part),$(call checkpoints,$(part),$(STUDY_SETTINGS)),$(part))))
+    $(eval $(call study_comparison_rule,$(part)/comparison,$(call checkpoints,$(part),$(STUDY_SETTINGS)),$(part))))
 
 $(foreach size,$(STUDY_SIZES),$(foreach setting,full lti,$(foreach seed,$(STUDY_SEEDS),\
     $(eval $(call study_run_rule,scaling,$(setting)_$(size),$(seed),scaling/$(size),$(PER_EPOCH_$(size)),\
         --val-fraction $(VAL_$(size)) $(FLAGS_$(setting)))))))
-$(eval $(call study_comparison_rule,scaling,$(call checkpoints,scaling,$(foreach setting,full lti,\
-    $(STUDY_SIZES:%=$(setting)_%))) $(call checkpoints,default,full lti),default))
+# All sizes together, and both models of each size: a difference is always from the first of a comparison.
+$(eval $(call study_comparison_rule,scaling/comparison,$(foreach size,$(STUDY_SIZES),\
+    $(call checkpoints,scaling,full_$(size) lti_$(size))) $(call checkpoints,default,full lti),default))
+$(foreach size,$(STUDY_SIZES),$(eval $(call study_comparison_rule,scaling/comparison_$(size),\
+    $(call checkpoints,scaling,full_$(size) lti_$(size)),default)))
+SCALING := $(STUDY)/scaling/comparison.txt $(STUDY_SIZES:%=$(STUDY)/scaling/comparison_%.txt)
 
 # What each layer knows, of the first seed of each setting.
 $(STUDY)/%/plots/.levels: $(STUDY)/%/comparison.txt
@@ -105,11 +109,11 @@ $(foreach size,$(STUDY_SIZES),$(eval $(call study_data_rule,scaling/$(size),$(DA
 STUDY_TARGETS := $(STUDY_PARTS:%=study-%)
 study:
 	@mkdir -p $(STUDY)
-	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(STUDY_PARTS:%=$(STUDY)/%/plots/.levels) $(STUDY)/scaling/comparison.txt
+	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(STUDY_PARTS:%=$(STUDY)/%/plots/.levels) $(SCALING)
 $(STUDY_TARGETS): study-%:
 	@mkdir -p $(STUDY)
 	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(STUDY)/$*/plots/.levels
 study-scaling:
 	@mkdir -p $(STUDY)
-	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(STUDY)/scaling/comparison.txt
+	@$(MAKE) --no-print-directory -j $(words $(SLOTS)) $(SCALING)
 .PHONY: $(STUDY_TARGETS) study-scaling
