@@ -383,14 +383,19 @@ def test_predictions_of_tilting_planes_err_as_little_as_they_can():
 
 @pytest.mark.parametrize("n", [1, 2, 5, 18])
 def test_sphere_tables_are_ratios_of_bessel_functions(n):
-    tables = moving_filter.sphere_tables(n)
-    place = np.array([1, 40, 400, 1000])
-    kappa = n * np.expm1(place * moving_filter.TABLE_STEP)
-    order = n / 2 - 1
-    mean_length = ive(n / 2, kappa) / ive(order, kappa)
-    log_phi = gammaln(n / 2) + order * np.log(2 / kappa) + np.log(ive(order, kappa)) + kappa
+    """At the places of the tables, and between two of them, where `look_up` interpolates."""
+    def by_bessel(place):
+        kappa, order = n * np.expm1(place * moving_filter.TABLE_STEP), n / 2 - 1
+        log_phi = gammaln(n / 2) + order * np.log(2 / kappa) + np.log(ive(order, kappa)) + kappa
+        return kappa, ive(n / 2, kappa) / ive(order, kappa), log_phi
+
+    tables, place = moving_filter.sphere_tables(n), np.array([1, 40, 400, 1000])
+    _, mean_length, log_phi = by_bessel(place)
     np.testing.assert_allclose(tables["mean_length"][place], mean_length, rtol=1e-10)
     np.testing.assert_allclose(tables["log_phi"][place], log_phi, rtol=1e-8, atol=1e-11)
+    for kappa, mean_length, log_phi in zip(*by_bessel(place + np.array([0.5, 0.1, 0.3, 0.8])), strict=True):
+        found = moving_filter.look_up.py_func(SimpleNamespace(dimension=float(n), **tables), kappa)
+        assert found == pytest.approx((mean_length, log_phi), rel=1e-8, abs=5e-6)
 
 
 @pytest.mark.parametrize("n", [2, 4, 18])
