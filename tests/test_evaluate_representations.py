@@ -209,6 +209,16 @@ class NoFilter:
         return {}
 
 
+def test_the_autoregression_learns_from_the_training_part_and_is_scored_in_the_validation_windows():
+    """Of each recording it learns what lies before the first validation step, 280; no window crosses a border."""
+    X = np.random.default_rng(1).standard_normal((400, 3)).cumsum(axis=0).astype(np.float32)
+    series = dataset.Series(X, lengths=(150, 200, 50))
+    optimum = SimpleNamespace(tested=lambda seq_len: None, window_floors=NoFilter().window_floors)
+    found = ev.Baselines(SimpleNamespace(series=series, optimum=optimum)).autoregression((40, 25, 0.3))
+    errors = baselines.Autoregression([X[:150], X[150:280]]).errors(X, [280, 305, 350], 40)
+    assert found == {"lags": 32, "val_mse": pytest.approx(errors.mean()), "optimal_mse": None, "excess_percent": None}
+
+
 @pytest.mark.parametrize("held_back, starts", [(0, (280, 305, 330, 355)), (20, (280, 305, 330)), (40, (280, 305))])
 def test_errors_pair_a_prediction_with_what_it_predicts_in_the_validation_windows(monkeypatch, held_back, starts):
     """No window reaches into the steps that were held back for the test."""
@@ -1245,8 +1255,16 @@ def overflowing(folder):
     return save_model(folder / "bad.pt", model)
 
 
+def infinite(folder):
+    """A model that predicts infinity, and NaN nowhere."""
+    model = tiny_model()
+    hidden, _, last = model.output_heads["1"]
+    hidden.bias.data[0], last.weight.data[:, 0] = 100, 3e38
+    return save_model(folder / "bad.pt", model)
+
+
 @pytest.mark.parametrize(("make", "words"), [
-    (overflowing, "layer 1 holds NaN"),
+    (overflowing, "layer 1 holds NaN"), (infinite, "output holds NaN or infinity"),
     (lambda folder: save_model(folder / "bad.pt", tiny_model(feature_dim=5)), "predicts 5 features"),
     (lambda folder: save_model(folder / "bad.pt", tiny_model(), seq_len=1), "make no windows"),
     (lambda folder: save_model(folder / "bad.pt", tiny_model(), stride="64"), "make no windows"),
@@ -1254,7 +1272,7 @@ def overflowing(folder):
 ])
 def test_a_checkpoint_that_does_not_serve_is_refused(refused, shared_data, tmp_path, make, words):
     assert words in refused("evaluate_representations", "--checkpoint", make(tmp_path), "--data-dir", shared_data,
-                            "--save-dir", tmp_path / "plots", "--layers", "1", *QUICK)
+                            "--save-dir", tmp_path / "plots", "--layers", "1,output", "--test-steps", 0, *QUICK)
     assert not list(tmp_path.glob("plots/*"))
 
 
