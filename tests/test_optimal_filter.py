@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -320,6 +321,8 @@ def test_planes_are_recovered():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"drift": True}, "no usable drift_rate"),
+    *(({"drift": True, "drift_rate": value}, "no usable drift_rate") for value in (math.nan, math.inf, -0.1)),
+    *(({name: math.nan}, f"no usable {name}") for name in ("noise_std", "dwell_mean", "dwell_std", "center_walk_std")),
     ({"noise_std": 0.0}, "noise_std 0"),
     ({"dwell_std": None}, "no usable dwell_std"),
     ({"dwell_mean": "long"}, "no usable dwell_mean"),
@@ -616,6 +619,20 @@ def test_a_kept_floor_is_found_under_all_that_it_depends_on():
                 ([0, 41], 30, [1, 2]), ([0], 30, [1, 2]), ([0, 40], 31, [1, 2]), ([0, 40], 30, [1, 3])))]
     assert len(set(keys)) == len(keys) == 2 + 8 + 4
     assert floor_cache.digest(process, series, *ask) == keys[0]
+
+
+KEPT = {"mse": {1: [1.5, 2.0], 2: [3.0, 4.0]}, "nll": {1: [5.0, 6.0]}}
+
+
+@pytest.mark.parametrize("floors, n_blocks, found", [
+    (KEPT, 2, True), (KEPT, 3, False), (KEPT, 1, False), (KEPT, None, False),
+    ({"mse": {1: 1.5, 2: 3.0}, "nll": {1: 5.0}}, None, True), ({"mse": {1: 1.5, 2: 3.0}, "nll": {1: 5.0}}, 2, False),
+    (KEPT | {"nll": {1: [5.0]}}, 2, False), (KEPT | {"nll": {1: [5.0, math.nan]}}, 2, False),
+    (KEPT | {"mse": {1: [1.5, 2.0]}}, 2, False), (KEPT | {"nll": {1: [5.0, None]}}, 2, False)])
+def test_kept_floors_are_taken_only_if_they_are_all_that_is_asked_for(tmp_path, floors, n_blocks, found):
+    floor_cache.store(tmp_path, "key", floors)
+    assert floor_cache.load(tmp_path, "key", [1, 2], n_blocks) == (floors if found else None)
+    assert floor_cache.load(tmp_path, "other", [1, 2], n_blocks) is None
 
 
 def test_drawn_paths_follow_the_laws_of_the_process():
