@@ -45,6 +45,14 @@ def test_constant_signals_are_their_parameters_and_the_others_follow_the_input(c
         assert torch.equal(signals[name], parameters[name].expand_as(signals[name]))
 
 
+def test_the_initial_values_of_constants():
+    """B and z are ones, C is drawn from the standard normal law."""
+    torch.manual_seed(0)
+    block = mamba_model.MambaBlock(16, d_state=100_000, expand=1, constant=("B", "C", "z"))
+    assert (block.B == 1).all() and (block.z == 1).all()
+    assert block.C.mean().item() == pytest.approx(0, abs=0.01) and block.C.std().item() == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("constant", SUBSETS)
 def test_only_what_is_used_is_a_parameter(constant):
     full, model = tiny("z,delta").layers[0].mamba, tiny(constant)
