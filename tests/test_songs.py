@@ -243,6 +243,13 @@ def test_revolutions_are_counted_where_their_end_was_seen(toy):
     assert songs.dwell_p_value(process, visits[3:5]) is None
 
 
+def test_what_no_simulation_shows_is_as_unlikely_as_so_many_simulations_can_say(toy):
+    """Twenty visits of one revolution, under a law that gives hardly any: possible, and so more likely than 0."""
+    process = dataclasses.replace(toy[1], dwell_law=np.array([[1e-6, 1 - 1e-6]] * 3))
+    visits = np.array([[0, 0, first, first + process.periods[0], 1, 1] for first in range(0, 2000, 100)])
+    assert songs.dwell_p_value(process, visits) == 1 / (songs.DWELL_DRAWS + 1)
+
+
 def test_deviance_is_twice_the_log_likelihood_ratio():
     k, n, p = np.array([0, 3, 5]), np.array([4, 7, 5]), np.array([0.2, 0.5, 0.9])
     expected = 0.0
