@@ -286,6 +286,15 @@ def test_files_with_settings_in_their_names_find_their_place_and_those_of_a_long
     assert Page(page_of(script, folder, "a")[1]).tables[2][1] == ["input", "0.750"]
 
 
+@pytest.mark.parametrize("endings, shown", [  # the oldest first
+    (("png", "svg"), "svg"), (("svg", "png"), "png"), (("svg", "png", "pdf"), "png"), (("pdf", "png", "svg"), "svg")])
+def test_of_a_figure_in_several_formats_the_newest_that_a_page_can_hold_is_shown(tmp_path, capsys, endings, shown):
+    for age, ending in enumerate(reversed(endings)):
+        (tmp_path / f"a.{ending}").touch()
+        os.utime(tmp_path / f"a.{ending}", (10**9 - age, 10**9 - age))
+    assert report.shown(tmp_path.iterdir()) == [tmp_path / f"a.{shown}"] and capsys.readouterr().out == ""
+
+
 def test_svg_is_embedded_and_pdf_is_told(script, folder):
     make_run(folder, "a", [3.0])
     (folder / "a_loss.png").unlink()
