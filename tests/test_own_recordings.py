@@ -80,6 +80,8 @@ def test_labels_are_numbered(tmp_path, capsys, labels, numbers, told):
 
 @pytest.mark.parametrize("states, words", [
     (np.zeros(5, int), "states must have shape \\(4,\\), not \\(5,\\)"), (np.zeros(4), "must hold labels"),
+    (np.zeros((4, 1), int), "not \\(4, 1\\): one label per time step"),
+    (np.zeros((4, 2), int), "not \\(4, 2\\): one label per time step"), (np.array(3), "not \\(\\)"),
     (np.array([None] * 4), "damaged or holds Python objects")])
 def test_wrong_labels_are_refused(tmp_path, states, words):
     np.savez(tmp_path / "data.npz", X=waves(4), states=states)
