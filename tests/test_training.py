@@ -1,6 +1,7 @@
 """Training: losses against brute force, what is frozen stays frozen, resuming, files and refusals."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -193,6 +194,8 @@ def test_what_is_frozen_stays_bit_identical(script, shared_data, tmp_path, more,
         for name, value in weights(path).items():
             same = torch.equal(value, initial[name])
             assert same == any(part in name for part in frozen), name
+    record = json.loads((tmp_path / "a_run.json").read_text())  # of the size of the model, whatever of it learns
+    assert record["parameters"] == sum(value.numel() for value in initial.values())
 
 
 def test_ema_averages_the_weights_of_all_steps(script, shared_data, tmp_path, monkeypatch):
@@ -233,16 +236,21 @@ def test_ema_averages_the_weights_of_all_steps(script, shared_data, tmp_path, mo
     assert f"{best['val_loss']:.4f}" in printed
 
 
-@pytest.mark.parametrize("damage", [lambda state: state.pop("ema_state_dict"),
-                                    lambda state: state["ema_state_dict"].pop("input_proj.weight"),
-                                    lambda state: state["ema_state_dict"]["input_proj.weight"].fill_(math.nan)])
-def test_resume_refuses_damaged_averages(script, refused, shared_data, tmp_path, damage):
+def test_resume_refuses_damaged_averages_and_moments(script, refused, shared_data, tmp_path):
     script("masked_model_gpu_mamba_next", *flags(shared_data, tmp_path / "a.pt", "--ema", "0.6"))
-    state = torch.load(tmp_path / "a_last.pt", weights_only=True)
-    damage(state)
-    torch.save(state, tmp_path / "a_last.pt")
-    line = refused("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt", "--epochs", "4")
-    assert "a_last.pt is no last state of a run, or is damaged" in line and "start the run anew" in line
+    whole = (tmp_path / "a_last.pt").read_bytes()
+    for damage in (lambda state: state.pop("ema_state_dict"),
+                   lambda state: state["ema_state_dict"].pop("input_proj.weight"),
+                   lambda state: state["ema_state_dict"]["input_proj.weight"].fill_(math.nan),
+                   lambda state: state["optimizer_state_dict"]["state"].clear(),
+                   lambda state: state["optimizer_state_dict"]["state"].pop(3),
+                   lambda state: state["optimizer_state_dict"]["state"][0].pop("exp_avg_sq"),
+                   lambda state: state["optimizer_state_dict"]["state"][0]["exp_avg"].resize_(2)):
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        damage(state)
+        torch.save(state, tmp_path / "a_last.pt")
+        line = refused("masked_model_gpu_mamba_next", "--resume", "--checkpoint", tmp_path / "a.pt", "--epochs", "4")
+        assert "a_last.pt is no last state of a run, or is damaged" in line and "start the run anew" in line
 
 
 def test_no_train_eval_and_no_compile(script, shared_data, tmp_path):
