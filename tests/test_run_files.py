@@ -272,6 +272,16 @@ def test_totals_are_summed_and_a_step_is_finite_only_if_it_was_on_all_ranks(othe
     assert totals.tolist() == [11, 22, 3]
 
 
+@pytest.mark.parametrize("rank, left", [(0, [11, 22, 4]), (1, [0, 0, 4])])
+def test_totals_that_are_saved_within_an_epoch_are_those_of_all_ranks_and_count_once_afterwards(other_rank, rank, left):
+    other_rank(torch.tensor([10.0, 20.0, 4.0]), torch.tensor([4.0]))
+    state = SimpleNamespace(totals=torch.tensor([1.0, 2.0, 4.0]), model=torch.nn.Linear(1, 1), step=14)
+    saver, saved = run_files.Saver(state, SimpleNamespace(steps_per_epoch=10), {}, ranks.Ranks(CPU, None, rank, 2)), []
+    saver.save = lambda: saved.append(state.totals.tolist())
+    saver.save_in_epoch()
+    assert saved == [[11, 22, 4]] and state.totals.tolist() == left
+
+
 @pytest.mark.parametrize("here, there", [(False, False), (True, False), (False, True), (True, True)])
 def test_all_ranks_stop_or_save_when_one_wants_to(other_rank, here, there):
     other_rank(torch.tensor([float(there), 0.0]), torch.tensor([0.0, float(there)]))
