@@ -151,7 +151,7 @@ def test_a_record_of_any_content_is_no_reason_to_fail(tmp_path, capsys):
 
 MANY = ["--seq-len", "70", "--stride", "7", "--val-fraction", "0.3", "--test-steps", "3000", "--normalise",
         "--num-workers", "2", "--d-model", "8", "--n-layers", "3", "--d-state", "5", "--d-conv", "2", "--expand", "3",
-        "--d-ff", "9",
+        "--d-ff", "9", "--relative",
         "--dropout", "0.25", "--max-horizon", "6", "--mixture", "2", "--gate-lr-factor", "0.01",
         "--freeze-A", "--constant", "B,z", "--slowness-lambda", "0.1",
         "--contrastive-lambda", "1e-3", "--contrastive-temp", "0.3", "--contrastive-negatives", "5", "--aug-noise",
