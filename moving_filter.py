@@ -795,11 +795,14 @@ def sphere_tables(n):
 
     Φ(|κ|) = E[exp(κ · w)] for a uniform w (Mardia & Jupp 2000, Directional statistics, 9.3: von Mises-Fisher). The
     ratio of Bessel functions A_n = |E[w]| obeys A_n(κ) = κ / (n + κ A_{n + 2}(κ)), which is evaluated from a far one
-    on, and log Φ is its integral (Simpson). The entry at place p is that of |κ| = n (exp(p TABLE_STEP) - 1).
+    on, and log Φ is its integral (Simpson). The far one is a bound that is right up to 1 / κ²: where κ is large,
+    the recurrence forgets nothing of it (Hornik & Grün 2013, Journal of Mathematical Analysis and Applications 408).
+    The entry at place p is that of |κ| = n (exp(p TABLE_STEP) - 1).
     """
     place = np.arange(2 * TABLE_SIZE - 1) * (TABLE_STEP / 2)
     kappa = n * np.expm1(place)
-    ratio = kappa / (n / 2 + 500 + np.sqrt((n / 2 + 500)**2 + kappa**2))
+    order = n / 2 + 498.5  # of A_{n + 998}: I of this order + 1 / 2 over I of this order - 1 / 2
+    ratio = kappa / (order + np.sqrt(order * (order + 1) + kappa**2))
     for later in range(498, -1, -1):
         ratio = kappa / (n + 2 * later + kappa * ratio)
     slope = ratio * n * np.exp(place)  # of log Φ
