@@ -309,7 +309,7 @@ def initial_law(process, initial):
             return np.full(K, 1 / K), np.zeros(K)
         raise ValueError(f"initial must be 'visit start', 'stationary' or {K} probabilities, not {initial!r}")
     law = np.asarray(initial, dtype=np.float64)
-    if law.shape != (K,) or law.min() < 0 or abs(law.sum() - 1) > 1e-6:
+    if law.shape != (K,) or not law.min() >= 0 or abs(law.sum() - 1) > 1e-6:  # NaN is not 0 or more
         raise ValueError(f"initial must be 'visit start', 'stationary' or {K} probabilities")
     return law, np.zeros(K)
 

@@ -277,7 +277,9 @@ def test_initial_law_of_the_first_circle():
     X = simulate(series, 30).X
     posterior = optimal_filter.predict(process, X, (), initial=[0, 1, 0])["circle_posterior"]
     np.testing.assert_array_equal(posterior[0], [0, 1, 0])
-    for wrong in ("somewhere", [0.5, 0.5], [0.5, 0.2, 0.2]):
+    optimal_filter.predict(process, X, (), initial=[0.5, 0.3, 0.2 + 5e-7])
+    for wrong in ("somewhere", [0.5, 0.5], [0.5, 0.2, 0.2], [[0, 1, 0]], [1.2, -0.2, 0], [0.5, 0.5, 2e-6], [],
+                  [math.nan, 0.5, 0.5], [math.inf, 0, 0]):
         with pytest.raises(ValueError, match="initial"):
             optimal_filter.predict(process, X, initial=wrong)
 
@@ -297,10 +299,45 @@ def test_window_errors():
     for k in horizons:
         assert by_window["mse"][k] == pytest.approx(np.mean(windows[k]), rel=1e-10)
     assert by_window["nll"] == {1: pytest.approx(np.mean(nll), rel=1e-10)}
-    with pytest.raises(ValueError, match="shorter than the window"):
-        optimal_filter.window_floors(process, series, starts, 4, horizons)
-    with pytest.raises(ValueError, match="must lie in the series"):
-        optimal_filter.window_floors(process, series, [280], seq_len, horizons)
+
+
+@pytest.mark.parametrize("starts, horizons, message", [
+    ([0, 250], (1, 49), None), ([0], (50,), "shorter than the window"), ([0], (1, 50), "shorter than the window"),
+    ([0], (), "shorter than the window"), ([0], (0, 1), "must be 1 or more"), ([0], (1, -1), "must be 1 or more"),
+    ([], (1,), "must lie in the series"), ([0, -1], (1,), "must lie in the series"),
+    ([251, 0], (1,), "must lie in the series")])
+def test_windows_lie_in_the_series_and_are_longer_than_the_horizons(starts, horizons, message):
+    series = SimpleNamespace(n_steps=300)
+    if message is None:
+        assert optimal_filter.check_window(series, starts, 50, horizons) is not None
+    else:
+        with pytest.raises(ValueError, match=message):
+            optimal_filter.check_window(series, np.array(starts), 50, horizons)
+
+
+@pytest.mark.parametrize("X, message", [
+    (np.zeros((1, 4)), None), (np.zeros((0, 4)), "X must be"), (np.zeros((5, 3)), "X must be"),
+    (np.zeros(4), "X must be"), (np.zeros((5, 4, 4)), "X must be"), (np.full((5, 4), np.nan), "NaN or infinity"),
+    (np.array([[0, 0, 0, 0], [0, 0, 0, np.inf]]), "NaN or infinity"), (np.diag([np.nan, 1, 1, 1]), "NaN or infinity"),
+    (np.diag([1, 1, 1, -np.inf]), "NaN or infinity")])
+def test_a_series_that_the_process_cannot_have_made_is_refused(X, message):
+    process = SimpleNamespace(feature_dim=4)
+    if message is None:
+        optimal_filter.check_series(process, X)
+    else:
+        with pytest.raises((ValueError, cli.UserError), match=message):
+            optimal_filter.check_series(process, X)
+
+
+@pytest.mark.parametrize("horizons, is_good", [("1,4", True), ("1,5", False), ("6,1", False)])
+def test_the_flags_name_windows_longer_than_the_horizons(horizons, is_good, capsys):
+    argv = ["--seq-len", "5", "--horizons", horizons]
+    if is_good:
+        assert optimal_filter.parse_args(argv).seq_len == 5
+    else:
+        with pytest.raises(SystemExit):
+            optimal_filter.parse_args(argv)
+        assert "--seq-len 5 must be longer than the largest of --horizons" in capsys.readouterr().err
 
 
 def test_planes_are_recovered():
@@ -323,7 +360,9 @@ def test_planes_are_recovered():
     ({"drift": True}, "no usable drift_rate"),
     *(({"drift": True, "drift_rate": value}, "no usable drift_rate") for value in (math.nan, math.inf, -0.1)),
     *(({name: math.nan}, f"no usable {name}") for name in ("noise_std", "dwell_mean", "dwell_std", "center_walk_std")),
-    ({"noise_std": 0.0}, "noise_std 0"),
+    *(({name: value}, f"no usable {name}") for value in (-1e-9, math.inf)
+      for name in ("noise_std", "dwell_mean", "dwell_std", "center_walk_std")),
+    ({"noise_std": 0.0}, "noise_std 0"), ({"noise_std": 9e-31}, "noise_std 9e-31"),
     ({"dwell_std": None}, "no usable dwell_std"),
     ({"dwell_mean": "long"}, "no usable dwell_mean"),
     ({"dwell_mean": 1e9}, "too many for the exact filter"),
@@ -436,6 +475,15 @@ def test_process_or_none_says_what_there_is_not_and_why(capsys):
     series.config["noise_std"] = 0.0
     assert optimal_filter.process_or_none(series, "no floor") is None
     assert re.fullmatch(r"no floor: these data have noise_std 0, .*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("change", [{"center_walk_std": 0.1}, {"drift": True, "drift_rate": 0.1}])
+def test_planes_of_circles_that_move_are_not_recovered(change):
+    series, _ = make_process(2)
+    series.process = dataclasses.replace(series.process, planes=None)
+    series.config = series.config | change
+    with pytest.raises(cli.UserError, match="has no planes, and circles that move"):
+        optimal_filter.process_from_series(series)
 
 
 def test_the_process_of_a_series_has_the_numbers_of_config_json():
@@ -628,6 +676,9 @@ KEPT = {"mse": {1: [1.5, 2.0], 2: [3.0, 4.0]}, "nll": {1: [5.0, 6.0]}}
     (KEPT, 2, True), (KEPT, 3, False), (KEPT, 1, False), (KEPT, None, False),
     ({"mse": {1: 1.5, 2: 3.0}, "nll": {1: 5.0}}, None, True), ({"mse": {1: 1.5, 2: 3.0}, "nll": {1: 5.0}}, 2, False),
     (KEPT | {"nll": {1: [5.0]}}, 2, False), (KEPT | {"nll": {1: [5.0, math.nan]}}, 2, False),
+    *((KEPT | {"nll": {1: [value, 6.0]}}, 2, False) for value in (math.inf, -math.inf, 5, "5.0")),
+    ({"mse": {1: 1.5, 2: 3.0}, "nll": {1: math.inf}}, None, False),
+    ({"mse": {1: 1.5, 2: 3.0}, "nll": {1: 5}}, None, False), (KEPT | {"nll": {1: "56"}}, 2, False),
     (KEPT | {"mse": {1: [1.5, 2.0]}}, 2, False), (KEPT | {"nll": {1: [5.0, None]}}, 2, False)])
 def test_kept_floors_are_taken_only_if_they_are_all_that_is_asked_for(tmp_path, floors, n_blocks, found):
     floor_cache.store(tmp_path, "key", floors)
