@@ -405,6 +405,13 @@ def bad_state_dicts():
             "not tensors": {**good, "layers.0.mamba.D": 3}}
 
 
+@pytest.mark.parametrize("value", [torch.zeros(0), torch.ones(32, dtype=torch.int64), torch.ones(32, dtype=torch.bool),
+                                   torch.full((32,), math.nan), torch.full((32,), -math.inf)])
+def test_weights_that_are_no_finite_numbers_are_named(value):
+    with pytest.raises(ValueError, match=r"mamba\.D is empty or holds something other than finite numbers"):
+        mamba_model.model_from_state_dict({**tiny(torch.float32).state_dict(), "layers.0.mamba.D": value})
+
+
 @pytest.mark.parametrize("name", bad_state_dicts())
 def test_bad_weights(tmp_path, name):
     path = save(tmp_path / "bad.pt", bad_state_dicts()[name])

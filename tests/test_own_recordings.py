@@ -300,7 +300,11 @@ def test_an_unscaled_model_is_the_scaled_one_in_data_units(mixture):
 
 @pytest.mark.parametrize("scaling", [
     {"mean": torch.zeros(2), "std": torch.ones(3)}, {"mean": torch.zeros(3), "std": torch.zeros(3)}, {"mean": 0},
-    {"mean": torch.zeros(3), "std": torch.full((3,), torch.nan)}, 7])
+    {"mean": torch.zeros(3), "std": torch.full((3,), torch.nan)}, 7, {"mean": torch.zeros(3), "std": torch.ones(2)},
+    {"mean": torch.zeros(3), "std": torch.ones(1)}, {"mean": torch.zeros(3, 1), "std": torch.ones(3, 1)},
+    {"mean": torch.zeros(()), "std": torch.ones(3)}, {"mean": torch.zeros(3), "std": torch.ones(1, 3)},
+    *({"mean": torch.tensor([0, 0, value]), "std": torch.ones(3)} for value in (torch.nan, torch.inf, -torch.inf)),
+    *({"mean": torch.zeros(3), "std": torch.tensor([value, 1, 1])} for value in (torch.nan, torch.inf, 0.0, -1.0))])
 def test_a_scaling_that_does_not_fit_is_refused(tmp_path, scaling):
     model = mamba_model.CausalTimeSeriesMamba(3, 8, 1, 4, d_ff=8)
     mamba_model.save_checkpoint(tmp_path / "a.pt", 1, model.state_dict(), {}, 1, 1, {}, scaling=scaling)

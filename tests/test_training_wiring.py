@@ -277,6 +277,58 @@ def test_a_checkpoint_names_its_data_as_seen_from_its_own_folder(tmp_path):
     assert (state.origin["data_dir"], state.origin["data_crc32"]) == (os.path.join("..", "birds"), 123)
 
 
+def moments_of(parameters):
+    return {i: {"step": torch.ones(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones_like(p)}
+            for i, p in enumerate(parameters)}
+
+
+@pytest.mark.parametrize("change, fits", [
+    ({}, True), ({"step": 10, "epoch": 2}, True), ({"step": 14, "epoch": 2}, True), ({"step": 15, "epoch": 2}, False),
+    ({"step": 9, "epoch": 2}, False), ({"step": -5, "epoch": -1}, False), ({"step": 10.0, "epoch": 2}, False),
+    ({"epoch": math.nan}, False), ({"totals": 1}, False), ({"totals": -1}, False), ({"moments": None}, False),
+    ({"step": 0, "epoch": 0, "moments": None}, True), ({"step": 0, "epoch": 0, "moments": "few"}, False),
+    ({"moments": "few"}, False), ({"moments": "more"}, False), ({"moments": "narrow"}, False),
+    ({"moments": "unnamed"}, False)])
+def test_a_state_is_taken_over_only_whole(change, fits):
+    args, change = parsed(), dict(change)
+    state, good = (training.RunState(args, training.build_model(args, 3), 5, 123) for _ in range(2))
+    moments = moments_of([p for group in state.optimizer.param_groups for p in group["params"]])
+    match change.pop("moments", "whole"):
+        case None:
+            moments = {}
+        case "few":
+            moments.pop(0)
+        case "more":
+            moments[len(moments)] = moments[0]
+        case "narrow":
+            moments[0]["exp_avg"] = torch.zeros(1)
+        case "unnamed":
+            moments[0].pop("exp_avg_sq")
+    totals = torch.ones(len(good.totals) + change.pop("totals", 0))
+    saved = {**good.state_dict(), "step": 5, "epoch": 1, "totals": totals, "optimizer_state_dict": {"state": moments}}
+    saved |= change
+    if fits:
+        state.restore(saved)
+        assert state.step == saved["step"] and state.totals.eq(1).all()
+        assert len(state.optimizer.state) == len(moments)
+    else:
+        with pytest.raises((ValueError, TypeError)):
+            state.restore(saved)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--max-horizon", "63"], None), (["--max-horizon", "64"], "must be longer than the largest horizon, 64"),
+    (["--checkpoint", "a.pth"], "must end in .pt"), (["--checkpoint", "a"], "must end in .pt"),
+    (["--checkpoint", "a_last.pt"], "choose another"), (["--checkpoint", "a_last_b.pt"], None)])
+def test_flags_that_make_no_run_are_refused(flags, message, capsys):
+    if message is None:
+        parsed(*flags)
+    else:
+        with pytest.raises(SystemExit):
+            parsed(*flags)
+        assert message in capsys.readouterr().err
+
+
 def test_a_warm_up_may_end_within_an_epoch():
     plan = training.Plan(parsed("--seq-len", "10", "--stride", "10", "--batch-size", "3", "--epochs", "4",
                                 "--warmup-epochs", "1.5", "--lr", "0.5"), 200)
