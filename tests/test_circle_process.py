@@ -225,3 +225,19 @@ def test_planes_are_recovered_without_noise_and_not_from_too_few_angles():
     np.testing.assert_allclose(circle_process.recover_planes(X, states, thetas, 5), process.planes, atol=1e-4)
     with pytest.raises(cli.UserError, match="circle 0 is seen at too few angles"):
         circle_process.recover_planes(X, states, np.zeros(len(X)), 5)
+    with pytest.raises(cli.UserError, match="circle 5 is seen at too few angles"):  # it is never visited
+        circle_process.recover_planes(X, states, thetas, 6)
+    quarter = np.array([0.0, np.pi / 2])
+    np.testing.assert_allclose(circle_process.recover_planes(3 * np.eye(2), np.zeros(2, int), quarter, 1), [np.eye(2)],
+                               atol=1e-12)
+
+
+@pytest.mark.parametrize("config", [
+    {"seed": 0}, {"seed": 7, "center_walk_std": 2}, {}, {"seed": None}, {"seed": "7"}, {"seed": 7.0}, {"seed": -1},
+    {"seed": 7, "center_walk_std": "2"}, {"seed": 7, "center_walk_std": None}])
+def test_the_centres_are_drawn_again_only_where_the_seed_and_the_walk_are_known(config):
+    found = circle_process.centers_again(config, 4, 3)
+    if config in ({"seed": 0}, {"seed": 7, "center_walk_std": 2}):
+        assert found.shape == (4, 3) and found.any() == ("center_walk_std" in config)
+    else:
+        assert found is None

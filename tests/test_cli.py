@@ -119,16 +119,16 @@ def test_output_folder_is_made(tmp_path):
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (cli.positive_int, ["1", "1" + "0" * 20], ["0", "-1", "1.5", "", "x", "nan", "1" + "0" * 31, "9" * 5000]),
-    (cli.non_negative_int, ["0", "1"], ["-1", "0.0", "1" + "0" * 31]),
-    (cli.positive_float, ["1e-9", "3"], ["0", "nan", "inf", "-1", "1e999"]),
-    (cli.non_negative_float, ["0"], ["-1e-9", "nan"]),
-    (cli.fraction, ["0.5"], ["0", "1", "nan"]),
-    (cli.probability, ["0", "0.99"], ["1", "-0.1"]),
+    (cli.positive_int, ["1", "1" + "0" * 30], ["0", "-1", "1.5", "", "x", "nan", "1" + "0" * 29 + "1", "9" * 5000]),
+    (cli.non_negative_int, ["0", "1", "1" + "0" * 30], ["-1", "0.0", "1" + "0" * 29 + "1"]),
+    (cli.positive_float, ["1e-9", "3", "1e308"], ["0", "nan", "inf", "-1", "1e999"]),
+    (cli.non_negative_float, ["0", "1e308"], ["-1e-9", "nan", "inf", "1e999"]),
+    (cli.fraction, ["1e-9", "0.5", "0.999"], ["0", "1", "nan", "-0.1", "inf"]),
+    (cli.probability, ["0", "0.99"], ["1", "-0.1", "nan", "inf"]),
     (cli.seed, ["0", "4294967295"], ["4294967296", "-1", "1e3"])])
 def test_numbers(kind, good, bad):
     for text in good:
-        assert kind(text) == float(text)
+        assert kind(text) == (int(text) if text.isdigit() else float(text))
     for text in bad:
         with pytest.raises(Exception, match="is not"):
             kind(text)

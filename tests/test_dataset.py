@@ -301,7 +301,22 @@ def test_big_endian_and_fortran_order_load(rewrite_data, shared_data):
     assert json.loads((rewrite_data() / "config.json").read_text())["n_steps"] == 3000
 
 
+@pytest.mark.parametrize("states, message", [
+    (np.arange(1000), None), (np.zeros(1000, bool), None), (np.full(1000, b"a"), None), (np.full(1000, "a"), None),
+    (np.arange(1001), "1,001 different labels"), (np.zeros(1000), "not float64"),
+    (np.zeros(1000, "c16"), "not complex"), (np.zeros(1000, "M8[s]"), "not datetime"),
+    (np.zeros((1000, 1), int), "must have shape"), (np.zeros(999, int), "must have shape"),
+    (np.zeros((), int), "must have shape")])
+def test_labels_are_one_name_per_step(states, message):
+    problem = dataset.find_label_problem(states, 1001 if states.shape == (1001,) else 1000)
+    assert problem is None if message is None else message in problem
+
+
 def test_windows_that_do_not_fit():
+    assert [part.tolist() for part in dataset.split_windows(20, 10, 10, 0.5)[:2]] == [[0], [10]]
+    with pytest.raises(cli.UserError, match="training part has 9 steps"):
+        dataset.split_windows(20, 10, 10, 0.55)
+    assert len(dataset.split_windows(100, 10, 10, 0.1)[1]) == 1
     with pytest.raises(cli.UserError, match="longer than the series"):
         dataset.split_windows(100, 101, 10, 0.1)
     with pytest.raises(cli.UserError, match="validation part has 10 steps"):
@@ -506,9 +521,18 @@ def test_window_flags_that_an_older_checkpoint_lacks_are_the_defaults_and_are_na
     assert "old.pt doesn't name its val_fraction (taken: 0.1)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("good", [{"seq_len": 2}, {"seq_len": 2**40}, {"stride": 1}, {"stride": 2**40},
+                                  {"val_fraction": 1e-9}, {"val_fraction": 0.999}])
+def test_window_flags_at_their_bounds_are_taken(good):
+    flags = {"seq_len": 64, "stride": 8, "val_fraction": 0.1} | good
+    assert dataset.window_settings(flags, "m.pt") == tuple(flags.values())
+
+
 @pytest.mark.parametrize("bad", [{"seq_len": 0}, {"seq_len": 1}, {"seq_len": "long"}, {"seq_len": 64.0},
-                                 {"seq_len": 10**5000}, {"stride": 0}, {"stride": 2**63}, {"stride": None},
-                                 {"val_fraction": 1.5}, {"val_fraction": 0.0}, {"val_fraction": float("nan")},
+                                 {"seq_len": 2**40 + 1}, {"seq_len": 10**5000}, {"stride": 0}, {"stride": -1},
+                                 {"stride": 2**40 + 1}, {"stride": 2**63}, {"stride": 8.0}, {"stride": None},
+                                 {"val_fraction": 1.5}, {"val_fraction": 1.0}, {"val_fraction": 0.0},
+                                 {"val_fraction": -0.1}, {"val_fraction": float("nan")}, {"val_fraction": "0.1"},
                                  {"val_fraction": None}])
 def test_senseless_window_flags_are_refused(bad):
     with pytest.raises(cli.UserError, match="make no windows"):

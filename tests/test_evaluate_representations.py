@@ -86,6 +86,7 @@ def test_what_is_no_level_is_refused(text):
 
 
 def test_a_layer_that_the_model_lacks_is_refused():
+    assert ev.chosen_depths([3, 7], 7, "m.pt") == [3, 7]
     with pytest.raises(cli.UserError, match=r"--layers 8 .* layers 1…7"):
         ev.chosen_depths([3, 8], 7, "m.pt")
 
@@ -1229,6 +1230,38 @@ def test_without_flags_the_readmes_defaults_hold():
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------
+
+MOST_K = max(ev.DIMENSION_KS)
+
+
+@pytest.mark.parametrize(("flags", "is_good"), [
+    (["--umap-points", "4", "--umap-neighbors", "2"], True), (["--umap-points", "3", "--umap-neighbors", "2"], False),
+    (["--umap-points", "31", "--umap-neighbors", "30"], True),
+    (["--umap-points", "30", "--umap-neighbors", "30"], False),
+    (["--umap-points", "1", "--no-umap"], True), (["--umap-points", "30", "--no-umap"], True)])
+def test_the_least_points_of_a_umap(flags, is_good, capsys):
+    argv = ["--checkpoint", "m.pt", *flags]
+    if is_good:
+        assert ev.parse_args(argv).umap_points == int(flags[1])
+    else:
+        with pytest.raises(SystemExit):
+            ev.parse_args(argv)
+        assert f"--umap-points {flags[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("n_rows", "flags", "message"), [
+    (31, ["--no-lb"], None), (30, ["--no-lb"], "30 steps to draw from, too few for --umap-neighbors 30"),
+    (MOST_K + 1, ["--no-umap"], None), (MOST_K, ["--no-umap"], f"more than {MOST_K} points, and there are {MOST_K};"),
+    (3000, ["--no-umap", "--lb-points", str(MOST_K + 1), "--umap-points", "3000"], None),
+    (3000, ["--no-umap", "--lb-points", str(MOST_K)], f"there are {MOST_K};"),
+    (2, ["--no-umap", "--no-lb"], None)])
+def test_the_least_rows_of_a_umap_and_a_dimension(n_rows, flags, message):
+    args = ev.parse_args(["--checkpoint", "m.pt", *flags])
+    if message is None:
+        assert len(ev.sampled_rows(n_rows, args)) == n_rows
+    else:
+        with pytest.raises(cli.UserError, match=message):
+            ev.sampled_rows(n_rows, args)
 
 
 @pytest.mark.parametrize(("flags", "words"), [

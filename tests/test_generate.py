@@ -337,6 +337,7 @@ def test_seed_windows_lie_in_the_series_and_leave_truth_behind_them():
 
 @pytest.mark.parametrize("seed_len, offset, wanted", [(1001, 0, "--seed-len"), (100, 901, "--seed-offset")])
 def test_seeds_that_do_not_fit(seed_len, offset, wanted):
+    assert generate.seed_windows(1000, min(seed_len, 1000), 10, 1, min(offset, 900)).tolist() == [min(offset, 900)]
     with pytest.raises(cli.UserError, match=wanted):
         generate.seed_windows(1000, seed_len, 10, 3, offset)
 

@@ -342,6 +342,22 @@ def test_impossible_flags_are_refused(refused, tmp_path, flags):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("good, bad", [
+    ({"n_steps": 2}, {"n_steps": 1}), ({"n_circles": 2}, {"n_circles": 1}),
+    ({"ambient_dim": 2, "subspace_dim": 2}, {"ambient_dim": 1, "subspace_dim": 1}),
+    ({"subspace_dim": 2}, {"subspace_dim": 1}),
+    ({"subspace_dim": 20}, {"subspace_dim": 21}), ({"min_period": 2}, {"min_period": 1}),
+    ({"min_period": 40, "max_period": 40}, {"min_period": 41, "max_period": 40}),
+    ({"max_period": 2**40}, {"max_period": 2**40 + 1}),
+    ({"drift": True, "subspace_dim": 3}, {"drift": True, "subspace_dim": 2}),
+    *(({name: 1e30}, {name: 1.01e30}) for name in ("radius_mean", "radius_std", "noise_std", "center_walk_std")),
+    ({"n_steps": 10**16}, {"n_steps": 10**17})])
+def test_flags_at_their_bounds_and_just_beyond(good, bad):
+    mc.check_config(config() | good)
+    with pytest.raises(cli.UserError):
+        mc.check_config(config() | bad)
+
+
 @pytest.mark.parametrize("flags", [
     ["--n-circles", 2], ["--n-steps", 2], ["--radius-std", 0, "--dwell-std", 0], ["--max-period", 10**9],
     ["--n-circles", 40, "--ambient-dim", 2, "--min-period", 2, "--max-period", 2], ["--dwell-mean", 1e300],

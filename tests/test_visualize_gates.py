@@ -158,6 +158,14 @@ def test_a_validation_part_shorter_than_a_window_is_refused():
         vg.sample_starts(N_STEPS, 101, 0.1)
 
 
+def test_samples_that_do_not_exist_are_refused():
+    for sample, n in ((0, 3), (2, 1)):
+        vg.check_samples(sample, n, 3)
+    for sample, n in ((0, 4), (3, 1), (2, 2)):
+        with pytest.raises(cli.UserError, match=rf"--sample {sample}.* is out of range: .* samples 0…2"):
+            vg.check_samples(sample, n, 3)
+
+
 def test_sample_steps_are_different_steps_of_the_windows_and_follow_the_seed():
     starts = np.array([900, 950])
     steps = vg.sample_steps(starts, SEQ_LEN, 40, np.random.default_rng(3))
