@@ -317,6 +317,10 @@ def test_windows_that_do_not_fit():
     with pytest.raises(cli.UserError, match="training part has 9 steps"):
         dataset.split_windows(20, 10, 10, 0.55)
     assert len(dataset.split_windows(100, 10, 10, 0.1)[1]) == 1
+    tens = np.array([[0, 10], [10, 20], [20, 30]])
+    assert [part.tolist() for part in dataset.split_windows(30, 10, 10, 1 / 3, tens)[:2]] == [[0, 10], [20]]
+    with pytest.raises(cli.UserError, match=r"longer than every recording \(at most 10 steps\)"):
+        dataset.split_windows(30, 11, 10, 1 / 3, tens)
     with pytest.raises(cli.UserError, match="longer than the series"):
         dataset.split_windows(100, 101, 10, 0.1)
     with pytest.raises(cli.UserError, match="validation part has 10 steps"):

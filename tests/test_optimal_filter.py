@@ -317,9 +317,9 @@ def test_windows_lie_in_the_series_and_are_longer_than_the_horizons(starts, hori
 
 @pytest.mark.parametrize("X, message", [
     (np.zeros((1, 4)), None), (np.zeros((0, 4)), "X must be"), (np.zeros((5, 3)), "X must be"),
-    (np.zeros(4), "X must be"), (np.zeros((5, 4, 4)), "X must be"), (np.full((5, 4), np.nan), "NaN or infinity"),
-    (np.array([[0, 0, 0, 0], [0, 0, 0, np.inf]]), "NaN or infinity"), (np.diag([np.nan, 1, 1, 1]), "NaN or infinity"),
-    (np.diag([1, 1, 1, -np.inf]), "NaN or infinity")])
+    (np.zeros((5, 5)), "X must be"), (np.zeros(4), "X must be"), (np.zeros((5, 4, 4)), "X must be"),
+    (np.full((5, 4), np.nan), "NaN or infinity"), (np.array([[0, 0, 0, 0], [0, 0, 0, np.inf]]), "NaN or infinity"),
+    (np.diag([np.nan, 1, 1, 1]), "NaN or infinity"), (np.diag([1, 1, 1, -np.inf]), "NaN or infinity")])
 def test_a_series_that_the_process_cannot_have_made_is_refused(X, message):
     process = SimpleNamespace(feature_dim=4)
     if message is None:
