@@ -286,3 +286,13 @@ def test_eval_of_several_compares_them_by_setting(script, tiny_checkpoint, share
         assert (high - low) / 2 == pytest.approx(row["excess_percent_error"])
         assert container[0].get_ydata().tolist() == [place]
     assert ax.get_xlabel() == "MSE above the exact filter (%)\nmean ± standard error"
+
+
+def test_errors_that_differ_much_are_drawn_on_a_logarithmic_axis():
+    def panels(values, key="excess_percent"):
+        rows = [{"setting": "x", "seeds": 1, key: value, f"{key}_error": 0.01} for value in values]
+        return [ax.get_xscale() for ax in unseen.draw_compared(rows).axes]
+
+    assert panels([0.2, 1.1]) == ["log"] and panels([0.2, 0.9]) == ["linear"]
+    assert panels([-0.2, 1.1]) == ["linear"]  # a model by chance better than the filter
+    assert panels([0.2, 1.1], "difference_percent") == ["linear"]
