@@ -181,6 +181,10 @@ def test_the_gates_learning_rate_is_that_of_their_constants():
     frozen = {names[id(p)] for g in training.parameter_groups(model, 1.0, 0.0, False) for p in g["params"]}
     assert found.keys() - frozen == {f"layers.{i}.mamba.{name}" for i in (0, 1)
                                      for name in ("B", "dt_proj.bias", "x_proj.weight")}
+    model = tiny("C")
+    (gate,) = [g for g in training.parameter_groups(model, 1.0, 0.01, False)
+               if any(p is model.layers[0].mamba.C for p in g["params"])]
+    assert (gate["lr_factor"], gate["weight_decay"]) == (0.01, 0.0)
 
 
 def test_a_run_trains_its_constants_is_resumed_and_draws_its_gates(script, shared_data, tmp_path, interrupted_after):

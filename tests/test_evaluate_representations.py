@@ -686,7 +686,11 @@ def test_every_line_and_bar_of_the_figures_of_beliefs_and_of_the_excess():
     fig = level_figures.draw_excess(reports, "t")
     bars, curves = fig.axes
     width = [bar.get_width() for bar in bars.patches]
-    assert width == pytest.approx([100 * row["share"] for r in reports for row in r["excess"]["events"][:5]])
+    events = [row for r in reports for row in r["excess"]["events"][:5]]
+    assert width == pytest.approx([100 * row["share"] for row in events])
+    error_bars = [segment for group in bars.collections for segment in group.get_segments()]
+    assert [(high - low) / 2 for low, high in (segment[:, 0] for segment in error_bars)] == pytest.approx(
+        [100 * row["share_error"] for row in events])
     assert [tuple(bar.get_facecolor()[:3]) for bar in bars.patches] == [tuple(c) for c in colors for _ in range(5)]
     assert [tick.get_text() for tick in bars.get_yticklabels()] == [
         f"{row['event']}\n({row['predictions']:.1%} of all)" for row in excess_of()["events"][:5]]

@@ -432,6 +432,10 @@ def test_json_tells_it_too(tmp_path, command):
         "command": command, "commit": "0123abc-dirty", "data": "some/data"}}
     cli.write_json(tmp_path / "b.json", {"points": 5})
     assert json.loads((tmp_path / "b.json").read_text()) == {"points": 5}
+    with made_with(data_dir=None):
+        assert cli.made_by()["data"] is None
+        cli.reads_data(Path("the/checkpoint's"))  # where no flag names them
+        assert cli.made_by()["data"] == "the/checkpoint's"
 
 
 def wide_figure():

@@ -496,6 +496,19 @@ def test_the_centre_of_data_with_another_seed_is_inferred(walking_data):
         told, label, rows = optimal_filter.center_paths(series, process, shown, inferred)
         assert label == "circle and phase told" and rows.shape == told.shape == (200, 5)
         assert np.std(told - true) < 0.5 < np.std(true)
+        on_circle = series.X[:300] - circle_process.points(process, series.states[:300], series.thetas[:300])
+        past, whole = moving_filter.follow_walk(on_circle, process.center_walk_std, process.noise_std)
+        np.testing.assert_array_equal(told, whole[100:])
+        assert np.abs(told - past[100:]).max() > 0.01
+
+
+def test_what_the_limits_cost_is_the_largest_change_up_or_down(monkeypatch):
+    def filter_windows(process, series, starts, seq_len, horizons, limits=None):
+        return (1.0, 0.97, 49.0, 5.0) if limits is None else (1.0, 1.0, 49.0, 12.0)
+
+    monkeypatch.setattr(optimal_filter, "filter_windows", filter_windows)
+    assert optimal_filter.cost_of_limits(None, None, [0, 50], 40, [1, 2]) == {
+        "change_percent": pytest.approx(3), "hypotheses_per_step": 5.0, "hypotheses_per_step_wider": 12.0}
 
 
 def test_training_and_evaluation_have_a_floor_and_a_ceiling(walking_data, capsys):

@@ -259,6 +259,13 @@ def test_settings_are_compared_on_the_same_blocks():
     assert unseen.with_error(second["difference_percent"], second["difference_percent_error"], "+.2f", " %") in lines[3]
 
 
+def test_windows_of_eval_are_longer_than_the_largest_horizon(script, tiny_checkpoint):
+    longest = mamba_model.load_checkpoint(tiny_checkpoint)[0].horizons[-1]
+    refused = script(NAME, "--eval", tiny_checkpoint, "--seq-len", longest)
+    assert refused.code == 2 and f"must be longer than the largest horizon, {longest}" in refused.err
+    assert script(NAME, "--eval", tiny_checkpoint, "--seq-len", longest + 1, "--test-steps", 0).code == 0
+
+
 def test_eval_of_several_compares_them_by_setting(script, tiny_checkpoint, shared_data, tmp_path, monkeypatch):
     """Two seeds of one setting and a third model: one table, one CSV and one figure, beside the first checkpoint."""
     saved, drawn = torch.load(tiny_checkpoint, weights_only=True), []
@@ -280,6 +287,7 @@ def test_eval_of_several_compares_them_by_setting(script, tiny_checkpoint, share
     assert path == tmp_path / "compare_m1_m2_m3_test.png"
     (ax,) = fig.axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["m1 (2 seeds)", "m3"]
+    assert ax.get_ylim() == (1.5, -0.5)  # from above, as in the table
     for place, (container, row) in enumerate(zip(ax.containers, rows, strict=True)):
         low, high = container[2][0].get_segments()[0][:, 0]
         assert (low + high) / 2 == pytest.approx(row["excess_percent"])
