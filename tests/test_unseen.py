@@ -259,11 +259,13 @@ def test_settings_are_compared_on_the_same_blocks():
     assert unseen.with_error(second["difference_percent"], second["difference_percent_error"], "+.2f", " %") in lines[3]
 
 
-def test_windows_of_eval_are_longer_than_the_largest_horizon(script, tiny_checkpoint):
-    longest = mamba_model.load_checkpoint(tiny_checkpoint)[0].horizons[-1]
-    refused = script(NAME, "--eval", tiny_checkpoint, "--seq-len", longest)
-    assert refused.code == 2 and f"must be longer than the largest horizon, {longest}" in refused.err
-    assert script(NAME, "--eval", tiny_checkpoint, "--seq-len", longest + 1, "--test-steps", 0).code == 0
+def test_windows_of_eval_are_longer_than_the_largest_horizon(script, tiny_checkpoint, tmp_path):
+    model = mamba_model.CausalTimeSeriesMamba(6, **TINY_MODEL, max_horizon=4)
+    flags = {**mamba_model.read_checkpoint(tiny_checkpoint)["args"], "max_horizon": 4}
+    mamba_model.save_checkpoint(tmp_path / "a.pt", 1, model.state_dict(), {}, 1.0, 1.0, flags)
+    refused = script(NAME, "--eval", tmp_path / "a.pt", "--seq-len", 4, "--test-steps", 0)
+    assert refused.code == 2 and "must be longer than the largest horizon, 4" in refused.err
+    assert script(NAME, "--eval", tmp_path / "a.pt", "--seq-len", 5, "--test-steps", 0).code == 0
 
 
 def test_eval_of_several_compares_them_by_setting(script, tiny_checkpoint, shared_data, tmp_path, monkeypatch):
