@@ -207,7 +207,7 @@ def seed_groups(reports):
 
     Flags that don't change the result don't count either. A model without such siblings is left out. Where the names
     differ in the seed alone, that of the group is what they share, as full of full_42 and full_43; otherwise, or where
-    two groups share it, it is the name of the first model.
+    another group or model has that name too, it is the name of the first model.
     """
     groups = {}
     for report in reports:
@@ -216,8 +216,9 @@ def seed_groups(reports):
         groups.setdefault(json.dumps(flags, sort_keys=True, default=str), []).append(report)
     groups = [group for group in groups.values() if len(group) > 1]
     shared = [{without_seed(report) for report in group} for group in groups]
-    return {next(iter(names)) if len(names) == 1 and shared.count(names) == 1 else group[0]["name"]: group
-            for names, group in zip(shared, groups, strict=True)}
+    taken = {report["name"] for report in reports}  # one name for two settings would make one of them
+    return {next(iter(names)) if len(names) == 1 and shared.count(names) == 1 and not names & taken
+            else group[0]["name"]: group for names, group in zip(shared, groups, strict=True)}
 
 
 def without_seed(report):

@@ -572,6 +572,7 @@ def test_a_group_has_the_name_that_its_models_share_but_for_the_seed():
         "full": ["full_42", "full_43"], "z_42": ["z_42", "z_43_data-ab"]}
     assert groups(("a_seed2_b", 2, 1), ("a_seed3_b", 3, 1), ("c4", 4, 2), ("c5", 5, 2)) == {
         "a_b": ["a_seed2_b", "a_seed3_b"], "c4": ["c4", "c5"]}
+    assert groups(*full, ("full", 42, 0.3)) == {"full_42": ["full_42", "full_43"]}  # not one setting with that model
     assert groups(*full, ("full_44", 44, 0.2), ("full_45", 45, 0.2)) == {
         "full_42": ["full_42", "full_43"], "full_44": ["full_44", "full_45"]}
 
