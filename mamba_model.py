@@ -326,10 +326,6 @@ class CausalTimeSeriesMamba(nn.Module):
         """What the first layer sees of windows x (batch, time, feature_dim): (batch, time, d_model)."""
         return self.input_proj(x if self.relative is None else x - x[:, :1])
 
-    def from_differences(self, values, x):
-        """Predictions (batch, time, feature_dim) in data units, from what the heads give for windows x."""
-        return values if self.relative is None else at_least_float32(values) + x[:, :1]
-
     def layer_outputs(self, x):
         """The outputs of all layers, a list of (batch, time, d_model)."""
         backend = self.backend_for(x.device)
@@ -349,10 +345,9 @@ class CausalTimeSeriesMamba(nn.Module):
         outputs = {k: head(h) for k, head in self.output_heads.items()}
         if x is None or self.relative is None:
             return outputs
-        K = self.mixture  # whose logits and log scales stay what they are
-        return {k: torch.cat([output[..., :2 * K].float(), self.from_differences(
-            output[..., 2 * K:].unflatten(-1, (-1, self.feature_dim)), x.unsqueeze(-2)).flatten(-2)], dim=-1)
-            for k, output in outputs.items()}
+        # The predictions of all components move by the first step, the logits and log scales before them by 0.
+        shift = F.pad(x[:, :1].repeat(1, 1, max(self.mixture, 1)), (2 * self.mixture, 0))
+        return {k: at_least_float32(output) + shift for k, output in outputs.items()}
 
     def mixture_of(self, k, outputs):
         """(logits, log_scales, means) of the mixture that the outputs of the head for horizon k (a str) describe."""

@@ -80,8 +80,8 @@ def of_windows(model, windows, depths):
     h = [in_batches(model.embed, some, device) for some in windows]
     for depth, step in enumerate(steps[:max(depths)], 1):
         h = [in_batches(step, some, device) for some in h]
-        if step is prediction:
-            h = [model.from_differences(some, x) for some, x in zip(h, windows, strict=True)]
+        if step is prediction and model.relative is not None:
+            h = [some + x[:, :1] for some, x in zip(h, windows, strict=True)]
         if depth in depths:
             yield depth, h
 
