@@ -58,7 +58,7 @@ $(DEMO)/data/umap.png: | $(VENV)/.runtime
 $(DEMO)/model_prediction_2.png: $(DEMO)/data/umap.png
 	$(PY) masked_model_gpu_mamba_next.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt \
 	    --fresh --mixture 8 --d-model 64 --n-layers 3 --d-state 16 --d-ff 128 --dropout 0 --seq-len 512 --stride 512 \
-	    --batch-size 8 --epochs 177 --warmup-epochs 2 --lr 8e-3 --ema 0.99 --no-train-eval $$(test -f $(DEMO)/model_last.pt && echo --resume)
+	    --batch-size 8 --epochs 88 --warmup-epochs 2 --lr 8e-3 --muon --ema 0.99 --no-train-eval $$(test -f $(DEMO)/model_last.pt && echo --resume)
 
 $(DEMO)/plots/.evaluated: $(DEMO)/model_prediction_2.png
 	$(PY) evaluate_representations.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots

@@ -84,6 +84,7 @@ def build_parser():
     training.add_argument("--batch-size", type=cli.positive_int, default=128, metavar="N",
                           help="at most so many windows per step; an epoch is cut into equal steps")
     training.add_argument("--lr", type=cli.positive_float, default=1e-3, metavar="LR", help="peak learning rate")
+    training.add_argument("--muon", action="store_true", help="update hidden weight matrices by Muon, not AdamW")
     training.add_argument("--warmup-epochs", type=cli.non_negative_float, default=10, metavar="N",
                           help="epochs of linear warm-up, before a cosine down to 0")
     training.add_argument("--epochs", type=cli.positive_int, default=500, metavar="N",
@@ -167,9 +168,11 @@ from mamba_model import (
     stem,
     validation_errors,
 )
+from muon import Muon
 
 WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
+HIDDEN = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight", ".0.weight")  # matrices for Muon
 CONTRASTIVE_ANCHORS = 1024  # per layer and step: enough for a steady InfoNCE, few enough to cost nothing
 SAVE_EVERY_SECONDS = 20  # between two saves of the last and the best state; also saved at every kind of end
 
@@ -269,10 +272,11 @@ def build_model(args, feature_dim, X=None):
     return model
 
 
-def parameter_groups(model, lr, gate_lr_factor, freeze_A):
+def parameter_groups(model, lr, gate_lr_factor, freeze_A, muon=False):
     """The parameter groups of AdamW: weights decay, but A_log, D, biases, constants and norms do not. What makes delta,
     B and C (x_proj and dt_proj, or the constants in their place) learns at gate_lr_factor times the rate of the others.
-    A frozen parameter gets no gradient and is in no group, so that neither the schedule nor the decay can move it.
+    A frozen parameter gets no gradient and is in no group, so that neither the schedule nor the decay can move it. With
+    muon the matrices of the hidden layers are in groups of their own; those of the first and last layer stay AdamW's.
     """
     groups = {}
     for name, parameter in model.named_parameters():
@@ -280,19 +284,18 @@ def parameter_groups(model, lr, gate_lr_factor, freeze_A):
         if (is_gate and gate_lr_factor == 0) or (freeze_A and name.endswith(".A_log")):
             parameter.requires_grad_(False)
             continue
-        factor = gate_lr_factor if is_gate else 1.0
         decay = WEIGHT_DECAY if parameter.ndim >= 2 and not name.endswith("A_log") else 0.0
-        groups.setdefault((factor, decay), []).append(parameter)
-    return [{"params": parameters, "lr": lr * factor, "lr_factor": factor, "weight_decay": decay}
-            for (factor, decay), parameters in groups.items()]
+        kind = gate_lr_factor if is_gate else 1.0, decay, muon and name.endswith(HIDDEN)
+        groups.setdefault(kind, []).append(parameter)
+    return [{"params": parameters, "lr": lr * factor, "lr_factor": factor, "weight_decay": decay, "muon": hidden}
+            for (factor, decay, hidden), parameters in groups.items()]
 
 
 def lr_at(step, peak, warmup_steps, total_steps):
     """Learning rate of a step, counted from 0: linear warm-up to the peak, then half a cosine down to 0."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)))
 
 
 def set_lr(optimizer, lr):
@@ -306,10 +309,10 @@ def set_lr(optimizer, lr):
 
 def build_optimizer(groups, lr, device):
     """AdamW in one fused kernel; on CUDA with its step count and learning rates on the device: a graph reads them."""
-    cuda = device.type == "cuda"
+    cuda, kind = device.type == "cuda", Muon if any(group["muon"] for group in groups) else torch.optim.AdamW
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], device=device) if cuda else group["lr"]
-    return torch.optim.AdamW(groups, lr=torch.tensor(lr, device=device) if cuda else lr, fused=True, capturable=cuda)
+    return kind(groups, lr=torch.tensor(lr, device=device) if cuda else lr, fused=True, capturable=cuda)
 
 
 def averaging_weight(step, decay):
@@ -476,7 +479,7 @@ class RunState:
                        **({} if scaling is None else {"scaling": scaling.tensors()})}
         self.averaged = copy.deepcopy(model).requires_grad_(False).eval() if args.ema else model
         self.optimizer = build_optimizer(
-            parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A), args.lr, device)
+            parameter_groups(model, args.lr, args.gate_lr_factor, args.freeze_A, args.muon), args.lr, device)
         self.totals = torch.zeros(2 + model.n_error_rows * len(model.horizons), device=device)
         self.averaging_weight = torch.zeros((), device=device)  # set before each step; on the device, for the graph
         self.step, self.best_loss, self.train_loss, self.val_loss = 0, math.inf, None, None
@@ -506,10 +509,10 @@ class RunState:
         if self.averaged is not self.model:
             self.averaged.load_state_dict(model_from_state_dict(saved["ema_state_dict"]).state_dict())
         moments = saved["optimizer_state_dict"]["state"]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = [(p, group["muon"]) for group in self.optimizer.param_groups for p in group["params"]]
         shapes = {i: {name: tensor.shape for name, tensor in entry.items()} for i, entry in moments.items()}
-        fitting = {i: {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                   for i, p in enumerate(parameters)}
+        fitting = {i: {"momentum_buffer": p.shape} if muon else {"step": torch.Size([]), "exp_avg": p.shape,
+                   "exp_avg_sq": p.shape} for i, (p, muon) in enumerate(parameters)}
         if shapes != (fitting if moments or saved["step"] else {}):  # before the first step there are none
             raise ValueError("its optimiser state does not fit its weights")
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})

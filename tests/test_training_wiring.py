@@ -211,8 +211,9 @@ def test_a_step_is_adamw_on_clipped_gradients():
     model = torch.nn.Linear(3, 2).double()
     parameters = [p.detach().clone().numpy() for p in model.parameters()]
     optimizer = training.build_optimizer(
-        [{"params": [model.weight], "lr": 0.1, "lr_factor": 1.0, "weight_decay": 0.01},
-         {"params": [model.bias], "lr": 0.05, "lr_factor": 0.5, "weight_decay": 0.0}], 0.1, torch.device("cpu"))
+        [{"params": [model.weight], "lr": 0.1, "lr_factor": 1.0, "weight_decay": 0.01, "muon": False},
+         {"params": [model.bias], "lr": 0.05, "lr_factor": 0.5, "weight_decay": 0.0, "muon": False}], 0.1,
+        torch.device("cpu"))
     totals = torch.zeros(3, dtype=torch.float64)
 
     def loss_of(model, x):
@@ -421,7 +422,7 @@ EFFECTS = [  # flags of both runs, flags of the second, what they change
     ([], ["--aug-noise", "1"], {"input"}), ([], ["--aug-rotate"], {"input"}), ([], ["--aug-scale", "0.2"], {"input"}),
     (["--aug-rotate"], ["--aug-rotate-eps", "0.3"], {"input"}),
     ([], ["--batch-size", "3"], {"windows", "input", "rates"}),
-    ([], ["--lr", "0.01"], {"rates"}), ([], ["--warmup-epochs", "0"], {"rates"}),
+    ([], ["--lr", "0.01"], {"rates"}), ([], ["--muon"], {"rates"}), ([], ["--warmup-epochs", "0"], {"rates"}),
     ([], ["--epochs", "3"], {"epochs", "windows", "rates"}),
     ([], ["--ema", "0.5"], {"average"}),
     ([], ["--no-compile", "--no-amp"], set()),
