@@ -25,7 +25,7 @@ clean-demo:
 	rm -rf $(DEMO)
 
 help:
-	@echo "make demo        an environment, data, a small trained model and its figures: at most 10 minutes on 2 CPU cores"
+	@echo "make demo        an environment, data, a small trained model and its figures: 4 to 8 minutes on 2 CPU cores"
 	@echo "make test        the linter and the tests"
 	@echo "make bench       speed tables beside other software, which is installed first (requirements-bench.txt)"
 	@echo "make study       eight settings on four kinds of data, and on more and more of them: for GPUs; weeks on a CPU"
@@ -65,8 +65,8 @@ $(DEMO)/plots/.evaluated: $(DEMO)/model_prediction_2.png
 	@touch $@
 
 $(DEMO)/plots/.generated: $(DEMO)/model_prediction_2.png
-	$(PY) generate.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots --gen-len 2048 \
-	    --temperature 0.75
+	$(PY) generate.py --data-dir $(DEMO)/data --checkpoint $(DEMO)/model.pt --save-dir $(DEMO)/plots --n-samples 12 \
+	    --gen-len 2048 --temperature 0.75
 	@touch $@
 
 $(DEMO)/plots/model_gates_summary_0.png: $(DEMO)/model_prediction_2.png

@@ -8,7 +8,7 @@ import numpy as np
 import cli
 import figures
 import measures
-from level_tables import BELIEFS, seed_groups
+from level_tables import BELIEFS, setting_names
 from measures import DIMENSION_K
 
 
@@ -139,11 +139,10 @@ def draw_excess(reports, title):
 def settings_of(reports):
     """Reports by setting, {label: list of them}: those that differ in the seed alone, and measure the same levels, are
     one setting."""
-    in_group = {report["name"]: name for name, group in seed_groups(reports).items() for report in group}
-    groups = {}
+    name_of, groups = setting_names(reports), {}
     for report in reports:
         depths = tuple(m["depth"] for m in report["levels"])
-        groups.setdefault((in_group.get(report["name"], report["name"]), depths), []).append(report)
+        groups.setdefault((name_of[report["name"]], depths), []).append(report)
     return {name if len(group) == 1 else f"{name}, {len(group)} seeds": group for (name, _), group in groups.items()}
 
 

@@ -227,15 +227,19 @@ def without_seed(report):
     return re.sub(rf"_(seed)?{seed}(?=_|$)", "", report["name"])
 
 
+def setting_names(reports):
+    """{name of a report: name of its setting}: that of its group, as from `seed_groups`, or its own without one."""
+    return ({report["name"]: report["name"] for report in reports}
+            | {report["name"]: name for name, group in seed_groups(reports).items() for report in group})
+
+
 def test_settings(reports):
     """The errors on the test series by setting, as `unseen.compared` takes them: {name, as from `seed_groups`, of those
     with the same flags but for the seed: list of their "test"}."""
-    groups = seed_groups(reports)
-    in_a_group = {report["name"]: name for name, group in groups.items() for report in group}
-    settings = {}
+    name_of, settings = setting_names(reports), {}
     for report in reports:
         if report.get("test"):
-            settings.setdefault(in_a_group.get(report["name"], report["name"]), []).append(report["test"])
+            settings.setdefault(name_of[report["name"]], []).append(report["test"])
     return settings
 
 
