@@ -413,10 +413,17 @@ def transition_table(summary):
 
 
 def reference_song(process, series, starts, seed_len, n_steps):
-    """The same analysis of the true continuations of the seeds, or None where the series ends too early."""
+    """The same analysis of the true continuations of the seeds, or None where the series ends too early.
+
+    A continuation that shares steps with an earlier one is left out: what is counted twice looks surer than it is.
+    """
     if max(starts) + seed_len + n_steps > series.n_steps:
         return None
-    windows = np.stack([series.X[start:start + seed_len + n_steps] for start in starts])
+    apart = []
+    for start in sorted(starts):
+        if not apart or start >= apart[-1] + n_steps:
+            apart.append(start)
+    windows = np.stack([series.X[start:start + seed_len + n_steps] for start in apart])
     return songs.analyse(process, windows[:, :seed_len], windows[:, seed_len:])
 
 
