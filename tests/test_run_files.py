@@ -153,7 +153,7 @@ MANY = ["--seq-len", "70", "--stride", "7", "--val-fraction", "0.3", "--test-ste
         "--num-workers", "2", "--d-model", "8", "--n-layers", "3", "--d-state", "5", "--d-conv", "2", "--expand", "3",
         "--d-ff", "9", "--relative",
         "--dropout", "0.25", "--max-horizon", "6", "--mixture", "2", "--gate-lr-factor", "0.01",
-        "--freeze-A", "--constant", "B,z", "--slowness-lambda", "0.1",
+        "--freeze-A", "--constant", "B,z", "--muon", "--slowness-lambda", "0.1",
         "--contrastive-lambda", "1e-3", "--contrastive-temp", "0.3", "--contrastive-negatives", "5", "--aug-noise",
         "0.7", "--aug-rotate", "--aug-rotate-eps", "0.2", "--aug-scale", "0.15", "--batch-size", "6", "--lr", "3e-4",
         "--warmup-epochs", "2.5", "--epochs", "9", "--ema", "0.9", "--no-compile", "--no-amp", "--no-train-eval",
