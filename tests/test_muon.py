@@ -106,6 +106,21 @@ def test_rates_on_the_device_do_what_numbers_do():
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+def test_no_number_goes_to_the_host():
+    """A CUDA graph can't read one back; nor can tensors without values, whose use as a number is an error."""
+    p = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+    p.grad = torch.empty(4, 3, device="meta")
+    rate = torch.empty((), device="meta")
+    group = {"params": [p], "lr": rate, "weight_decay": 0.01, "muon": True}
+    with pytest.raises(RuntimeError, match="meta"):
+        rate.item()
+    optimizer = muon.Muon([group])
+    optimizer.param_groups[0]["lr"] = rate
+    with torch.no_grad():
+        optimizer.step_matrices(optimizer.param_groups[0])
+    assert optimizer.state[p]["momentum_buffer"].shape == p.shape
+
+
 def test_the_matrices_of_hidden_layers_and_nothing_else():
     model = mamba_model.CausalTimeSeriesMamba(3, **TINY_MODEL, mixture=2)
     name_of = {id(p): name for name, p in model.named_parameters()}
