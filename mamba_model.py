@@ -360,22 +360,24 @@ class CausalTimeSeriesMamba(nn.Module):
         mixtures = {k: self.mixture_of(k, output) for k, output in outputs.items()}
         return {k: mixture_head.mean(logits, means) for k, (logits, _, means) in mixtures.items()}
 
-    def forward(self, x, with_layers=False):
+    def forward(self, x, raw=False, with_layers=False):
         """The predictions, {str(k): (batch, time, feature_dim)}; entry k at time t predicts x[t + k].
 
-        with_layers: return what losses are made of, (head outputs as from `heads`, list of the layer outputs, each
-        (batch, time, d_model)).
+        raw: in their place the outputs of `heads`, of which losses are made. with_layers: a pair, these and the list of
+        the layer outputs, each (batch, time, d_model). To ask for what no loss uses costs memory in a compiled model:
+        its backward pass is given zeros as the gradient of every output.
         """
         layers = self.layer_outputs(x)
         outputs = self.heads(layers[-1], x)
-        return (outputs, layers) if with_layers else self.predictions(outputs)
+        outputs = outputs if raw else self.predictions(outputs)
+        return (outputs, layers) if with_layers else outputs
 
     def distribution(self, x):
         """The predicted distributions, {str(k): torch.distributions.MixtureSameFamily over x[t + k]}, each of batch
         shape (batch, time). Raises ValueError for a point head, which predicts none."""
         if not self.mixture:
             raise ValueError("this model has a point head (mixture=0), which predicts no distribution")
-        outputs, _ = self.forward(x, with_layers=True)
+        outputs = self.forward(x, raw=True)
         return {k: mixture_head.distribution(*self.mixture_of(k, output)) for k, output in outputs.items()}
 
     def encode(self, x):
@@ -438,7 +440,7 @@ def horizon_mse(predictions, target):
 def horizon_errors(model, outputs, target):
     """The errors of head outputs, (n_measures, n_horizons): a row for each of model.measures.
 
-    outputs: as from `forward(x, with_layers=True)`; target (batch, time, feature_dim). Row "mse" is the mean squared
+    outputs: as from `forward(x, raw=True)`; target (batch, time, feature_dim). Row "mse" is the mean squared
     error of the predictions; row "nll", where the model predicts densities, their negative log-likelihood in nats per
     time step, computed in float32 whatever autocast does. A model with a `scaling` gets these in data units,
     and as one more row the error that it is trained by, in which each feature counts by its own std.
@@ -467,7 +469,7 @@ def validation_errors(model, windows, starts, batch_size, amp):
     for batch in starts.split(batch_size):
         x = windows.at(batch)
         with autocast(x.device, amp):
-            outputs, _ = model(x, with_layers=True)
+            outputs = model(x, raw=True)
         sums.append(horizon_errors(model, outputs, x) * len(batch))
     return torch.stack(sums).sum(0) / len(starts)
 
@@ -481,7 +483,7 @@ def window_errors(model, windows, starts, batch_size):
     errors = []
     for batch in starts.split(batch_size):
         x = windows.at(batch)
-        outputs, _ = model(x, with_layers=True)
+        outputs = model(x, raw=True)
         for i in range(len(batch)):
             one = {k: output[i:i + 1] for k, output in outputs.items()}
             errors.append(horizon_errors(model, one, x[i:i + 1]))

@@ -237,12 +237,13 @@ def make_loss(args):
 
     What a model is trained by is the last of its measures: the likelihood of a mixture, the squared error of a point.
     """
-    rotate_eps = args.aug_rotate_eps if args.aug_rotate else None
+    layers_count = args.slowness_lambda > 0 or args.contrastive_lambda > 0
 
     def loss_of(model, x):
-        inputs, target = augment(x, args.aug_noise, rotate_eps, args.aug_scale)
+        inputs, target = augment(x, args.aug_noise, args.aug_rotate_eps if args.aug_rotate else None, args.aug_scale)
         with autocast(x.device, not args.no_amp):
-            outputs, layers = model(inputs, with_layers=True)
+            outputs = model(inputs, raw=True, with_layers=layers_count)
+        outputs, layers = outputs if layers_count else (outputs, None)
         errors = horizon_errors(unwrapped(model), outputs, target)
         loss = errors[-1].mean()
         if args.slowness_lambda:
@@ -516,11 +517,10 @@ class RunState:
         if shapes != (fitting if moments or saved["step"] else {}):  # before the first step there are none
             raise ValueError("its optimiser state does not fit its weights")
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step = operator.index(saved["step"])
+        self.step, self.best_loss = operator.index(saved["step"]), float(saved["best_loss"])
         if saved["totals"].shape != self.totals.shape or not 0 <= saved["epoch"] == self.epoch:
             raise ValueError("its step, epoch and totals do not fit")
         self.totals.copy_(saved["totals"])
-        self.best_loss = float(saved["best_loss"])
         self.train_loss, self.val_loss = saved["train_loss"], saved["val_loss"]
 
 

@@ -100,7 +100,8 @@ def close(tensor, array):
 
 def test_every_output_is_that_of_the_model_written_out(by_hand):
     model, x, outputs, predictions = by_hand
-    for found, layers in (model(x, with_layers=True), (model(x), outputs)):
+    for found, layers in (model(x, with_layers=True), model(x, raw=True, with_layers=True), (model(x), outputs),
+                          (model(x, raw=True), outputs)):
         assert list(found) == ["1", "2", "3"] and len(layers) == 2
         for k, prediction in found.items():
             close(prediction[0], predictions[k])

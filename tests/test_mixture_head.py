@@ -117,7 +117,7 @@ def test_forward_and_encode_give_the_means_of_the_distributions(model):
 
 def test_step_and_prefill_give_the_outputs_that_a_sample_is_drawn_from(model):
     x = torch.randn(2, 6, DIM, dtype=torch.float64)
-    outputs, _ = model(x, with_layers=True)
+    outputs = model(x, raw=True)
     prefilled, states = model.prefill(x[:, :-1])
     stepped, _ = model.step(x[:, -1], states)
     for k in outputs:

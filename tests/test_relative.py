@@ -54,8 +54,8 @@ def test_it_is_a_model_of_the_differences_from_the_first_step(mixture):
         torch.testing.assert_close(log_prob, plain.distribution(x - first)["1"].log_prob(x - first))
     moved = x + SHIFT
     torch.testing.assert_close(model(moved)["2"], model(x)["2"] + SHIFT)
-    torch.testing.assert_close(mamba_model.horizon_errors(model, model(moved, with_layers=True)[0], moved),
-                               mamba_model.horizon_errors(model, model(x, with_layers=True)[0], x))
+    torch.testing.assert_close(mamba_model.horizon_errors(model, model(moved, raw=True), moved),
+                               mamba_model.horizon_errors(model, model(x, raw=True), x))
     assert not torch.allclose(plain(moved)["1"], plain(x)["1"] + SHIFT)
 
 

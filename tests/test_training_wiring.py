@@ -54,10 +54,10 @@ class Given(torch.nn.Module):
         self.mixture = 0 if bias is None else len(bias) // 6
         self.scaling = None
 
-    def forward(self, x, with_layers=False):
-        self.input = x
-        assert with_layers
-        return self.outputs, self.layers
+    def forward(self, x, raw=False, with_layers=False):
+        self.input, self.asked_for_layers = x, with_layers
+        assert raw
+        return (self.outputs, self.layers) if with_layers else self.outputs
 
     def mixture_of(self, k, output):
         return mixture_head.split(output, self.bias, 4)
@@ -119,7 +119,9 @@ def test_the_loss_is_the_sum_of_its_weighted_terms(slowness, contrastive):
         "--max-horizon", "2", "--slowness-lambda", str(slowness), "--contrastive-lambda", str(contrastive),
         "--contrastive-temp", "0.4", "--contrastive-negatives", "9")
     torch.manual_seed(5)
-    loss, mse = training.make_loss(args)(Given(predictions, outputs), x)
+    model = Given(predictions, outputs)
+    loss, mse = training.make_loss(args)(model, x)
+    assert model.asked_for_layers == bool(slowness or contrastive)  # a compiled model pays for what nobody uses
     torch.manual_seed(5)
     info_nce = training.contrastive_loss(outputs, 0.4, 9).item()
     errors = [np.mean([(predictions[str(k)][b, t] - x[b, t + k]).square().mean().item()
