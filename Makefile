@@ -25,7 +25,7 @@ clean-demo:
 	rm -rf $(DEMO)
 
 help:
-	@echo "make demo        an environment, data, a small trained model and its figures: 4 to 8 minutes on 2 CPU cores"
+	@echo "make demo        an environment, data, a small trained model and its figures: about 4 minutes on 2 CPU cores"
 	@echo "make test        the linter and the tests"
 	@echo "make bench       speed tables beside other software, which is installed first (requirements-bench.txt)"
 	@echo "make study       eight settings on four kinds of data, and on more and more of them: for GPUs; weeks on a CPU"

@@ -237,13 +237,13 @@ def make_loss(args):
 
     What a model is trained by is the last of its measures: the likelihood of a mixture, the squared error of a point.
     """
-    layers_count = args.slowness_lambda > 0 or args.contrastive_lambda > 0
+    needs_layers = args.slowness_lambda > 0 or args.contrastive_lambda > 0
 
     def loss_of(model, x):
         inputs, target = augment(x, args.aug_noise, args.aug_rotate_eps if args.aug_rotate else None, args.aug_scale)
         with autocast(x.device, not args.no_amp):
-            outputs = model(inputs, raw=True, with_layers=layers_count)
-        outputs, layers = outputs if layers_count else (outputs, None)
+            outputs = model(inputs, raw=True, with_layers=needs_layers)
+        outputs, layers = outputs if needs_layers else (outputs, None)
         errors = horizon_errors(unwrapped(model), outputs, target)
         loss = errors[-1].mean()
         if args.slowness_lambda:
@@ -274,7 +274,7 @@ def build_model(args, feature_dim, X=None):
 
 
 def parameter_groups(model, lr, gate_lr_factor, freeze_A, muon=False):
-    """The parameter groups of AdamW: weights decay, but A_log, D, biases, constants and norms do not. What makes delta,
+    """The optimiser's parameter groups: weights decay, but A_log, D, biases, constants, norms do not. What makes delta,
     B and C (x_proj and dt_proj, or the constants in their place) learns at gate_lr_factor times the rate of the others.
     A frozen parameter gets no gradient and is in no group, so that neither the schedule nor the decay can move it. With
     muon the matrices of the hidden layers are in groups of their own; those of the first and last layer stay AdamW's.
@@ -309,7 +309,7 @@ def set_lr(optimizer, lr):
 
 
 def build_optimizer(groups, lr, device):
-    """AdamW in one fused kernel; on CUDA with its step count and learning rates on the device: a graph reads them."""
+    """AdamW, or Muon if a group asks for it; on CUDA with step counts and rates on the device: a graph reads them."""
     cuda, kind = device.type == "cuda", Muon if any(group["muon"] for group in groups) else torch.optim.AdamW
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], device=device) if cuda else group["lr"]

@@ -32,7 +32,7 @@ def orthogonalised(G, n_iterations=5):
 class Muon(torch.optim.AdamW):
     """AdamW, but for the groups with a true "muon": these hold matrices, whose momentum is orthogonalised.
 
-    The arguments are those of AdamW. The state of such a matrix is its "momentum_buffer".
+    The arguments are those of AdamW; each group must have the key. The state of such a matrix is its "momentum_buffer".
     """
 
     def __setstate__(self, state):
