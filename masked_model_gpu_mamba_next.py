@@ -168,7 +168,7 @@ from mamba_model import (
     stem,
     validation_errors,
 )
-from muon import Muon
+from muon import Muon, state_shapes
 
 WEIGHT_DECAY = 0.01
 GRAD_CLIP = 1.0
@@ -296,7 +296,8 @@ def lr_at(step, peak, warmup_steps, total_steps):
     """Learning rate of a step, counted from 0: linear warm-up to the peak, then half a cosine down to 0."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)))
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_lr(optimizer, lr):
@@ -310,7 +311,8 @@ def set_lr(optimizer, lr):
 
 def build_optimizer(groups, lr, device):
     """AdamW, or Muon if a group asks for it; on CUDA with step counts and rates on the device: a graph reads them."""
-    cuda, kind = device.type == "cuda", Muon if any(group["muon"] for group in groups) else torch.optim.AdamW
+    cuda = device.type == "cuda"
+    kind = Muon if any(group["muon"] for group in groups) else torch.optim.AdamW
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], device=device) if cuda else group["lr"]
     return kind(groups, lr=torch.tensor(lr, device=device) if cuda else lr, fused=True, capturable=cuda)
@@ -510,17 +512,15 @@ class RunState:
         if self.averaged is not self.model:
             self.averaged.load_state_dict(model_from_state_dict(saved["ema_state_dict"]).state_dict())
         moments = saved["optimizer_state_dict"]["state"]
-        parameters = [(p, group["muon"]) for group in self.optimizer.param_groups for p in group["params"]]
         shapes = {i: {name: tensor.shape for name, tensor in entry.items()} for i, entry in moments.items()}
-        fitting = {i: {"momentum_buffer": p.shape} if muon else {"step": torch.Size([]), "exp_avg": p.shape,
-                   "exp_avg_sq": p.shape} for i, (p, muon) in enumerate(parameters)}
-        if shapes != (fitting if moments or saved["step"] else {}):  # before the first step there are none
+        if shapes != (state_shapes(self.optimizer) if moments or saved["step"] else {}):  # none before the first step
             raise ValueError("its optimiser state does not fit its weights")
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.step, self.best_loss = operator.index(saved["step"]), float(saved["best_loss"])
+        self.step = operator.index(saved["step"])
         if saved["totals"].shape != self.totals.shape or not 0 <= saved["epoch"] == self.epoch:
             raise ValueError("its step, epoch and totals do not fit")
         self.totals.copy_(saved["totals"])
+        self.best_loss = float(saved["best_loss"])
         self.train_loss, self.val_loss = saved["train_loss"], saved["val_loss"]
 
 

@@ -21,12 +21,13 @@ def orthogonalised(G, n_iterations=5):
     products alone (Jordan et al. 2024). It ends with values between 0.68 and 1.21 where s is at least 0.002 of the
     Frobenius norm; smaller ones stay smaller. That is all the accuracy that an update needs.
     """
-    X = G.mT if G.shape[-2] > G.shape[-1] else G  # the products are then of the shorter side's size
+    tall = G.shape[-2] > G.shape[-1]
+    X = G.mT if tall else G  # the products are then of the shorter side's size
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(n_iterations):
         gram = X @ X.mT
         X = 3.4445 * X + (-4.775 * gram + 2.0315 * gram @ gram) @ X
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+    return X.mT if tall else X
 
 
 class Muon(torch.optim.AdamW):
@@ -67,3 +68,11 @@ class Muon(torch.optim.AdamW):
             updates = orthogonalised(torch.stack(ahead)) * (RMS_OF_ADAMW * math.sqrt(max(shape)) * group["lr"])
             torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_sub_(matrices, list(updates))
+
+
+def state_shapes(optimizer):
+    """What "state" of the state_dict() of an AdamW or a Muon holds after a step: {i: {name: shape}} of parameter i."""
+    shapes = [{"momentum_buffer": p.shape} if group["muon"] else
+              {"step": torch.Size([]), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+              for group in optimizer.param_groups for p in group["params"]]
+    return dict(enumerate(shapes))
