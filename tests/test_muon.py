@@ -179,4 +179,4 @@ def test_a_captured_run_on_a_gpu_learns_what_a_cpu_does(script, shared_data, tmp
         assert script(NAME, *flags(shared_data, tmp_path / name, "--dropout", "0", *more)).code == 0
     cpu, gpu = (saved(tmp_path / name)["model_state_dict"] for name in ("cpu.pt", "gpu.pt"))
     for name, tensor in cpu.items():
-        torch.testing.assert_close(gpu[name], tensor, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(gpu[name].cpu(), tensor, rtol=1e-3, atol=1e-4)
