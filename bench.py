@@ -318,7 +318,7 @@ def kernel_limits(limits, batch, time, d_inner, d_state):
     updates = batch * time * d_inner
     needs = {"_conv_forward_kernel": (2 * row, updates), "_conv_backward_kernel": (3 * row, updates),
              "scan_forward": (4 * row + 2 * narrow + states, updates * (d_state + 2)),
-             "scan_backward": (7 * row + 4 * narrow + states, updates * (d_state + 2))}
+             "scan_backward": (8 * row + 4 * narrow + states, updates * (d_state + 2))}
     return {name: max(n_bytes / limits.bandwidth, exps / limits.exps) for name, (n_bytes, exps) in needs.items()}
 
 

@@ -10,16 +10,17 @@
 //   BACKWARD             0: the kernels of the forward pass; 1: those of the backward pass
 //   CHUNK                steps between two states that the forward pass saves for the backward pass
 //   BACKWARD_STEPS       steps of which the backward pass holds states and decays in registers
+//   BACKWARD_PAIRS       pairs of channels per lane of the backward pass, 1 or, with bfloat16, 2
 //   BACKWARD_WARPS       warps per block of the backward pass; BACKWARD_BLOCKS: its blocks per multiprocessor
 //
 // Who holds what, and words for it:
 //   block   one sequence, one split of it, and neighbouring channels. Its warps share B and C of a chunk of steps, in
 //           shared memory. The backward pass also adds up dB and dC over its channels.
 //   split   a part of the sequence's time, whole chunks. There is only one unless the batch is small.
-//   warp    8 or, forward with up to 32 states, 16 of the block's channels.
+//   warp    8 or 16 of the block's channels.
 //   lane    4 p + q, with p from 0 to 7 and q from 0 to 3. Forward it holds channel p, or p and p + 8, and of each the
-//           F_STATES states from F_STATES q on; backward the channels 2 q and 2 q + 1, and of each the STATES states
-//           from STATES p on. States never leave the registers of their lane, but at the ends of chunks.
+//           F_STATES states from F_STATES q on; backward the OWN channels (2 or 4) from OWN q on, and of each the
+//           STATES states from STATES p on. States never leave the registers of their lane, but at the ends of chunks.
 //   octet   8 steps. What depends on step and channel only (dt, v, silu(z), y, ...) is computed for 8 steps at a time,
 //           so that each lane has two of the 8 x 8 or 8 x 16 pairs, or four: `own` is what belongs to this lane.
 //   piece   BACKWARD_STEPS steps.
@@ -70,6 +71,12 @@ DEVICE u32 pack_bf16(float low, float high) {
 }
 DEVICE float from_f16(u16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 DEVICE u16 to_f16(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+// A pointer to global memory, that the compiler then keeps, and doesn't put together again wherever it is used.
+template <typename T> DEVICE T *settled(T *p) {
+    size_t x = __cvta_generic_to_global(p);
+    asm("" : "+l"(x));
+    return (T *)__cvta_global_to_generic(x);
+}
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // d (16 x 8) += a (16 x 8) b (8 x 8). Lane 4 p + q holds a[p][q], a[p+8][q], a[p][q+4], a[p+8][q+4]; b[q][p],
 // b[q+4][p]; d[p][2q], d[p][2q+1], d[p+8][2q], d[p+8][2q+1]. The lower 13 bits of a and b are ignored.
@@ -105,6 +112,11 @@ DEVICE float load_if(bool inside, const io_t *p) {
     if (inside) x = *p;
     return load(&x);
 }
+
+// z as both passes take it. With bfloat16 the backward pass gets C . h + D u out of y = (C . h + D u) silu(z), which must
+// not be 0 because z is. What is added is below the last digit of any z that matters, and no bfloat16, so that no sum is
+// 0: the least is 2^-69, which is far from letting y underflow.
+DEVICE float gate_input(float z) { return FAST ? z + 0x1.008p-60f : z; }
 
 // Two neighbouring channels as they lie in memory, and as numbers.
 #if IO == 0
@@ -335,7 +347,7 @@ template <int MODE> DEVICE void step_sizes(ForwardLane &own, ForwardSteps &steps
             float dt = load_if(valid, delta + s * DELTA_STEP + 8 * i);
             dt = valid ? softplus(dt + own.bias[i], slope) : 0.0f;
             if (MODE != SPLIT_ENDS) {
-                float z_own = load_if(valid, z + s * Z_STEP + 8 * i);
+                const float z_own = gate_input(load_if(valid, z + s * Z_STEP + 8 * i));
                 steps.silu_z[i][s] = z_own * sigmoid(z_own);
             }
             const float v = steps.u[i][s] * (MODE == SPLIT_ENDS_REVERSED ? steps.silu_z[i][s] : dt);
@@ -537,7 +549,7 @@ extern "C" __global__ void carry_over_splits(const CarryArgs a) {
 // octet lane 4 p + q has step p, which is also where the tensor cores leave their sums over the states.
 
 struct BackwardArgs {
-    const io_t *dy, *u, *delta, *z, *B, *C;
+    const io_t *dy, *u, *delta, *z, *B, *C, *y;
     const float *A, *D, *delta_bias;
     const state_t *states;
     const float *starts;
@@ -548,19 +560,20 @@ struct BackwardArgs {
     int n_batch, time, groups, splits, split_len;
 };
 
-constexpr int STATES = N / 8, STEPS = BACKWARD_STEPS, WARPS = BACKWARD_WARPS, CHANNELS = 8 * WARPS;
+constexpr int STATES = N / 8, STEPS = BACKWARD_STEPS, WARPS = BACKWARD_WARPS;
+constexpr int PAIRS = BACKWARD_PAIRS, OWN = 2 * PAIRS, CHANNELS = 4 * OWN * WARPS;
 
 // What a warp has in shared memory.
 struct WarpShared {
-    float4 dt_v[CHUNK][4];     // of each step and pair of channels: dt of both, v of both
-    float2 do_[8][4];          // of 8 steps and each pair of channels, as all that follows
-    float2 u[8][4], dz[8][4];  // dz: dy silu'(z)
-    float2 slope[8][4];        // of the softplus
+    float dt_v[CHUNK][4][2 * OWN];  // of each step, dt of a lane's channels, then v
+    float slope[CHUNK][4][OWN];     // of the softplus
+    float do_[8][4][OWN], u[8][4][OWN];  // of 8 steps
 #if FAST
-    u32 before[CHUNK / STEPS - 1][32][STATES];  // the states before every STEPS-th step but the first, as bfloat16
+    u32 before[CHUNK / STEPS][PAIRS][32][STATES];  // the states before every STEPS-th step, as bfloat16
 #else
-    float before[CHUNK / STEPS - 1][32][2 * STATES];
-    float2 sums[3][8][4];      // C . h, dh . B, de . A2
+    float before[CHUNK / STEPS][PAIRS][32][2 * STATES];
+    float dz[8][4][OWN];       // dy silu'(z) of 8 steps
+    float sums[3][8][4][OWN];  // C . h, dh . B, de . A2
 #endif
 };
 
@@ -576,6 +589,34 @@ struct BlockShared {
     WarpShared warps[WARPS];
 };
 
+// A lane's channels of one step, from and to a tensor.
+DEVICE void load_own(pair_t (&x)[PAIRS], bool valid, const bool (&inside)[OWN], const io_t *from) {
+#if ALIGNED && FAST && BACKWARD_PAIRS == 2
+    uint2 both = make_uint2(0, 0);
+    if (valid && inside[0]) both = *(const uint2 *)from;
+    x[0] = both.x, x[1] = both.y;
+#else
+#pragma unroll
+    for (int r = 0; r < PAIRS; r++) x[r] = load_pair(valid && inside[2 * r], valid && inside[2 * r + 1], from + 2 * r);
+#endif
+}
+DEVICE void numbers(float (&x)[OWN], const pair_t (&pairs)[PAIRS]) {
+#pragma unroll
+    for (int r = 0; r < PAIRS; r++) {
+        const float2 pair = numbers(pairs[r]);
+        x[2 * r] = pair.x, x[2 * r + 1] = pair.y;
+    }
+}
+DEVICE void store_own(io_t *to, bool valid, const bool (&inside)[OWN], const float (&x)[OWN]) {
+#if ALIGNED && FAST && BACKWARD_PAIRS == 2
+    if (valid && inside[0]) *(uint2 *)to = make_uint2(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]));
+#else
+#pragma unroll
+    for (int r = 0; r < PAIRS; r++)
+        store_pair(valid && inside[2 * r], valid && inside[2 * r + 1], to + 2 * r, x[2 * r], x[2 * r + 1]);
+#endif
+}
+
 // The terms of dB and dC of one lane and step.
 DEVICE void store_words(u32 *to, const u32 (&x)[STATES]) {
     if constexpr (STATES % 4 == 0) {
@@ -586,39 +627,51 @@ DEVICE void store_words(u32 *to, const u32 (&x)[STATES]) {
         for (int j = 0; j < STATES; j += 2) *(uint2 *)(to + j) = make_uint2(x[j], x[j + 1]);
     }
 }
-// States to and from shared memory.
-DEVICE void keep(u32 *to, const float (&h)[2][STATES]) {
+// A lane's states to and from shared memory.
+DEVICE void keep(u32 (&to)[PAIRS][32][STATES], int lane, const float (&h)[OWN][STATES]) {
 #pragma unroll
-    for (int j = 0; j < STATES; j++) to[j] = pack_bf16(h[0][j], h[1][j]);
-}
-DEVICE void keep(float *to, const float (&h)[2][STATES]) {
+    for (int r = 0; r < PAIRS; r++) {
+        u32 x[STATES];
 #pragma unroll
-    for (int j = 0; j < STATES; j++) to[j] = h[0][j], to[STATES + j] = h[1][j];
-}
-DEVICE void fetch(float (&h)[2][STATES], const u32 *from) {
-#pragma unroll
-    for (int j = 0; j < STATES; j++) {
-        h[0][j] = __uint_as_float(from[j] << 16);
-        h[1][j] = __uint_as_float(from[j] & 0xffff0000u);
+        for (int j = 0; j < STATES; j++) x[j] = pack_bf16(h[2 * r][j], h[2 * r + 1][j]);
+        store_words(to[r][lane], x);
     }
 }
-DEVICE void fetch(float (&h)[2][STATES], const float *from) {
+DEVICE void keep(float (&to)[PAIRS][32][2 * STATES], int lane, const float (&h)[OWN][STATES]) {
 #pragma unroll
-    for (int j = 0; j < STATES; j++) h[0][j] = from[j], h[1][j] = from[STATES + j];
+    for (int i = 0; i < OWN; i++)
+#pragma unroll
+        for (int j = 0; j < STATES; j++) to[i / 2][lane][i % 2 * STATES + j] = h[i][j];
+}
+DEVICE void fetch(float (&h)[OWN][STATES], const u32 (&from)[PAIRS][32][STATES], int lane) {
+#pragma unroll
+    for (int r = 0; r < PAIRS; r++)
+#pragma unroll
+        for (int j = 0; j < STATES; j++) {
+            const u32 x = from[r][lane][j];
+            h[2 * r][j] = __uint_as_float(x << 16), h[2 * r + 1][j] = __uint_as_float(x & 0xffff0000u);
+        }
+}
+DEVICE void fetch(float (&h)[OWN][STATES], const float (&from)[PAIRS][32][2 * STATES], int lane) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++)
+#pragma unroll
+        for (int j = 0; j < STATES; j++) h[i][j] = from[i / 2][lane][i % 2 * STATES + j];
 }
 
 // One step of the recurrence: h, the state after it, from h_before, and a, its decay.
-DEVICE void step(float (&h)[2][STATES], const float (&h_before)[2][STATES], float (&a)[2][STATES],
-                 const float (&A2)[2][STATES], float4 dt_v, const float *B) {
-    float B_k[STATES];
+DEVICE void step(float (&h)[OWN][STATES], const float (&h_before)[OWN][STATES], float (&a)[OWN][STATES],
+                 const float (&A2)[OWN][STATES], const float (&from)[2 * OWN], const float *B) {
+    float dt_v[2 * OWN], B_k[STATES];
+    load_row(dt_v, from);
     load_row(B_k, B);
 #pragma unroll
-    for (int j = 0; j < STATES; j++) {
-        a[0][j] = exp2_(dt_v.x * A2[0][j]);
-        a[1][j] = exp2_(dt_v.y * A2[1][j]);
-        h[0][j] = a[0][j] * h_before[0][j] + dt_v.z * B_k[j];
-        h[1][j] = a[1][j] * h_before[1][j] + dt_v.w * B_k[j];
-    }
+    for (int i = 0; i < OWN; i++)
+#pragma unroll
+        for (int j = 0; j < STATES; j++) {
+            a[i][j] = exp2_(dt_v[i] * A2[i][j]);
+            h[i][j] = a[i][j] * h_before[i][j] + dt_v[OWN + i] * B_k[j];
+        }
 }
 
 // dB and dC of 8 steps, of which `left` exist, as sums over the warps' terms; dBC: from the first of these steps on.
@@ -663,10 +716,10 @@ DEVICE void add_dBC(state_t *dBC, const BlockShared &shared, int buffer, int lef
 }
 
 // The sums over the time of one sequence and split: dA, then dD, then the gradient of delta_bias.
-DEVICE void sums_over_time(float *sums, int own_channel, int p, const bool (&inside)[2], const float (&dA)[2][STATES],
-                           float (&dD)[2], float (&dbias)[2]) {
+DEVICE void sums_over_time(float *sums, int own_channel, int p, const bool (&inside)[OWN],
+                           const float (&dA)[OWN][STATES], float (&dD)[OWN], float (&dbias)[OWN]) {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < OWN; i++) {
         if (inside[i]) store_states(sums + (own_channel + i) * N_STATE, STATES * p, dA[i]);
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2) {
@@ -688,41 +741,40 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
     const Place at = place(a.groups, a.splits, a.split_len, a.time);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, p = lane / 4, q = lane % 4;
     WarpShared &shared = block_shared.warps[warp];
-    const int first_channel = at.group * CHANNELS + warp * 8, own_channel = first_channel + 2 * q;
+    const int first_channel = at.group * CHANNELS + warp * 4 * OWN, own_channel = first_channel + OWN * q;
     const i64 split_row = (at.batch * a.splits + at.split) * D_INNER;
     const float *B_own = block_shared.B + STATES * p, *C_own = block_shared.C + STATES * p;
 
-    float A2[2][STATES], carry[2][STATES], dA[2][STATES], skip[2], bias[2], dD[2] = {}, dbias[2] = {};
-    bool inside[2];
+    float A2[OWN][STATES], carry[OWN][STATES], dA[OWN][STATES], skip[OWN], bias[OWN], dD[OWN] = {}, dbias[OWN] = {};
+    bool inside[OWN];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < OWN; i++) {
         const int c = own_channel + i;
-        inside[i] = c < D_INNER;
+        inside[i] = D_INNER % CHANNELS == 0 || c < D_INNER;
         load_states(A2[i], a.A + c * N_STATE, STATES * p, inside[i]);
         load_states(carry[i], a.starts + (split_row + c) * N_STATE, STATES * p, inside[i] && a.starts != 0);
 #pragma unroll
         for (int j = 0; j < STATES; j++) A2[i][j] *= LOG2E, dA[i][j] = 0.0f;
         skip[i] = inside[i] ? a.D[c] : 0.0f, bias[i] = inside[i] ? a.delta_bias[c] : 0.0f;
     }
-    // Tensors are addressed from this lane's channels and the start of this sequence by numbers of 32 bits.
-    const io_t *u = a.u + at.batch * a.u_batch + own_channel;
-    const io_t *delta = a.delta + at.batch * a.delta_batch + own_channel;
-    const io_t *z = a.z + at.batch * a.z_batch + own_channel, *dy = a.dy + at.batch * a.dy_batch + own_channel;
-    const io_t *B = a.B + at.batch * a.B_batch, *C = a.C + at.batch * a.C_batch;
-    io_t *dz = a.dz + at.batch * a.dz_batch + own_channel;
-    io_t *du = a.du + at.batch * a.time * D_INNER + own_channel;
-    io_t *ddelta = a.ddelta + at.batch * a.time * D_INNER + own_channel;
+    // Tensors are addressed from the start of this sequence by numbers of 32 bits.
+    const i64 gapless = at.batch * a.time * D_INNER;  // in tensors without gaps
+    const io_t *u = settled(a.u + at.batch * a.u_batch), *delta = settled(a.delta + at.batch * a.delta_batch);
+    const io_t *z = settled(a.z + at.batch * a.z_batch), *dy = settled(a.dy + at.batch * a.dy_batch);
+    const io_t *B = a.B + at.batch * a.B_batch, *C = a.C + at.batch * a.C_batch, *y = settled(a.y + gapless);
+    io_t *dz = settled(a.dz + at.batch * a.dz_batch);
+    io_t *du = settled(a.du + gapless), *ddelta = settled(a.ddelta + gapless);
     state_t *dBC = a.dBC + ((i64)at.group * a.n_batch + at.batch) * a.time * (2 * N_STATE);
     const int saved_chunks = (a.time + CHUNK - 1) / CHUNK;
 
     // The inputs of this lane's step, loaded 8 steps ahead.
-    pair_t u_next, delta_next, z_next, dy_next;
+    pair_t u_next[PAIRS], z_next[PAIRS], dy_next[PAIRS], y_next[PAIRS];
     auto load_inputs = [&](int t) {
-        const bool valid = t >= at.start && t < at.end, first = valid && inside[0], second = valid && inside[1];
-        u_next = load_pair(first, second, u + (u32)(t * U_STEP));
-        delta_next = load_pair(first, second, delta + (u32)(t * DELTA_STEP));
-        z_next = load_pair(first, second, z + (u32)(t * Z_STEP));
-        dy_next = load_pair(first, second, dy + (u32)(t * DY_STEP));
+        const bool valid = t >= at.start && t < at.end;
+        load_own(u_next, valid, inside, u + (u32)(t * U_STEP + own_channel));
+        load_own(z_next, valid, inside, z + (u32)(t * Z_STEP + own_channel));
+        load_own(dy_next, valid, inside, dy + (u32)(t * DY_STEP + own_channel));
+        if (FAST) load_own(y_next, valid, inside, y + (u32)(t * D_INNER + own_channel));
     };
     load_inputs(at.start + (at.end - at.start - 1) / 8 * 8 + p);
     int buffer = 0;  // of block_shared.dBC
@@ -733,15 +785,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
         // ---- B and C; dt and v = dt u; the inputs of the next chunk on their way into the L2 cache
         stage_rows<32 * WARPS, B_STEP, CHUNK>(block_shared.B, B, chunk_start, at.end);
         stage_rows<32 * WARPS, C_STEP, CHUNK>(block_shared.C, C, chunk_start, at.end);
-#pragma unroll 4
-        for (int k = p; k < CHUNK; k += 8) {
-            const bool first = inside[0] && k < length, second = inside[1] && k < length;
+#pragma unroll (4 / PAIRS)
+        for (int k8 = 0; k8 < CHUNK; k8 += 8) {
+            const int k = k8 + p;
+            const bool valid = k < length;
             const u32 t = chunk_start + k;
-            const float2 delta_k = numbers(load_pair(first, second, delta + t * DELTA_STEP));
-            const float2 u_k = numbers(load_pair(first, second, u + t * U_STEP));
-            float slope, dt_0 = softplus(delta_k.x + bias[0], slope), dt_1 = softplus(delta_k.y + bias[1], slope);
-            dt_0 = first ? dt_0 : 0.0f, dt_1 = second ? dt_1 : 0.0f;
-            shared.dt_v[k][q] = make_float4(dt_0, dt_1, dt_0 * u_k.x, dt_1 * u_k.y);
+            pair_t delta_pairs[PAIRS], u_pairs[PAIRS];
+            load_own(delta_pairs, valid, inside, delta + (t * DELTA_STEP + own_channel));
+            load_own(u_pairs, valid, inside, u + (t * U_STEP + own_channel));
+            float delta_k[OWN], u_k[OWN], dt_v[2 * OWN], slope[OWN];
+            numbers(delta_k, delta_pairs), numbers(u_k, u_pairs);
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                const float dt = softplus(delta_k[i] + bias[i], slope[i]);
+                dt_v[i] = valid && inside[i] ? dt : 0.0f, dt_v[OWN + i] = dt_v[i] * u_k[i];
+            }
+            store_row(shared.dt_v[k][q], dt_v);
+            store_row(shared.slope[k][q], slope);
         }
         if (m > 0 && warp < 4) {
             const i64 row = at.batch * saved_chunks + chunk_start / CHUNK - 1;
@@ -750,42 +810,54 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                 if (warp == 1 % WARPS) prefetch(delta + t * DELTA_STEP);
                 if (warp == 2 % WARPS) prefetch(z + t * Z_STEP);
                 if (warp == 3 % WARPS) prefetch(dy + t * DY_STEP);
+                if (FAST && warp == 1 % WARPS) prefetch(y + t * D_INNER);
             }
             if (lane < 4) prefetch(a.states + (row * D_INNER + min(first_channel + 2 * lane, D_INNER - 1)) * N_STATE);
         }
-        float h[2][STATES], decay[STEPS][2][STATES], h_before[STEPS + 1][2][STATES];
+        float h[OWN][STATES], decay[STEPS][OWN][STATES];
         const i64 saved = (at.batch * saved_chunks + chunk_start / CHUNK) * D_INNER + own_channel;
-        load_states(h[0], a.states + saved * N_STATE, STATES * p, inside[0]);
-        load_states(h[1], a.states + (saved + 1) * N_STATE, STATES * p, inside[1]);
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+            load_states(h[i], a.states + (saved + i) * N_STATE, STATES * p, inside[i]);
         __syncthreads();
         // ---- forward once more: the states before every STEPS-th step
         const int pieces = (length + STEPS - 1) / STEPS;
-        for (int piece = 0; piece < pieces - 1; piece++) {
+        keep(shared.before[0], lane, h);
+        for (int piece = 1; piece < pieces; piece++) {
 #pragma unroll
             for (int k = 0; k < STEPS; k++) {
-                const int t = piece * STEPS + k;
+                const int t = (piece - 1) * STEPS + k;
                 step(h, h, decay[0], A2, shared.dt_v[t][q], B_own + t * N);
             }
-            keep(shared.before[piece][lane], h);
+            keep(shared.before[piece], lane, h);
         }
         for (int octet = (length + 7) / 8 - 1; octet >= 0; octet--) {
-            // ---- of 8 steps: do, u, dy silu'(z) and the slope of the softplus
+            // ---- of 8 steps: do and u; dz or, without y, what it is a multiple of
             const u32 first_step = chunk_start + 8 * octet, own = first_step + p;  // own: of this lane
+            const bool valid = 8 * octet + p < length;
             {
-                const float2 u_t = numbers(u_next), z_t = numbers(z_next), dy_t = numbers(dy_next);
-                const float2 delta_t = numbers(delta_next);
-                const float gate_0 = sigmoid(z_t.x), gate_1 = sigmoid(z_t.y);
-                const float do_0 = dy_t.x * z_t.x * gate_0, do_1 = dy_t.y * z_t.y * gate_1;
-                shared.do_[p][q] = make_float2(do_0, do_1);
-                shared.u[p][q] = u_t;
-                shared.dz[p][q] = make_float2(dy_t.x * gate_0 * (1.0f + z_t.x * (1.0f - gate_0)),
-                                              dy_t.y * gate_1 * (1.0f + z_t.y * (1.0f - gate_1)));
-                shared.slope[p][q] = make_float2(sigmoid(delta_t.x + bias[0]), sigmoid(delta_t.y + bias[1]));
-                dD[0] += do_0 * u_t.x, dD[1] += do_1 * u_t.y;
+                float u_t[OWN], z_t[OWN], dy_t[OWN], y_t[OWN], do_t[OWN], dz_t[OWN];
+                numbers(u_t, u_next), numbers(z_t, z_next), numbers(dy_t, dy_next);
+                if (FAST) numbers(y_t, y_next);
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    const float z_i = gate_input(z_t[i]), gate = sigmoid(z_i);
+                    do_t[i] = dy_t[i] * z_i * gate;
+                    if (FAST) dz_t[i] = dy_t[i] * y_t[i] * (reciprocal(z_i) + (1.0f - gate));
+                    else dz_t[i] = dy_t[i] * gate * (1.0f + z_i * (1.0f - gate));
+                    dD[i] += do_t[i] * u_t[i];
+                }
+                store_row(shared.do_[p][q], do_t);
+                store_row(shared.u[p][q], u_t);
+#if FAST
+                store_own(dz + (own * DZ_STEP + own_channel), valid, inside, dz_t);
+#else
+                store_row(shared.dz[p][q], dz_t);
+#endif
             }
             load_inputs((int)own - 8);
 #if FAST
-            float Ch_sum[4] = {}, dv_sum[4] = {}, eA2_sum[4] = {};  // [0, 1]: of step p and channels 2 q, 2 q + 1
+            float sums[PAIRS][4] = {};  // of step p and channels 2 r and 2 r + 1: dh . B of both, de . A2 of both
 #else
             __syncthreads();  // until here other warps may have been adding up the last dBC
             float *terms = block_shared.dBC[warp];
@@ -806,41 +878,35 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                 if (piece >= pieces) continue;
 #endif
                 // ---- forward through STEPS steps, keeping a and h of each
-                if (piece > 0) {
-                    fetch(h_before[0], shared.before[piece - 1][lane]);
-                } else {
-                    load_states(h_before[0][0], a.states + saved * N_STATE, STATES * p, inside[0]);
-                    load_states(h_before[0][1], a.states + (saved + 1) * N_STATE, STATES * p, inside[1]);
-                }
+                float h_after[STEPS][OWN][STATES];
+                fetch(h, shared.before[piece], lane);
 #pragma unroll
                 for (int k = 0; k < STEPS; k++) {
                     const int t = piece * STEPS + k;
-                    step(h_before[k + 1], h_before[k], decay[k], A2, shared.dt_v[t][q], B_own + t * N);
+                    step(h_after[k], k > 0 ? h_after[k - 1] : h, decay[k], A2, shared.dt_v[t][q], B_own + t * N);
                 }
                 // ---- backward: dh, what it gives dB, dC, dv, dA and ddt, and the next carry
-#if FAST
-                u32 Ch_later = 0, dv_later = 0, eA2_later = 0, row_later = 0;  // of the step after an even one
-#endif
 #pragma unroll
                 for (int k = STEPS - 1; k >= 0; k--) {
                     const int t = piece * STEPS + k, k8 = half * STEPS + k;
-                    const float4 dt_v = shared.dt_v[t][q];
-                    const float2 do_k = shared.do_[k8][q];
-                    const float dt[2] = {dt_v.x, dt_v.y}, v[2] = {dt_v.z, dt_v.w}, d_o[2] = {do_k.x, do_k.y};
-                    const float(&h_t)[2][STATES] = h_before[k + 1];
-                    float B_k[STATES], C_k[STATES], dh[2][STATES], Ch[2] = {}, dv[2] = {}, eA2[2] = {};
+                    float dt_v[2 * OWN], d_o[OWN], B_k[STATES], C_k[STATES];
+                    load_row(dt_v, shared.dt_v[t][q]);
+                    load_row(d_o, shared.do_[k8][q]);
                     load_row(B_k, B_own + t * N);
                     load_row(C_k, C_own + t * N);
+                    if (k == 0) fetch(h, shared.before[piece], lane);  // again, rather than holding it since
+                    const float(&h_t)[OWN][STATES] = h_after[k], (&h_before)[OWN][STATES] = k > 0 ? h_after[k - 1] : h;
+                    const float *v = dt_v + OWN;
+                    float dh[OWN][STATES], dv[OWN] = {}, eA2[OWN] = {};
 #pragma unroll
-                    for (int i = 0; i < 2; i++)
+                    for (int i = 0; i < OWN; i++)
 #pragma unroll
                         for (int j = 0; j < STATES; j++) {
-                            Ch[i] += h_t[i][j] * C_k[j];
                             dh[i][j] = carry[i][j] + d_o[i] * C_k[j];
                             dv[i] += dh[i][j] * B_k[j];
                             carry[i][j] = dh[i][j] * decay[k][i][j];
-                            const float de = carry[i][j] * h_before[k][i][j];
-                            dA[i][j] += de * dt[i];
+                            const float de = carry[i][j] * h_before[i][j];
+                            dA[i][j] += de * dt_v[i];
                             eA2[i] += de * A2[i][j];
                         }
 #if FAST
@@ -849,26 +915,23 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
 #pragma unroll
                     for (int j = 0; j < STATES; j += 2) {
                         float d[4] = {}, e[4] = {};
-                        mma_tf32(d, dh[0][j], dh[0][j + 1], dh[1][j], dh[1][j + 1], v[0], v[1]);
-                        mma_tf32(e, h_t[0][j], h_t[0][j + 1], h_t[1][j], h_t[1][j + 1], d_o[0], d_o[1]);
+#pragma unroll
+                        for (int i = 0; i < OWN; i += 2) {
+                            mma_tf32(d, dh[i][j], dh[i][j + 1], dh[i + 1][j], dh[i + 1][j + 1], v[i], v[i + 1]);
+                            mma_tf32(e, h_t[i][j], h_t[i][j + 1], h_t[i + 1][j], h_t[i + 1][j + 1], d_o[i], d_o[i + 1]);
+                        }
                         dBC_k[j / 2] = pack_bf16(d[0], d[2]), dBC_k[(STATES + j) / 2] = pack_bf16(e[0], e[2]);
                     }
                     if (q == 0) store_words(block_shared.dBC[buffer][warp][k8][p], dBC_k);
-                    // The lanes' partial sums, rows p and columns 2 q + i: transposed, so that channels are the
-                    // columns, and two steps at once multiplied by a matrix of ones in the rows of these steps.
+                    // The lanes' partial sums, rows p and columns 2 q + i, transposed, so that channels are the columns;
+                    // dv above eA2, multiplied by ones in row k8 over dv, and in row k8 + 8 over eA2.
                     const u32 row = p == k8 ? 0x3f803f80u : 0u;
-                    const u32 Ch_k = transposed(pack_bf16(Ch[0], Ch[1])), dv_k = transposed(pack_bf16(dv[0], dv[1]));
-                    const u32 eA2_k = transposed(pack_bf16(eA2[0], eA2[1]));
-                    if (k % 2) {
-                        Ch_later = Ch_k, dv_later = dv_k, eA2_later = eA2_k, row_later = row;
-                    } else {
-                        const u32 other_rows = any_number(), more = any_number();
-                        mma_bf16(Ch_sum, row, other_rows, row_later, more, Ch_k, Ch_later);
-                        mma_bf16(dv_sum, row, other_rows, row_later, more, dv_k, dv_later);
-                        mma_bf16(eA2_sum, row, other_rows, row_later, more, eA2_k, eA2_later);
-                    }
+#pragma unroll
+                    for (int r = 0; r < PAIRS; r++)
+                        mma_bf16(sums[r], row, 0, 0, row, transposed(pack_bf16(dv[2 * r], dv[2 * r + 1])),
+                                 transposed(pack_bf16(eA2[2 * r], eA2[2 * r + 1])));
 #else
-                    float dB_k[STATES], dC_k[STATES];
+                    float Ch[OWN] = {}, dB_k[STATES], dC_k[STATES];
 #pragma unroll
                     for (int j = 0; j < STATES; j++) {
                         dB_k[j] = dh[0][j] * v[0] + dh[1][j] * v[1];
@@ -884,44 +947,53 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                         store_row(terms + k8 * 2 * N + N + STATES * p, dC_k);
                     }
 #pragma unroll
-                    for (int i = 0; i < 2; i++)
+                    for (int i = 0; i < OWN; i++) {
+#pragma unroll
+                        for (int j = 0; j < STATES; j++) Ch[i] += h_t[i][j] * C_k[j];
 #pragma unroll
                         for (int lanes = 4; lanes < 32; lanes *= 2) {
                             Ch[i] += __shfl_xor_sync(ALL, Ch[i], lanes);
                             dv[i] += __shfl_xor_sync(ALL, dv[i], lanes);
                             eA2[i] += __shfl_xor_sync(ALL, eA2[i], lanes);
                         }
+                    }
                     if (p == k8) {
-                        shared.sums[0][k8][q] = make_float2(Ch[0], Ch[1]);
-                        shared.sums[1][k8][q] = make_float2(dv[0], dv[1]);
-                        shared.sums[2][k8][q] = make_float2(eA2[0], eA2[1]);
+                        store_row(shared.sums[0][k8][q], Ch);
+                        store_row(shared.sums[1][k8][q], dv);
+                        store_row(shared.sums[2][k8][q], eA2);
                     }
 #endif
                 }
             }
-            // ---- of 8 steps: du, ddelta and dz
+            // ---- of 8 steps: du and ddelta
             __syncwarp();
             {
-                const int k = 8 * octet + p;
-                const bool first = inside[0] && k < length, second = inside[1] && k < length;
+                float u_t[OWN], do_t[OWN], slope[OWN], dt[OWN], dv[OWN], eA2[OWN], du_t[OWN], ddelta_t[OWN];
+                load_row(u_t, shared.u[p][q]);
+                load_row(do_t, shared.do_[p][q]);
+                load_row(slope, shared.slope[8 * octet + p][q]);
+                load_row(dt, shared.dt_v[8 * octet + p][q]);
 #if FAST
-                const float2 Ch = make_float2(Ch_sum[0], Ch_sum[1]), dv = make_float2(dv_sum[0], dv_sum[1]);
-                const float2 eA2 = make_float2(eA2_sum[0], eA2_sum[1]);
+#pragma unroll
+                for (int i = 0; i < OWN; i++) dv[i] = sums[i / 2][i % 2], eA2[i] = sums[i / 2][2 + i % 2];
 #else
-                const float2 Ch = shared.sums[0][p][q], dv = shared.sums[1][p][q], eA2 = shared.sums[2][p][q];
+                float dz_t[OWN], Ch[OWN];
+                load_row(dz_t, shared.dz[p][q]);
+                load_row(Ch, shared.sums[0][p][q]);
+                load_row(dv, shared.sums[1][p][q]);
+                load_row(eA2, shared.sums[2][p][q]);
+#pragma unroll
+                for (int i = 0; i < OWN; i++) dz_t[i] *= Ch[i] + skip[i] * u_t[i];
+                store_own(dz + (own * DZ_STEP + own_channel), valid, inside, dz_t);
 #endif
-                const float2 u_t = shared.u[p][q], dz_t = shared.dz[p][q], slope = shared.slope[p][q];
-                const float2 do_t = shared.do_[p][q];
-                const float4 dt_v = shared.dt_v[k][q];
-                const float ddelta_0 = (u_t.x * dv.x + LN2 * eA2.x) * slope.x;  // A = A2 ln 2
-                const float ddelta_1 = (u_t.y * dv.y + LN2 * eA2.y) * slope.y;
-                if (first) dbias[0] += ddelta_0;
-                if (second) dbias[1] += ddelta_1;
-                store_pair(first, second, du + own * D_INNER, dt_v.x * dv.x + skip[0] * do_t.x,
-                           dt_v.y * dv.y + skip[1] * do_t.y);
-                store_pair(first, second, ddelta + own * D_INNER, ddelta_0, ddelta_1);
-                store_pair(first, second, dz + own * DZ_STEP, dz_t.x * (Ch.x + skip[0] * u_t.x),
-                           dz_t.y * (Ch.y + skip[1] * u_t.y));
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    du_t[i] = dt[i] * dv[i] + skip[i] * do_t[i];
+                    ddelta_t[i] = (u_t[i] * dv[i] + LN2 * eA2[i]) * slope[i];  // A = A2 ln 2
+                    if (valid && inside[i]) dbias[i] += ddelta_t[i];
+                }
+                store_own(du + (own * D_INNER + own_channel), valid, inside, du_t);
+                store_own(ddelta + (own * D_INNER + own_channel), valid, inside, ddelta_t);
             }
             // ---- dB and dC: the sum over this block's channels
             __syncthreads();

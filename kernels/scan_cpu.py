@@ -535,8 +535,8 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
     return y, states, last.transpose(1, 2)
 
 
-def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC):
-    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the states that it returned.
+def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, y=None):
+    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the states that it returned. y isn't needed.
 
     Writes dz, dB and dC into the views given; returns (du, ddelta, dA, dD, ddelta_bias).
     """

@@ -29,7 +29,7 @@ from kernels.selective_scan import check_bfloat16
 
 # Steps between saved states: the longer, the less memory they take, but time can only be split between them. The
 # shorter is taken where the GPU needs that, and for more than 32 states, for want of shared memory.
-CHUNK, SHORT_CHUNK = 64, 32
+CHUNK, SHORT_CHUNK = 48, 32
 WARPS_FOR_CHUNK = 1024  # warps without any splitting from which on the longer is taken
 BACKWARD_STEPS = 4  # states and decays of so many steps lie in registers at once
 BACKWARD_WARPS = 4  # per block, for up to 32 states; fewer for more states
@@ -58,7 +58,7 @@ ForwardArgs = _structure("ForwardArgs", pointers="u delta z B C A D delta_bias s
                          ints="time groups splits split_len")  # fmt: skip
 CarryArgs = _structure("CarryArgs", pointers="ends dt_sums A h0 starts", ints="n_batch splits reversed")
 BackwardArgs = _structure("BackwardArgs",
-                          pointers="dy u delta z B C A D delta_bias states starts du ddelta dz dBC sums",
+                          pointers="dy u delta z B C y A D delta_bias states starts du ddelta dz dBC sums",
                           longs="dy_batch u_batch delta_batch z_batch B_batch C_batch dz_batch",
                           ints="n_batch time groups splits split_len")  # fmt: skip
 GroupSumArgs = _structure("GroupSumArgs", pointers="dBC dB dC", longs="dB_batch dB_step dC_batch dC_step rows",
@@ -119,12 +119,13 @@ class _Sizes:
         N, fast = _padded(n_state), dtype == torch.bfloat16
         self.chunk = chunk
         self.forward_channels = FORWARD_WARPS * (16 if N <= 32 else 8)
-        self.blocks = 3 if fast and N <= 32 else 1  # of the backward pass, that a multiprocessor should hold at once
-        states = N // 8 * (4 if fast else 8)  # bytes of a lane's states
-        warp = chunk * 64 + 8 * 8 * 16 + (chunk // BACKWARD_STEPS - 1) * 32 * states + (0 if fast else 3 * 64 * 4)
+        self.blocks = 2 if fast and N <= 32 else 1  # of the backward pass, that a multiprocessor should hold at once
+        self.pairs = 2 if fast and N <= 32 else 1
+        states = N // 8 * (4 if fast else 8)  # bytes of a lane's states of a pair of channels
+        warp = self.pairs * (chunk * 96 + 256 * (2 if fast else 6) + chunk // BACKWARD_STEPS * 32 * states)
         self.warps = min(BACKWARD_WARPS, max(1, BACKWARD_WARPS * 32 // N))
         while True:  # fewer warps per block where shared memory is scarce
-            self.channels = 8 * self.warps
+            self.channels = 8 * self.pairs * self.warps
             self.shared = 4 * (2 * chunk * N + self.warps * 8 * 2 * N) + self.warps * warp
             if self.shared <= limit or self.warps == 1:
                 break
@@ -151,16 +152,17 @@ def load_kernels(device, defines):
     return nvrtc.kernels(SOURCE, defines, device.index)
 
 
-def _kernels(backward, A, sizes, u, delta, z, B, C, dy=None, dz=None):
+def _kernels(backward, A, sizes, u, delta, z, B, C, dy=None, dz=None, y=None):
     """The kernels of one pass. The strides over time are constants of the compilation: the kernels' addresses then take
     a third of the instructions."""
     d_inner, n_state = A.shape
     steps = {"U": u, "DELTA": delta, "Z": z, "B": B, "C": C, "DY": dy, "DZ": dz}
     return load_kernels(u.device, (
         ("BACKWARD", int(backward)), ("D_INNER", d_inner), ("N_STATE", n_state), ("IO", DTYPES[u.dtype]),
-        ("ALIGNED", int(_aligned((u, delta, z, dy, dz), 2) and _aligned((B, C), 8) and _padded(n_state) == n_state)),
+        ("ALIGNED", int(_aligned((u, delta, z, dy, dz, y), 2 * sizes.pairs) and _aligned((B, C), 8)
+                        and _padded(n_state) == n_state)),
         ("CHUNK", sizes.chunk), ("BACKWARD_STEPS", BACKWARD_STEPS), ("BACKWARD_WARPS", sizes.warps),
-        ("BACKWARD_BLOCKS", sizes.blocks),
+        ("BACKWARD_BLOCKS", sizes.blocks), ("BACKWARD_PAIRS", sizes.pairs),
         *((f"{name}_STEP", 0 if tensor is None else tensor.stride(1)) for name, tensor in steps.items()),
     ))  # fmt: skip
 
@@ -250,8 +252,8 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
     return y, states, h_last
 
 
-def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC):
-    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the chunk_states that it returned.
+def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, y):
+    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the y and chunk_states that it returned.
 
     Writes dz, dB and dC into the views given, and ddelta over delta, which must be contiguous and isn't needed again.
     Returns (du, ddelta, dA, dD, ddelta_bias): du, ddelta in u's dtype, the others in float32.
@@ -262,17 +264,17 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     sizes = _sizes(n_state, u.dtype, _chunk(batch, *A.shape), _shared_limit(u.device))
     groups, splits, split_len = _split_time(batch, time, d_inner, sizes.channels, sizes.chunk, u.device)
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    assert delta.is_contiguous(), "its gradient takes the place of delta"
+    assert y.is_contiguous() and delta.is_contiguous()  # delta's gradient takes its place
     dBC = torch.empty((groups, batch, time, 2 * n_state), dtype=chunk_states_dtype(u.dtype), device=u.device)
     sums = torch.empty((batch * splits, d_inner * (n_state + 2)), dtype=torch.float32, device=u.device)
     dA, dD, ddelta_bias = (torch.empty(shape, dtype=torch.float32, device=u.device)
                            for shape in (A.shape, (d_inner,), (d_inner,)))  # fmt: skip
     with on_device_of(u):
-        kernels = _kernels(True, A, sizes, u, delta, z, B, C, dy, dz)
+        kernels = _kernels(True, A, sizes, u, delta, z, B, C, dy, dz, y)
         ends_cut = ceil_div(d_inner, sizes.forward_channels), splits, split_len
         reversed_forward = _Forward(dy, delta, z, C, None, A, D, delta_bias, ends_cut)
         starts = _split_starts(kernels, "split_ends_reversed", reversed_forward, ends_cut, A, None)
-        tensors = dy, u, delta, z, B, C, A, D, delta_bias, chunk_states, starts, du, delta, dz, dBC, sums
+        tensors = dy, u, delta, z, B, C, y, A, D, delta_bias, chunk_states, starts, du, delta, dz, dBC, sums
         strides = (tensor.stride(0) for tensor in (dy, u, delta, z, B, C, dz))
         arguments = BackwardArgs(*map(_pointer, tensors), *strides, batch, time, groups, splits, split_len)
         kernels("scan_backward")(groups * splits * batch, 32 * sizes.warps, arguments, sizes.shared)

@@ -322,9 +322,9 @@ def _split(x_dbl, dt_proj_weight, A):
 
 def _inner_backward(
     dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D,
-    xc, x_dbl, chunk_states, backend,
+    y, xc, x_dbl, chunk_states, backend,
 ):
-    """The gradients of xz and the parameters, from that of y."""
+    """The gradients of xz and the parameters, from that of y. The layer behind keeps y too, so it takes no memory."""
     conv, scan = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)
@@ -338,7 +338,7 @@ def _inner_backward(
     d_low_rank, dB, dC = _split(dx_dbl, dt_proj_weight, A)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum is one number, expanded with stride 0
     dxc, d_delta, dA, dD, d_dt_bias = scan.scan_backward(
-        dy, xc, delta, A, B, C, D, z, dt_proj_bias, chunk_states, dz, dB, dC
+        dy, xc, delta, A, B, C, D, z, dt_proj_bias, chunk_states, dz, dB, dC, y
     )
     d_delta = d_delta.flatten(0, 1)
     torch.mm(d_delta, dt_weight, out=d_low_rank.flatten(0, 1))
@@ -365,7 +365,7 @@ class _Inner(torch.autograd.Function):
     def forward(ctx, xz, *args):
         *parameters, ctx.backend = args
         y, _, for_backward = _without_autocast(_inner_forward, xz, *args)
-        ctx.save_for_backward(xz, *parameters, *for_backward)
+        ctx.save_for_backward(xz, *parameters, y, *for_backward)
         return y
 
     @staticmethod
@@ -414,13 +414,13 @@ def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A
 def _inner_backward_op(
     dy: torch.Tensor, xz: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor, dt_proj_weight: torch.Tensor, dt_proj_bias: torch.Tensor, A: torch.Tensor,
-    D: torch.Tensor, xc: torch.Tensor, x_dbl: torch.Tensor, chunk_states: torch.Tensor, backend: str,
+    D: torch.Tensor, y: torch.Tensor, xc: torch.Tensor, x_dbl: torch.Tensor, chunk_states: torch.Tensor, backend: str,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
     return _without_autocast(
         _inner_backward, dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D,
-        xc, x_dbl, chunk_states, backend,
+        y, xc, x_dbl, chunk_states, backend,
     )
 
 
@@ -432,7 +432,7 @@ def _(dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bia
 
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.save_for_backward(*tensors, *output)
     # Only y has a gradient; for the outputs that are kept for the backward pass no zeros need to be made.
     ctx.set_materialize_grads(False)
 

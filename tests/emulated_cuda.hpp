@@ -68,6 +68,7 @@ static float __shfl_xor_sync(unsigned, float x, int mask) {
 static float exp2_(float x) { return exp2f(x); }
 static float reciprocal(float x) { return 1 / x; }
 static void prefetch(const void *) {}
+template <typename T> static T *settled(T *p) { return p; }
 static uint32_t to_bf16(float x) {
     const uint32_t bits = __float_as_uint(x);
     return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
