@@ -113,9 +113,9 @@ DEVICE float load_if(bool inside, const io_t *p) {
     return load(&x);
 }
 
-// z as both passes take it. With bfloat16 the backward pass gets C . h + D u out of y = (C . h + D u) silu(z), which must
-// not be 0 because z is. What is added is below the last digit of any z that matters, and no bfloat16, so that no sum is
-// 0: the least is 2^-69, which is far from letting y underflow.
+// z as both passes take it. With bfloat16 the backward pass gets C . h + D u out of y = (C . h + D u) silu(z), which
+// must not be 0 because z is. What is added is below the last digit of any z that matters, and no bfloat16, so that no
+// sum is 0: the least is 2^-69, which is far from letting y underflow.
 DEVICE float gate_input(float z) { return FAST ? z + 0x1.008p-60f : z; }
 
 // Two neighbouring channels as they lie in memory, and as numbers.
@@ -923,8 +923,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                         dBC_k[j / 2] = pack_bf16(d[0], d[2]), dBC_k[(STATES + j) / 2] = pack_bf16(e[0], e[2]);
                     }
                     if (q == 0) store_words(block_shared.dBC[buffer][warp][k8][p], dBC_k);
-                    // The lanes' partial sums, rows p and columns 2 q + i, transposed, so that channels are the columns;
-                    // dv above eA2, multiplied by ones in row k8 over dv, and in row k8 + 8 over eA2.
+                    // The lanes' partial sums, rows p and columns 2 q + i, transposed so that channels are columns, dv
+                    // above eA2, times a matrix of ones for dv in row k8 and for eA2 in row k8 + 8.
                     const u32 row = p == k8 ? 0x3f803f80u : 0u;
 #pragma unroll
                     for (int r = 0; r < PAIRS; r++)

@@ -219,10 +219,10 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     with one more column, a bias; dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not
     positive; D (d_inner,); backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
 
-    For the backward pass "cpu" and "cuda" keep xz, x_proj's output and one state per chunk of steps, never one per
-    step; "cpu" also keeps the convolved half of xz, which "cuda" computes again. Where xz is bfloat16 or float16, the
-    projections are computed in that type and the recurrence in float32; the gradients of the weights have the weights'
-    dtype.
+    For the backward pass "cpu" and "cuda" keep xz, x_proj's output, y, which out_proj keeps as well, and one state per
+    chunk of steps, never one per step; "cpu" also keeps the convolved half of xz, which "cuda" computes again. Where xz
+    is bfloat16 or float16, the projections are computed in that type and the recurrence in float32; the gradients of
+    the weights have the weights' dtype.
     """
     parameters = conv_weight.flatten(1), conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     if torch._C._are_functorch_transforms_active():
@@ -324,7 +324,7 @@ def _inner_backward(
     dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D,
     y, xc, x_dbl, chunk_states, backend,
 ):
-    """The gradients of xz and the parameters, from that of y. The layer behind keeps y too, so it takes no memory."""
+    """The gradients of xz and the parameters, from that of y."""
     conv, scan = _kernels(backend)
     x, z = xz.chunk(2, dim=-1)
     low_rank, B, C = _split(x_dbl, dt_proj_weight, A)

@@ -140,7 +140,7 @@ def test_scan(name, monkeypatch):
 
 @has_compiler
 def test_gates_that_are_shut_or_almost_so():
-    """With bfloat16 the backward pass has C . h + D u from y, which is 0 where z is, but for what the passes add to z."""
+    """With bfloat16 the backward pass has C . h + D u from y, which is 0 where z is, but for what is added to z."""
     u, *others, z, delta_bias = scan_inputs(1, 24, 36, 32, torch.bfloat16)
     values = [0.0, -0.0, 1e-40, 2.0**-60, -(2.0**-60), 1e-12, -1e-12, 1e-4, -1.28, 20.0, -20.0, 80.0, -80.0, -150.0]
     z = torch.tensor(values, dtype=torch.bfloat16, device=DEVICE).repeat(62)[: z.numel()].view(z.shape)

@@ -483,7 +483,7 @@ def test_a_convolution_computed_again_is_not_kept_and_changes_nothing(monkeypatc
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = mamba_inner(*inputs, "cpu")
-    assert kept and all(tensor.shape != y.shape for tensor in kept)
+    assert sum(tensor.shape == y.shape for tensor in kept) == 1  # y itself
     for got, want in zip(torch.autograd.grad(y.square().sum(), inputs), expected, strict=True):
         assert torch.equal(got, want)
 
@@ -513,14 +513,14 @@ def test_inner_compiles_without_a_graph_break():
 
 
 def test_saved_memory_does_not_grow_with_the_state():
-    """What autograd keeps: xz, its convolved half, the small projections, the parameters and one state per chunk."""
+    """What autograd keeps: xz, its convolved half, y, the small projections, the parameters and one state per chunk."""
     batch, time, d_inner, d_state = 2, 8 * CHUNK, 64, 32
     inputs = [tensor.requires_grad_() for tensor in cast(inner_inputs(batch, time, d_inner, d_state), torch.float32)]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         mamba_inner(*inputs, "cpu")
     row = batch * time * d_inner
-    assert sum(saved) < 3 * row + row * d_state / CHUNK + row * 1.2 + sum(t.numel() for t in inputs[1:])
+    assert sum(saved) < 4 * row + row * d_state / CHUNK + row * 1.2 + sum(t.numel() for t in inputs[1:])
     assert max(saved) < row * d_state / 4
 
 
