@@ -549,11 +549,12 @@ extern "C" __global__ void carry_over_splits(const CarryArgs a) {
 // octet lane 4 p + q has step p, which is also where the tensor cores leave their sums over the states.
 
 struct BackwardArgs {
-    const io_t *dy, *u, *delta, *z, *B, *C, *y;
+    const io_t *dy, *u, *z, *B, *C, *y;
+    io_t *delta;  // its gradient takes its place
     const float *A, *D, *delta_bias;
     const state_t *states;
     const float *starts;
-    io_t *du, *ddelta, *dz;
+    io_t *du, *dz;
     state_t *dBC;
     float *sums;
     i64 dy_batch, u_batch, delta_batch, z_batch, B_batch, C_batch, dz_batch;
@@ -759,11 +760,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
     }
     // Tensors are addressed from the start of this sequence by numbers of 32 bits.
     const i64 gapless = at.batch * a.time * D_INNER;  // in tensors without gaps
-    const io_t *u = settled(a.u + at.batch * a.u_batch), *delta = settled(a.delta + at.batch * a.delta_batch);
+    const io_t *u = settled(a.u + at.batch * a.u_batch);
     const io_t *z = settled(a.z + at.batch * a.z_batch), *dy = settled(a.dy + at.batch * a.dy_batch);
     const io_t *B = a.B + at.batch * a.B_batch, *C = a.C + at.batch * a.C_batch, *y = settled(a.y + gapless);
-    io_t *dz = settled(a.dz + at.batch * a.dz_batch);
-    io_t *du = settled(a.du + gapless), *ddelta = settled(a.ddelta + gapless);
+    io_t *delta = settled(a.delta + at.batch * a.delta_batch), *dz = settled(a.dz + at.batch * a.dz_batch);
+    io_t *du = settled(a.du + gapless);
     state_t *dBC = a.dBC + ((i64)at.group * a.n_batch + at.batch) * a.time * (2 * N_STATE);
     const int saved_chunks = (a.time + CHUNK - 1) / CHUNK;
 
@@ -993,7 +994,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                     if (valid && inside[i]) dbias[i] += ddelta_t[i];
                 }
                 store_own(du + (own * D_INNER + own_channel), valid, inside, du_t);
-                store_own(ddelta + (own * D_INNER + own_channel), valid, inside, ddelta_t);
+                store_own(delta + (own * DELTA_STEP + own_channel), valid, inside, ddelta_t);
             }
             // ---- dB and dC: the sum over this block's channels
             __syncthreads();

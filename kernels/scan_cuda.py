@@ -58,7 +58,7 @@ ForwardArgs = _structure("ForwardArgs", pointers="u delta z B C A D delta_bias s
                          ints="time groups splits split_len")  # fmt: skip
 CarryArgs = _structure("CarryArgs", pointers="ends dt_sums A h0 starts", ints="n_batch splits reversed")
 BackwardArgs = _structure("BackwardArgs",
-                          pointers="dy u delta z B C y A D delta_bias states starts du ddelta dz dBC sums",
+                          pointers="dy u z B C y delta A D delta_bias states starts du dz dBC sums",
                           longs="dy_batch u_batch delta_batch z_batch B_batch C_batch dz_batch",
                           ints="n_batch time groups splits split_len")  # fmt: skip
 GroupSumArgs = _structure("GroupSumArgs", pointers="dBC dB dC", longs="dB_batch dB_step dC_batch dC_step rows",
@@ -255,7 +255,7 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
 def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, y):
     """The gradients of `scan_forward`'s inputs from dy, that of its y, and the y and chunk_states that it returned.
 
-    Writes dz, dB and dC into the views given, and ddelta over delta, which must be contiguous and isn't needed again.
+    Writes dz, dB and dC into the views given, and ddelta over delta, which isn't needed again.
     Returns (du, ddelta, dA, dD, ddelta_bias): du, ddelta in u's dtype, the others in float32.
     """
     check_inputs(dy, u, delta, z, B, C, dz, dB, dC)
@@ -264,7 +264,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     sizes = _sizes(n_state, u.dtype, _chunk(batch, *A.shape), _shared_limit(u.device))
     groups, splits, split_len = _split_time(batch, time, d_inner, sizes.channels, sizes.chunk, u.device)
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    assert y.is_contiguous() and delta.is_contiguous()  # delta's gradient takes its place
+    assert y.is_contiguous()
     dBC = torch.empty((groups, batch, time, 2 * n_state), dtype=chunk_states_dtype(u.dtype), device=u.device)
     sums = torch.empty((batch * splits, d_inner * (n_state + 2)), dtype=torch.float32, device=u.device)
     dA, dD, ddelta_bias = (torch.empty(shape, dtype=torch.float32, device=u.device)
@@ -274,7 +274,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
         ends_cut = ceil_div(d_inner, sizes.forward_channels), splits, split_len
         reversed_forward = _Forward(dy, delta, z, C, None, A, D, delta_bias, ends_cut)
         starts = _split_starts(kernels, "split_ends_reversed", reversed_forward, ends_cut, A, None)
-        tensors = dy, u, delta, z, B, C, y, A, D, delta_bias, chunk_states, starts, du, delta, dz, dBC, sums
+        tensors = dy, u, z, B, C, y, delta, A, D, delta_bias, chunk_states, starts, du, dz, dBC, sums
         strides = (tensor.stride(0) for tensor in (dy, u, delta, z, B, C, dz))
         arguments = BackwardArgs(*map(_pointer, tensors), *strides, batch, time, groups, splits, split_len)
         kernels("scan_backward")(groups * splits * batch, 32 * sizes.warps, arguments, sizes.shared)

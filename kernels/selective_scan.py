@@ -331,10 +331,11 @@ def _inner_backward(
     dt_weight = dt_proj_weight.to(xz.dtype)
     if conv.CONVOLVES_AGAIN:
         xc = conv.conv_silu_forward(x, conv_weight, conv_bias)
-    delta = F.linear(low_rank, dt_weight)  # as large as xc but far cheaper to compute: again here, rather than kept
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx_dbl = torch.empty_like(x_dbl)
     dx, dz = dxz.chunk(2, dim=-1)
+    delta = dx  # as large, but far cheaper to compute again than to keep; dx is written last, when it isn't needed any more
+    torch.mm(low_rank.flatten(0, 1), dt_weight.T, out=delta.flatten(0, 1))
     d_low_rank, dB, dC = _split(dx_dbl, dt_proj_weight, A)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum is one number, expanded with stride 0
     dxc, d_delta, dA, dD, d_dt_bias = scan.scan_backward(

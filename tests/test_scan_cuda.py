@@ -76,7 +76,7 @@ def reference_scan(u, delta, A, B, C, D, z, delta_bias, h0):
 
 
 def scan_inputs(batch, time, d_inner, n_state, dtype, seed=0):
-    """u, delta, A, B, C, D, z, delta_bias as the Mamba block passes them: z, B and C are slices of wider tensors. For
+    """u, delta, A, B, C, D, z, delta_bias as the Mamba block passes them: delta, z, B and C are slices of wider tensors. For
     bfloat16 and for 64 states these start where 16 bytes can be loaded at once; otherwise they don't."""
     first = 8 if dtype == torch.bfloat16 or n_state == 64 else 3
     generator = torch.Generator().manual_seed(seed)
@@ -86,11 +86,11 @@ def scan_inputs(batch, time, d_inner, n_state, dtype, seed=0):
 
     xz = normal(batch, time, 2 * d_inner).to(DEVICE, dtype)
     x_dbl = normal(batch, time, first + 2 * n_state).to(DEVICE, dtype)
-    u, delta = (normal(batch, time, d_inner).to(DEVICE, dtype) for _ in range(2))
+    u, wide = (normal(batch, time, width).to(DEVICE, dtype) for width in (d_inner, 2 * d_inner))
     A = -(3 * torch.rand(d_inner, n_state, generator=generator)).to(DEVICE)
     D, delta_bias = normal(d_inner).to(DEVICE), (normal(d_inner) - 2).to(DEVICE)
     B, C = x_dbl[..., first : first + n_state], x_dbl[..., first + n_state :]
-    return u, delta, A, B, C, D, xz[..., d_inner:], delta_bias
+    return u, wide[..., :d_inner], A, B, C, D, xz[..., d_inner:], delta_bias
 
 
 def assert_close(names, actual, expected, tolerance):
@@ -116,9 +116,12 @@ def check_scan(batch, time, d_inner, n_state, dtype, with_h0, gradient_tolerance
     dx_dbl = torch.full((batch, time, first + 2 * n_state), 7.0, device=DEVICE, dtype=dtype)
     dz, dB, dC = dxz[..., d_inner:], dx_dbl[..., first : first + n_state], dx_dbl[..., first + n_state :]
     delta = inputs[1]
+    beside_delta = delta._base[..., d_inner:]
+    untouched = beside_delta.clone()
     du, ddelta, dA, dD, ddelta_bias = scan_cuda.scan_backward(dy, *inputs, chunk_states, dz, dB, dC, y)
 
     assert ddelta.data_ptr() == delta.data_ptr()  # overwritten by its gradient
+    assert torch.equal(beside_delta, untouched)
     assert (dxz[..., :d_inner] == 7).all() and (dx_dbl[..., :first] == 7).all()  # nothing beside the views is touched
     assert y.dtype == du.dtype == ddelta.dtype == dtype
     assert h_last.dtype == dA.dtype == dD.dtype == ddelta_bias.dtype == torch.float32
