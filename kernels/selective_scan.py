@@ -334,7 +334,7 @@ def _inner_backward(
     dxz = torch.empty_like(xz, memory_format=torch.contiguous_format)
     dx_dbl = torch.empty_like(x_dbl)
     dx, dz = dxz.chunk(2, dim=-1)
-    delta = dx  # as large, but far cheaper to compute again than to keep; dx is written last, when it isn't needed any more
+    delta = dx  # it lies where dx will be written at the end; as large as xc, it is computed again rather than kept
     torch.mm(low_rank.flatten(0, 1), dt_weight.T, out=delta.flatten(0, 1))
     d_low_rank, dB, dC = _split(dx_dbl, dt_proj_weight, A)
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()  # the gradient of a sum is one number, expanded with stride 0

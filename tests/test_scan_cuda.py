@@ -76,8 +76,8 @@ def reference_scan(u, delta, A, B, C, D, z, delta_bias, h0):
 
 
 def scan_inputs(batch, time, d_inner, n_state, dtype, seed=0):
-    """u, delta, A, B, C, D, z, delta_bias as the Mamba block passes them: delta, z, B and C are slices of wider tensors. For
-    bfloat16 and for 64 states these start where 16 bytes can be loaded at once; otherwise they don't."""
+    """u, delta, A, B, C, D, z, delta_bias as the Mamba block passes them: delta, z, B and C are slices of wider
+    tensors. For bfloat16 and for 64 states these start where 16 bytes can be loaded at once; otherwise they don't."""
     first = 8 if dtype == torch.bfloat16 or n_state == 64 else 3
     generator = torch.Generator().manual_seed(seed)
 
