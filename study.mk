@@ -4,6 +4,7 @@
 #   GPUS=2 make study          two GPUs side by side, each with three runs at a time
 #   make study-walk            one part: study-default, study-subspace2, study-subspace4, study-walk, study-scaling
 #   make study UPDATES=600 STUDY_SEEDS=42      a smaller one
+#   make study STUDY=study_muon STUDY_MORE=--muon      another optimiser, in a folder of its own
 #
 # What is there already isn't made again, and an interrupted run goes on from its last state: repeat the command.
 
@@ -11,6 +12,7 @@ UPDATES        ?= 3696
 WARMUP_UPDATES ?= 200
 STUDY_SEEDS    ?= 42 43 44
 STUDY_TRAIN    ?= --mixture 16 --batch-size 32 --seq-len 1024 --stride 256 --lr 5e-3 --ema 0.99 --dropout 0 --no-train-eval
+STUDY_MORE     ?=
 STUDY_TEST     ?= --test-steps 1000000
 # Each part of the first kind has data of its own, of which every epoch draws a new series.
 STUDY_PARTS    := default subspace2 subspace4 walk
@@ -61,7 +63,7 @@ END      = ) 9>$(STUDY)/.slot$$slot; code=$$?; [ $$code = 75 ] || exit $$code; d
 define study_run_rule
 $(STUDY)/$(1)/$(2)_$(3)_prediction_2.png: $(STUDY)/$(4)/data/periods.png
 	$$(ON_A_GPU) $(TRAINING) --data-dir $(STUDY)/$(4)/data --checkpoint $(STUDY)/$(1)/$(2)_$(3).pt --seed $(3) \
-	    $(STUDY_TRAIN) --epochs $(shell echo $$(( $(UPDATES) / $(5) ))) --warmup-epochs \
+	    $(STUDY_TRAIN) $(STUDY_MORE) --epochs $(shell echo $$(( $(UPDATES) / $(5) ))) --warmup-epochs \
 	    $(shell awk 'BEGIN { print $(WARMUP_UPDATES) / $(5) }') $(6) \
 	    $$$$(test -f $(STUDY)/$(1)/$(2)_$(3)_last.pt && echo --resume) $$(END)
 endef
