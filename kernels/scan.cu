@@ -5,7 +5,8 @@
 // Macros, which scan_cuda.py gives to the compiler:
 //   D_INNER, N_STATE     channels, and states per channel
 //   IO                   dtype of u, delta, z, B, C, y and their gradients: 0 float32, 1 bfloat16, 2 float16
-//   ALIGNED              1 where two neighbouring channels, and eight numbers of B and C, can be loaded at once
+//   ALIGNED              1 where a lane's two neighbouring channels (four, with BACKWARD_PAIRS 2), and eight numbers of
+//                        B and C, can be loaded at once
 //   U_STEP, ...          for each of these tensors, how many numbers one step lies behind the other
 //   BACKWARD             0: the kernels of the forward pass; 1: those of the backward pass
 //   CHUNK                steps between two states that the forward pass saves for the backward pass
@@ -92,8 +93,6 @@ DEVICE void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-// Any number, without an instruction: for operands whose products nobody reads.
-DEVICE u32 any_number() { u32 x; asm("" : "=r"(x)); return x; }
 // The transpose of an 8 x 8 matrix of 16-bit numbers, of which lane 4 p + q holds [p][2q, 2q+1].
 DEVICE u32 transposed(u32 x) {
     u32 y;
@@ -114,8 +113,8 @@ DEVICE float load_if(bool inside, const io_t *p) {
 }
 
 // z as both passes take it. With bfloat16 the backward pass gets C . h + D u out of y = (C . h + D u) silu(z), which
-// must not be 0 because z is. What is added is below the last digit of any z that matters, and no bfloat16, so that no
-// sum is 0: the least is 2^-69, which is far from letting y underflow.
+// must not be 0 because z is. The number that is added is too small for any z to which it isn't, and lies between two
+// bfloat16 numbers, so that no sum is 0: the smallest is 2^-69, and y is then still far from underflow.
 DEVICE float gate_input(float z) { return FAST ? z + 0x1.008p-60f : z; }
 
 // Two neighbouring channels as they lie in memory, and as numbers.
@@ -806,14 +805,16 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
         }
         if (m > 0 && warp < 4) {
             const i64 row = at.batch * saved_chunks + chunk_start / CHUNK - 1;
-            for (i64 t = chunk_start - CHUNK + lane; t < chunk_start; t += 32) {
-                if (warp == 0) prefetch(u + t * U_STEP), prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
-                if (warp == 1 % WARPS) prefetch(delta + t * DELTA_STEP);
-                if (warp == 2 % WARPS) prefetch(z + t * Z_STEP);
-                if (warp == 3 % WARPS) prefetch(dy + t * DY_STEP);
-                if (FAST && warp == 1 % WARPS) prefetch(y + t * D_INNER);
+            const u32 c = at.group * CHANNELS;
+            for (u32 t = chunk_start - CHUNK + lane; t < chunk_start; t += 32) {
+                if (warp == 0) prefetch(u + (t * U_STEP + c)), prefetch(B + t * B_STEP), prefetch(C + t * C_STEP);
+                if (warp == 1 % WARPS) prefetch(delta + (t * DELTA_STEP + c));
+                if (warp == 2 % WARPS) prefetch(z + (t * Z_STEP + c));
+                if (warp == 3 % WARPS) prefetch(dy + (t * DY_STEP + c));
+                if (FAST && warp == 1 % WARPS) prefetch(y + (t * D_INNER + c));
             }
-            if (lane < 4) prefetch(a.states + (row * D_INNER + min(first_channel + 2 * lane, D_INNER - 1)) * N_STATE);
+            if (lane < 2 * OWN)
+                prefetch(a.states + (row * D_INNER + min(first_channel + 2 * lane, D_INNER - 1)) * N_STATE);
         }
         float h[OWN][STATES], decay[STEPS][OWN][STATES];
         const i64 saved = (at.batch * saved_chunks + chunk_start / CHUNK) * D_INNER + own_channel;
@@ -833,7 +834,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
             keep(shared.before[piece], lane, h);
         }
         for (int octet = (length + 7) / 8 - 1; octet >= 0; octet--) {
-            // ---- of 8 steps: do and u; dz or, without y, what it is a multiple of
+            // ---- of 8 steps: do and u; dz or, but for bfloat16, dy silu'(z), which C . h + D u is still to multiply
             const u32 first_step = chunk_start + 8 * octet, own = first_step + p;  // own: of this lane
             const bool valid = 8 * octet + p < length;
             {
@@ -844,6 +845,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BACKWARD_BLOCKS) scan_b
                 for (int i = 0; i < OWN; i++) {
                     const float z_i = gate_input(z_t[i]), gate = sigmoid(z_i);
                     do_t[i] = dy_t[i] * z_i * gate;
+                    // silu'(z) = silu(z) (1 / z + 1 - gate), and silu(z) (C . h + D u) is y.
                     if (FAST) dz_t[i] = dy_t[i] * y_t[i] * (reciprocal(z_i) + (1.0f - gate));
                     else dz_t[i] = dy_t[i] * gate * (1.0f + z_i * (1.0f - gate));
                     dD[i] += do_t[i] * u_t[i];

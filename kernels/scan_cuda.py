@@ -30,12 +30,12 @@ from kernels.selective_scan import check_bfloat16
 # Steps between saved states: the longer, the less memory they take, but time can only be split between them. The
 # shorter is taken where the GPU needs that, and for more than 32 states, for want of shared memory.
 CHUNK, SHORT_CHUNK = 48, 32
-WARPS_FOR_CHUNK = 1024  # warps without any splitting from which on the longer is taken
+WARPS_FOR_CHUNK = 1024  # warps of 8 channels, without any splitting, from which on the longer is taken
 BACKWARD_STEPS = 4  # states and decays of so many steps lie in registers at once
 BACKWARD_WARPS = 4  # per block, for up to 32 states; fewer for more states
 MAX_STATE = 256
 MAX_SPLITS = 64
-WARPS_TO_FILL = 12  # warps that each multiprocessor should have; time is split where there are fewer
+WARPS_TO_FILL = 12  # warps of 8 channels that each multiprocessor should have; time is split where there are fewer
 FORWARD_WARPS = 4  # as in scan.cu
 THREADS = 256  # of the kernels that are no scan
 
@@ -120,7 +120,7 @@ class _Sizes:
         self.chunk = chunk
         self.forward_channels = FORWARD_WARPS * (16 if N <= 32 else 8)
         self.blocks = 2 if fast and N <= 32 else 1  # of the backward pass, that a multiprocessor should hold at once
-        self.pairs = 2 if fast and N <= 32 else 1
+        self.pairs = 2 if fast and N <= 32 else 1  # of channels per lane
         states = N // 8 * (4 if fast else 8)  # bytes of a lane's states of a pair of channels
         warp = self.pairs * (chunk * 96 + 256 * (2 if fast else 6) + chunk // BACKWARD_STEPS * 32 * states)
         self.warps = min(BACKWARD_WARPS, max(1, BACKWARD_WARPS * 32 // N))
@@ -264,7 +264,7 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     sizes = _sizes(n_state, u.dtype, _chunk(batch, *A.shape), _shared_limit(u.device))
     groups, splits, split_len = _split_time(batch, time, d_inner, sizes.channels, sizes.chunk, u.device)
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    assert y.is_contiguous()
+    assert y.is_contiguous(), "as scan_forward returns it"
     dBC = torch.empty((groups, batch, time, 2 * n_state), dtype=chunk_states_dtype(u.dtype), device=u.device)
     sums = torch.empty((batch * splits, d_inner * (n_state + 2)), dtype=torch.float32, device=u.device)
     dA, dD, ddelta_bias = (torch.empty(shape, dtype=torch.float32, device=u.device)

@@ -102,7 +102,6 @@ static void mma_bf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint3
         }
     });
 }
-static uint32_t any_number() { return 0x7fff7fff; }  // NaN
 static uint32_t transposed(uint32_t x) {
     const uint32_t given[1] = {x};
     exchange(given, [&](uint32_t(*all)[6], int lane) {
