@@ -127,28 +127,28 @@ $(STUDY)/plots/.compared: $(foreach run,$(STUDY_RUNS) $(STUDY_BEST) $(STUDY_SUB4
 
 # The songs: a mixture head, trained for 46,000 steps of 32 windows, with a new series of a million steps in each epoch; its
 # errors on a test series; and its songs, which begin with steps that no part of the training has seen.
-SONGS      := $(foreach seed,42 43 44,$(STUDY)/song_$(seed))
+SONGS      := $(foreach seed,42 43 44,$(STUDY)/song_muon_$(seed))
 SONG_FLAGS := --mixture 16 --dropout 0 --fresh --batch-size 32 --lr 5e-3 --muon --ema 0.998 --val-fraction 0.01 \
               --epochs 380 --warmup-epochs 1.64 --no-train-eval
 
-songs: $(STUDY)/plots/.sung
+songs: $(STUDY)/plots/.sung_muon
 
-$(STUDY)/plots/.sung: $(SONGS:%=%_prediction_2.png) $(STUDY)/data/test/periods.png
-	$(PY) masked_model_gpu_mamba_next.py --eval $(SONGS:%=%.pt) --data-dir $(STUDY)/data/long --no-amp
+$(STUDY)/plots/.sung_muon: $(SONGS:%=%_prediction_2.png) $(STUDY)/data/songs_test/periods.png
+	$(PY) masked_model_gpu_mamba_next.py --eval $(SONGS:%=%.pt) --data-dir $(STUDY)/data/songs --no-amp
 	for song in $(SONGS); do \
-	    $(PY) generate.py --checkpoint $$song.pt --data-dir $(STUDY)/data/test --save-dir $(STUDY)/plots \
+	    $(PY) generate.py --checkpoint $$song.pt --data-dir $(STUDY)/data/songs_test --save-dir $(STUDY)/plots \
 	        --n-samples 12 --gen-len 100000 --seed-offset 1000000 || exit 1; done
 	@touch $@
 
-$(STUDY)/song_%_prediction_2.png: $(STUDY)/data/long/periods.png
-	$(PY) masked_model_gpu_mamba_next.py --data-dir $(STUDY)/data/long --checkpoint $(STUDY)/song_$*.pt --seed $* \
-	    $(SONG_FLAGS) $$(test -f $(STUDY)/song_$*_last.pt && echo --resume)
+$(STUDY)/song_muon_%_prediction_2.png: $(STUDY)/data/songs/periods.png
+	$(PY) masked_model_gpu_mamba_next.py --data-dir $(STUDY)/data/songs --checkpoint $(STUDY)/song_muon_$*.pt --seed $* \
+	    $(SONG_FLAGS) $$(test -f $(STUDY)/song_muon_$*_last.pt && echo --resume)
 
-$(STUDY)/data/long/periods.png: | $(VENV)/.runtime
-	$(PY) markov_circles_timeseries.py --no-umap --uncompressed --n-steps 1000000 --data-dir $(STUDY)/data/long
+$(STUDY)/data/songs/periods.png: | $(VENV)/.runtime
+	$(PY) markov_circles_timeseries.py --no-umap --uncompressed --n-steps 1000000 --data-dir $(STUDY)/data/songs
 
-$(STUDY)/data/test/periods.png: | $(VENV)/.runtime
-	$(PY) markov_circles_timeseries.py --no-umap --uncompressed --n-steps 2000000 --data-dir $(STUDY)/data/test
+$(STUDY)/data/songs_test/periods.png: | $(VENV)/.runtime
+	$(PY) markov_circles_timeseries.py --no-umap --uncompressed --n-steps 2000000 --data-dir $(STUDY)/data/songs_test
 
 # The series that a run is trained on, unless a line above names another for it.
 SERIES = data
