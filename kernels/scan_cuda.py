@@ -8,8 +8,9 @@ state that each split really starts from, and then every split is computed on it
 in reverse.
 
 The forward pass saves the state before every chunk of steps, and the backward pass computes the others again from
-these. dB and dC are sums over channels: each block writes its own partial sum and another kernel adds them, so that
-results don't depend on the order in which blocks finish.
+these. With bfloat16 it doesn't compute C . h + D u again, but finds it in y, which the layer behind keeps anyway. dB
+and dC are sums over channels: each block writes its own partial sum and another kernel adds them, so that results don't
+depend on the order in which blocks finish.
 
 Arithmetic and state are float32. Inputs are float32, bfloat16 or float16; float64 is refused, use another back end.
 Shapes: u, delta, z, y (batch, time, d_inner); B, C (batch, time, N); A (d_inner, N); D, delta_bias (d_inner,). Views
