@@ -44,6 +44,7 @@ from kernels.simd import (
 
 CHUNK = 48  # time steps between saved states; the loops over them touch 8 tiles of CHUNK vectors: an L1 cache
 CONVOLVES_AGAIN = False  # the backward pass takes the convolved input as the forward pass has kept it
+NEEDS_Y = ()  # dtypes of which the backward pass takes y, the forward pass's output: none
 LN_2 = float(np.log(2.0))
 
 

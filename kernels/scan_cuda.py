@@ -42,6 +42,7 @@ THREADS = 256  # of the kernels that are no scan
 
 SOURCE = pathlib.Path(__file__).with_name("scan.cu")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NEEDS_Y = (torch.bfloat16,)  # dtypes of which the backward pass takes y, the forward pass's output
 
 POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
 
@@ -253,8 +254,9 @@ def scan_forward(u, delta, A, B, C, D, z, delta_bias, h0=None):
     return y, states, h_last
 
 
-def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, y):
-    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the y and chunk_states that it returned.
+def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB, dC, y=None):
+    """The gradients of `scan_forward`'s inputs from dy, that of its y, and the chunk_states and y that it returned (y
+    only for NEEDS_Y).
 
     Writes dz, dB and dC into the views given, and ddelta over delta, which isn't needed again.
     Returns (du, ddelta, dA, dD, ddelta_bias): du, ddelta in u's dtype, the others in float32.
@@ -265,7 +267,8 @@ def scan_backward(dy, u, delta, A, B, C, D, z, delta_bias, chunk_states, dz, dB,
     sizes = _sizes(n_state, u.dtype, _chunk(batch, *A.shape), _shared_limit(u.device))
     groups, splits, split_len = _split_time(batch, time, d_inner, sizes.channels, sizes.chunk, u.device)
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    assert y.is_contiguous(), "as scan_forward returns it"
+    y = y if u.dtype in NEEDS_Y else None
+    assert y is None or y.is_contiguous(), "as scan_forward returns it"
     dBC = torch.empty((groups, batch, time, 2 * n_state), dtype=chunk_states_dtype(u.dtype), device=u.device)
     sums = torch.empty((batch * splits, d_inner * (n_state + 2)), dtype=torch.float32, device=u.device)
     dA, dD, ddelta_bias = (torch.empty(shape, dtype=torch.float32, device=u.device)

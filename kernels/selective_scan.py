@@ -219,10 +219,10 @@ def mamba_inner(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_pr
     with one more column, a bias; dt_proj_weight (d_inner, dt_rank); dt_proj_bias (d_inner,); A (d_inner, d_state), not
     positive; D (d_inner,); backend: what `choose_backend` returned. Returns y (batch, time, d_inner), gated.
 
-    For the backward pass "cpu" and "cuda" keep xz, x_proj's output, y, which out_proj keeps as well, and one state per
-    chunk of steps, never one per step; "cpu" also keeps the convolved half of xz, which "cuda" computes again. Where xz
-    is bfloat16 or float16, the projections are computed in that type and the recurrence in float32; the gradients of
-    the weights have the weights' dtype.
+    For the backward pass "cpu" and "cuda" keep xz, x_proj's output and one state per chunk of steps, never one per
+    step; "cpu" also keeps the convolved half of xz, which "cuda" computes again, and "cuda", with bfloat16, y, which
+    out_proj keeps as well. Where xz is bfloat16 or float16, the projections are computed in that type and the
+    recurrence in float32; the gradients of the weights have the weights' dtype.
     """
     parameters = conv_weight.flatten(1), conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D
     if torch._C._are_functorch_transforms_active():
@@ -315,6 +315,11 @@ def _inner_forward(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt
     return y, h, (xc, x_dbl, chunk_states)
 
 
+def _needed(y, backend):
+    """y, or None where the backward pass does without it, and so must not keep it."""
+    return y if y.dtype in _kernels(backend)[1].NEEDS_Y else None
+
+
 def _split(x_dbl, dt_proj_weight, A):
     """x_proj's output cut into the low-rank form of delta (batch, time, dt_rank), B and C (batch, time, d_state)."""
     return x_dbl.split([dt_proj_weight.shape[1], A.shape[1], A.shape[1]], dim=-1)
@@ -366,7 +371,7 @@ class _Inner(torch.autograd.Function):
     def forward(ctx, xz, *args):
         *parameters, ctx.backend = args
         y, _, for_backward = _without_autocast(_inner_forward, xz, *args)
-        ctx.save_for_backward(xz, *parameters, y, *for_backward)
+        ctx.save_for_backward(xz, *parameters, _needed(y, ctx.backend), *for_backward)
         return y
 
     @staticmethod
@@ -379,7 +384,7 @@ class _Inner(torch.autograd.Function):
 def _differentiable_once(gradients, inputs):
     """The gradients as they are or, where a graph of them is asked for (create_graph=True), as a node of it whose own
     backward pass says that there is none. (torch's once_differentiable looks at dy alone, and words it otherwise.)"""
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+    if not (torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)):
         return gradients
     node = torch._C._functions.DelayedError(NO_SECOND_DERIVATIVE.encode(), len(gradients))
     return node(*(gradient.detach().requires_grad_() for gradient in gradients))
@@ -415,7 +420,8 @@ def _(xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A
 def _inner_backward_op(
     dy: torch.Tensor, xz: torch.Tensor, conv_weight: torch.Tensor, conv_bias: torch.Tensor,
     x_proj_weight: torch.Tensor, dt_proj_weight: torch.Tensor, dt_proj_bias: torch.Tensor, A: torch.Tensor,
-    D: torch.Tensor, y: torch.Tensor, xc: torch.Tensor, x_dbl: torch.Tensor, chunk_states: torch.Tensor, backend: str,
+    D: torch.Tensor, y: torch.Tensor | None, xc: torch.Tensor, x_dbl: torch.Tensor, chunk_states: torch.Tensor,
+    backend: str,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 ]:
@@ -433,7 +439,8 @@ def _(dy, xz, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bia
 
 def _save_for_backward(ctx, inputs, output):
     *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output)
+    y, *for_backward = output
+    ctx.save_for_backward(*tensors, _needed(y, ctx.backend), *for_backward)
     # Only y has a gradient; for the outputs that are kept for the backward pass no zeros need to be made.
     ctx.set_materialize_grads(False)
 
